@@ -1,0 +1,31 @@
+"""aneuron: await a PyTorch model that runs on many cores.
+
+This is the front door; what is not exported here may move.
+"""
+
+from aneuron.backends import Backend, Core, Fault
+from aneuron.backends.cpu import CpuBackend
+from aneuron.backends.simulated import SimulatedBackend
+from aneuron.errors import AneuronError, Closed, CoreFailed, DeviceError, OutputError, QueueFull, ShapeError
+from aneuron.parallel import AsyncDataParallel
+from aneuron.stats import Statistics
+
+__all__ = [
+    "AneuronError",
+    "AsyncDataParallel",
+    "Backend",
+    "Closed",
+    "Core",
+    "CoreFailed",
+    "CpuBackend",
+    "DeviceError",
+    "Fault",
+    "OutputError",
+    "QueueFull",
+    "ShapeError",
+    "SimulatedBackend",
+    "Statistics",
+]
+
+for _name in __all__:
+    globals()[_name].__module__ = "aneuron"  # tracebacks say aneuron.QueueFull

@@ -1,0 +1,121 @@
+"""Virtual cores on the CPU: the embedded default, and what a laptop has.
+
+Lives here: loading a model for this process, threads within an operation. Must not be here: who runs when.
+"""
+
+import os
+import threading
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from aneuron.backends import Fault
+
+_lock = threading.Lock()
+_loaded: "weakref.WeakValueDictionary[tuple[str, int, int], torch.nn.Module]" = weakref.WeakValueDictionary()
+
+
+def open_model(model: Any) -> Any:
+    """What to call: the model itself, or what the TorchScript file at this path holds, once for all cores."""
+    if not isinstance(model, (str, os.PathLike)):
+        return model
+    path = os.path.abspath(os.fspath(model))
+    file = os.stat(path)
+    key = (path, file.st_mtime_ns, file.st_size)
+    with _lock:
+        module = _loaded.get(key)
+        if module is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.load itself, from torch 2.13 on
+                module = _loaded[key] = torch.jit.load(path, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+        return module
+
+
+class CpuBackend:
+    """Runs the model on virtual cores, all in this process and sharing one copy of the weights.
+
+    `cores`: how many; None means as many as there are CPUs available to the process. `threads_per_core`: threads
+    within one operation; None divides torch's number of threads (`torch.get_num_threads()`) among the cores. It holds
+    in the worker threads only; the rest of the process keeps its setting. Many one-thread cores favour throughput,
+    `CpuBackend(cores=1)` the latency of a lone call.
+
+    The model runs under `torch.inference_mode()`. Several cores run it at once, so its `forward` must not write to
+    itself. Where each virtual core has one thread, the rows of a batch do not see how many neighbours they have.
+
+        >>> import torch, asyncio, aneuron
+        >>> model = aneuron.AsyncDataParallel(torch.nn.ReLU().eval(), backend=aneuron.CpuBackend(cores=2))
+        >>> async def main():
+        ...     async with model:
+        ...         return await model(torch.tensor([[-1.0, 2.0]]))
+        >>> asyncio.run(main())
+        tensor([[0., 2.]])
+    """
+
+    name = "cpu"
+    recoverable = True
+    preferred_rows = 32
+
+    def __init__(self, cores: int | None = None, threads_per_core: int | None = None) -> None:
+        for name, value in (("cores", cores), ("threads_per_core", threads_per_core)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"{name}={value!r}: expected an int of at least 1, or None to choose")
+        self._cores = cores or len(
+            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+        )
+        self._process_threads = torch.get_num_threads()
+        self._threads = threads_per_core or max(1, self._process_threads // self._cores)
+
+    def __repr__(self) -> str:
+        return f"CpuBackend(cores={self._cores}, threads_per_core={self._threads})"
+
+    def cores(self) -> Sequence[int]:
+        """As many as were asked for."""
+        return range(self._cores)
+
+    def load(self, model: Any, core_id: int, batch_size: int | None) -> "CpuCore":
+        """Nothing to load but a file, once for all cores."""
+        return CpuCore(open_model(model), self._threads, self._process_threads)
+
+    def classify(self, error: BaseException) -> Fault:
+        """A CPU does not fail alone: whatever the model raises is about its input."""
+        return Fault.INPUT
+
+
+class CpuCore:
+    """One virtual core."""
+
+    concurrent = False
+
+    def __init__(self, model: Any, threads: int, process_threads: int) -> None:
+        self._model = model
+        self._threads = threads
+        self._process_threads = process_threads
+        self._local = threading.local()
+
+    def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the model."""
+        if not hasattr(self._local, "limited"):
+            self._local.limited = True
+            limit_threads(self._threads, self._process_threads)
+        with torch.inference_mode():
+            return self._model(*args, **kwargs)
+
+    def close(self) -> None:
+        """Let the weights go."""
+        self._model = None
+
+
+def limit_threads(threads: int, process_threads: int) -> None:
+    """Use `threads` threads within operations that the calling thread starts, and in no other thread.
+
+    `torch.set_num_threads` sets the calling thread's number and the one that threads yet to come start with; the
+    latter is put back from a thread that ends at once.
+    """
+    with _lock:
+        torch.set_num_threads(threads)
+        restore = threading.Thread(target=torch.set_num_threads, args=(process_threads,), daemon=True)
+        restore.start()
+        restore.join()

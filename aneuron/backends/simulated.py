@@ -1,0 +1,163 @@
+"""Cores that do not exist: right answers, and the timing and faults that one asks for.
+
+Lives here: how a simulated device spends its time. Must not be here: who runs when.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from aneuron.backends import Fault
+from aneuron.backends.cpu import open_model
+
+_KINDS = ("input", "core", "fatal", "hang", "slow")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedFault:
+    """One line of a plan of faults: what goes wrong, on which core (None: any), and when.
+
+    At the core's `execution`-th one (from 0; the two of the warm-up count), each time with `probability`, or always
+    where neither is given. `seconds` is what "hang" and "slow" add.
+    """
+
+    kind: str
+    core: int | None = None
+    execution: int | None = None
+    probability: float | None = None
+    seconds: float = 3600.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"kind={self.kind!r}: expected one of {', '.join(_KINDS)}")
+        if self.probability is not None and not 0.0 <= self.probability <= 1.0:
+            raise ValueError(f"probability={self.probability!r}: expected a number from 0 to 1")
+
+
+class SimulatedFault(RuntimeError):
+    """What a simulated core raises when the plan says so."""
+
+    def __init__(self, message: str, fault: Fault) -> None:
+        super().__init__(message)
+        self.fault = fault
+
+
+class SimulatedBackend:
+    """Runs the given model for its answer and takes `service_time + per_row * rows` seconds for it, without the GIL.
+
+    One batch at a time runs on a core. `copy_time` seconds pass before the run, for the copies; they overlap with
+    the run of another batch. `load_time` is the time of one load. A batch that is not of the compiled size is refused
+    like on a real device. `faults` is a plan: `SimulatedBackend.fault("core", core=1, execution=3)`,
+    `SimulatedBackend.fault("input", probability=0.01)`; kinds are "input", "core", "fatal" (the exception is
+    classified so), "hang" and "slow" (`seconds` longer). `seed` makes probabilities repeatable.
+
+    For tests, benchmarks, and planning for machines that one does not have: 24 cores of an inf2.48xlarge are
+    `SimulatedBackend(cores=24, service_time=...)`.
+
+        >>> backend = SimulatedBackend(cores=2, service_time=0.001, faults=[SimulatedBackend.fault("core", core=0)])
+        >>> list(backend.cores())
+        [0, 1]
+    """
+
+    name = "simulated"
+    recoverable = True
+    fault = PlannedFault
+
+    def __init__(
+        self,
+        cores: int = 4,
+        service_time: float = 0.005,
+        per_row: float = 0.0,
+        copy_time: float = 0.0,
+        load_time: float = 0.0,
+        faults: Iterable[PlannedFault] = (),
+        seed: int = 0,
+    ) -> None:
+        if isinstance(cores, bool) or not isinstance(cores, int) or cores < 1:
+            raise ValueError(f"cores={cores!r}: expected an int of at least 1")
+        times = {"service_time": service_time, "per_row": per_row, "copy_time": copy_time, "load_time": load_time}
+        for name, value in times.items():
+            if not 0.0 <= value < float("inf"):
+                raise ValueError(f"{name}={value!r}: expected seconds, 0 or more")
+        self._cores = cores
+        self.service_time, self.per_row, self.copy_time, self.load_time = service_time, per_row, copy_time, load_time
+        self.faults = tuple(faults)
+        self._seed = seed
+
+    def cores(self) -> Sequence[int]:
+        """As many as were asked for."""
+        return range(self._cores)
+
+    def load(self, model: Any, core_id: int, batch_size: int | None) -> "SimulatedCore":
+        """Takes `load_time`."""
+        if self.load_time:
+            time.sleep(self.load_time)
+        return SimulatedCore(self, open_model(model), core_id, batch_size, self._seed)
+
+    def classify(self, error: BaseException) -> Fault:
+        """What the plan said; anything else is the model's."""
+        return error.fault if isinstance(error, SimulatedFault) else Fault.INPUT
+
+
+class SimulatedCore:
+    """One simulated core."""
+
+    def __init__(self, backend: SimulatedBackend, model: Any, core_id: int, batch_size: int | None, seed: int) -> None:
+        self.concurrent = backend.copy_time > 0
+        self._backend = backend
+        self._model = model
+        self._core_id = core_id
+        self._batch_size = batch_size
+        self._device = threading.Lock()  # copies overlap with a run, runs do not with each other
+        self._executions = 0
+        self._random = random.Random(f"{seed}/{core_id}")
+
+    def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Answer after the time that a device would take."""
+        if self._backend.copy_time:
+            time.sleep(self._backend.copy_time)
+        with self._device:
+            begin = time.monotonic()
+            rows = _rows(args, kwargs)
+            if self._batch_size is not None and rows != self._batch_size:
+                raise ValueError(f"a batch of {rows} rows, on a core compiled for {self._batch_size}")
+            extra = sum(self._strike(fault) for fault in self._backend.faults)
+            with torch.inference_mode():
+                output = self._model(*args, **kwargs)
+            self._executions += 1
+            rest = self._backend.service_time + self._backend.per_row * rows + extra - (time.monotonic() - begin)
+            if rest > 0:
+                time.sleep(rest)
+            return output
+
+    def _strike(self, fault: PlannedFault) -> float:
+        """Seconds that a fault adds, if it strikes now; raises where its kind is to raise."""
+        if fault.core not in (None, self._core_id):
+            return 0.0
+        probability = fault.probability if fault.probability is not None else float(fault.execution is None)
+        if self._executions != fault.execution and self._random.random() >= probability:
+            return 0.0
+        if fault.kind in ("hang", "slow"):
+            return fault.seconds
+        self._executions += 1
+        raise SimulatedFault(f"simulated {fault.kind} fault on core {self._core_id}", Fault(fault.kind))
+
+    def close(self) -> None:
+        """Let the model go."""
+        self._model = None
+
+
+def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The first dimension of the first tensor."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value.shape[0]
+        nested = list(value.values()) if isinstance(value, dict) else value
+        if isinstance(nested, (list, tuple)) and (rows := _rows(tuple(nested), {})):
+            return rows
+    return 0

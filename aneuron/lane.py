@@ -1,0 +1,400 @@
+"""The asyncio shell of the cores: each lane's queue and slots, and the one function that ends a call.
+
+Lives here: everything that touches a caller's future, all of it on the loop thread. Must not be here: tensors,
+decisions (ask the scheduler), blocking.
+
+Lanes are driven by callbacks, not by tasks: `asyncio.run` cancels every task before a drain in `finally` gets its turn.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from aneuron.backends import Backend, Core, Fault
+from aneuron.errors import Closed, CoreFailed, QueueFull
+from aneuron.rows import Call, Compiled
+from aneuron.scheduler import Batch, Rules, Scheduler, spread
+from aneuron.stats import CoreCounters, Counters, Statistics
+from aneuron.workers import Execution, Workers, warm_up
+
+logger = logging.getLogger("aneuron")
+
+SLOW_DRAIN = 10.0  # seconds after which a drain that goes on is logged
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What every lane loads, and how the batches for it are laid out."""
+
+    model: Any
+    size: int | None  # rows to pad a batch to; None = as many as there are
+    dim: int
+    compiled: Compiled | None  # the example to warm up with
+    packing: bool
+
+
+class Lane:
+    """One core: the queue of batches bound to it that have not begun, and the threads that take them from there."""
+
+    def __init__(self, index: int, core_id: int, backend: Backend, workers: Workers, counters: CoreCounters) -> None:
+        self.index = index
+        self.core_id = core_id
+        self.core: Core | None = None
+        self.queue: asyncio.Queue[Execution] = asyncio.Queue()
+        self.handed: list[Execution] = []  # to the threads, and not back yet
+        self.counters = counters
+        self.workers = workers
+        self.ended = 0.0  # when the last execution did
+        self._backend = backend
+        self._threads = 1
+        workers.grow(1)
+
+    def load(self, load: "Load") -> None:
+        """Load the model and run the example twice. Blocking, in a worker thread."""
+        self.core = self._backend.load(load.model, self.core_id, load.size)
+        if self.core.concurrent:
+            self.workers.let_in_together()
+        if load.compiled is not None:
+            warm_up(self.core, load.compiled, load.size, load.dim, load.packing)
+
+    def widen(self, slots: int) -> None:
+        """Have the threads that `slots` slots can use: one that executes and one that prepares, unless concurrent."""
+        assert self.core is not None
+        self._threads = max(1, slots if self.core.concurrent else min(slots, 2))
+        self.workers.grow(self._threads)
+
+    def put(self, execution: Execution) -> None:
+        """Bind a batch to this lane."""
+        self.queue.put_nowait(execution)
+        self.pump()
+
+    def pump(self) -> None:
+        """Hand batches to the threads that are free."""
+        while len(self.handed) < self._threads and not self.queue.empty():
+            execution = self.queue.get_nowait()
+            self.handed.append(execution)
+            self.workers.post(execution)
+
+    def stop(self, closed: Callable[[], None]) -> None:
+        """Let the threads end; the last one closes the core and says `closed`."""
+        self.workers.stop(lambda: self._close(closed))
+
+    def _close(self, closed: Callable[[], None]) -> None:
+        core, self.core = self.core, None
+        try:
+            if core is not None:
+                core.close()
+        except BaseException:
+            logger.warning("core %d did not close", self.core_id, exc_info=True)
+        finally:
+            closed()
+
+
+class Lanes:
+    """All lanes of one run of a model, from its start to its close, on one loop."""
+
+    def __init__(self, backend: Backend, core_ids: list[int], rules: Rules, load: Load, counters: Counters) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.serving = False
+        self.rules = rules
+        self._backend = backend
+        self._load = load
+        self._counters = counters
+        self._scheduler: Scheduler[Call] = Scheduler(rules)
+        self._calls: set[Call] = set()  # accepted and not ended
+        self._scheduled = False  # a dispatch is
+        self._done: deque[Execution] = deque()  # filled by the workers
+        self._posted = False  # a delivery is
+        self._stopped = False
+        self._guard = threading.Lock()
+        self._idle = self.loop.create_future()  # done when draining and no call is left
+        self._closed = self.loop.create_future()  # done when the last core is closed
+        make = getattr(backend, "workers", Workers)  # aneuron.testing has threadless ones
+        for core_id in core_ids:
+            counters.cores.setdefault(core_id, CoreCounters(core_id))
+        self._lanes = [
+            Lane(index, core_id, backend, make(f"aneuron-core-{core_id}"), counters.cores[core_id])
+            for index, core_id in enumerate(core_ids)
+        ]
+        self._open_cores = len(self._lanes)
+        self._clock = self._lanes[0].workers.clock
+
+    # Lifecycle.
+
+    async def start(self, num_workers: int) -> None:
+        """Load the cores one after the other. If one fails, or the caller is cancelled, those loaded are freed."""
+        try:
+            for lane in self._lanes:
+                lane.counters.state = "loading"
+                await asyncio.wrap_future(lane.workers.submit(lane.load, self._load))
+                lane.counters.state = "ready"
+        except BaseException as error:
+            self.stop()
+            if isinstance(error, Exception):
+                error.add_note(f"aneuron: while loading core {lane.core_id} of the {self._backend.name} backend")
+                await self._closed
+            raise
+        self.serving = True
+        self.resize(num_workers)
+
+    def resize(self, num_workers: int) -> None:
+        """Spread `num_workers` slots over the lanes; batches in flight are left alone."""
+        slots = spread(num_workers, len(self._lanes))
+        for lane, own in zip(self._lanes, slots, strict=True):
+            lane.widen(own)
+        self._scheduler.resize(slots)
+        self._dispatch_soon()
+
+    def change(self, **settings: Any) -> None:
+        """Replace rules for the calls that come from now on."""
+        self.rules = self._scheduler.rules = replace(self.rules, **settings)
+
+    async def drain(self) -> None:
+        """Refuse new calls, finish those accepted, free the cores."""
+        self.serving = False
+        self._scheduler.draining = True
+        self._check_idle()
+        slow = self.loop.call_later(SLOW_DRAIN, self._log_slow_drain)
+        try:
+            await asyncio.shield(self._idle)
+            self.stop()
+            await asyncio.shield(self._closed)
+        finally:
+            slow.cancel()
+
+    def abort(self) -> None:
+        """Fail what has not begun to execute, and let the threads end after what they execute."""
+        self.serving = False
+        revoked = [chunk.call for batch in self._scheduler.pending_reruns() for chunk in batch.chunks]
+        for lane in self._lanes:
+            waiting = [lane.queue.get_nowait() for _ in range(lane.queue.qsize())]
+            waiting += [execution for execution in lane.handed if not execution.begun]
+            revoked += [chunk.call for execution in waiting for chunk in execution.chunks]
+        revoked += [call for call in self._calls if call.bound < call.rows]
+        for call in revoked:
+            self._end(call, error=Closed("the model was closed before it ran this call"))
+        self.stop()
+
+    def stop(self) -> None:
+        """Let every lane's threads end."""
+        self.serving, self._stopped = False, True
+        for lane in self._lanes:
+            lane.stop(self._lane_closed)
+
+    def _lane_closed(self) -> None:  # worker thread
+        self._call_loop(self._count_closed)
+
+    def _count_closed(self) -> None:
+        self._open_cores -= 1
+        if not self._open_cores:
+            for lane in self._lanes:
+                lane.counters.state, lane.counters.in_flight = "closed", 0
+            self._closed.set_result(None)
+
+    def _check_idle(self) -> None:
+        if self._scheduler.draining and not self._calls and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _log_slow_drain(self) -> None:
+        logger.warning("closing has taken %g s; %d calls have not ended", SLOW_DRAIN, len(self._calls))
+
+    # Calls in.
+
+    async def answer(self, call: Call) -> Any:
+        """Admit a call and wait for its result."""
+        self._admit(call)
+        try:
+            return await call.future
+        finally:
+            if not call.settled:
+                self._withdraw(call)
+            del call  # an exception's traceback holds this frame
+
+    def _admit(self, call: Call) -> None:
+        if not self.serving:
+            raise Closed("the model is closed or closing; start() opens it again")
+        if not self._scheduler.room(call.rows):
+            self._dispatch()  # what idle cores can take does not wait
+            if not self._scheduler.room(call.rows):
+                raise self._refusal(call.rows)
+        call.future = self.loop.create_future()
+        call.ended = call.future.done
+        call.admitted = self._clock()
+        self._scheduler.admit(call)
+        self._calls.add(call)
+        self._counters.accepted += 1
+        self._dispatch_soon()
+
+    def _refusal(self, rows: int) -> QueueFull:
+        self._counters.refused += 1
+        retry_after = self._counters.drain_seconds(self._scheduler.excess(rows))
+        return QueueFull(
+            f"no room for {rows} rows: {self._scheduler.waiting_rows} wait and max_pending={self.rules.max_pending}; "
+            "try again later, or raise max_pending",
+            retry_after,
+        )
+
+    # Batches out.
+
+    def _dispatch_soon(self) -> None:
+        """Dispatch at the end of this iteration of the loop, so that calls made in the same one are packed together."""
+        if not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        self._scheduled = False
+        try:
+            while not self._stopped and (bound := self._scheduler.bind()) is not None:
+                index, batch = bound
+                self._lanes[index].put(self._execution(index, batch))
+        except Exception as error:
+            self._crash(error)
+
+    def _execution(self, index: int, batch: Batch[Call]) -> Execution:
+        core = self._lanes[index].core
+        assert core is not None
+        size = self._load.size if batch.chunks[0].call.cut.shared else None
+        return Execution(batch, size, self._load.dim, self._backend, core, index, self._guard, self._post)
+
+    # Results back.
+
+    def _post(self, execution: Execution) -> None:  # worker thread
+        self._done.append(execution)
+        if not self._posted:
+            self._posted = True
+            self._call_loop(self._deliver)
+
+    def _call_loop(self, callback: Callable[[], None]) -> None:  # worker thread
+        with suppress(RuntimeError):  # the loop is closed, nobody waits
+            self.loop.call_soon_threadsafe(callback)
+
+    def _deliver(self) -> None:
+        self._posted = False  # before the queue is emptied: what is posted from here on posts again
+        now = self._clock()
+        try:
+            while self._done:
+                execution = self._done.popleft()
+                self._counters.loop_lag_seconds.add(now - execution.posted)
+                self._settle(execution, now)
+        except Exception as error:
+            self._crash(error)
+        self._dispatch_soon()
+
+    def _settle(self, execution: Execution, now: float) -> None:
+        """Free the slot, then end the calls that the batch has completed."""
+        lane = self._lanes[execution.lane]
+        lane.handed.remove(execution)
+        self._scheduler.release(lane.index)
+        lane.pump()
+        if execution.begun:
+            self._count(execution, lane, now)
+        if execution.error is not None:
+            self._failed(execution, lane, execution.error)
+        for call, result in execution.finished:
+            self._end(call, result, now=now)
+        execution.chunks, execution.error, execution.finished = (), None, []  # no cycle through a traceback
+
+    def _count(self, execution: Execution, lane: Lane, now: float) -> None:
+        counters, rows = self._counters, execution.rows
+        service = execution.ended - max(execution.started, lane.ended)
+        lane.ended = execution.ended
+        lane.counters.executed(rows, execution.size or rows, max(0.0, service))
+        counters.drained(rows, now)
+        counters.device_seconds.add(execution.ended - execution.started)
+        if execution.batch.because != "rerun":
+            counters.closed_because[execution.batch.because] += 1
+            counters.batch_rows.add(rows)
+            for call, start, _ in execution.chunks:
+                if not start:
+                    counters.queue_seconds.add(execution.started - call.admitted)
+
+    def _failed(self, execution: Execution, lane: Lane, error: BaseException) -> None:
+        """Give the error to the call that caused it: a batch of several runs again in halves until it stands alone."""
+        lane.counters.errors += 1
+        chunks = [chunk for chunk in execution.chunks if not chunk.call.ended()]
+        if execution.fault is not Fault.INPUT:
+            logger.warning("core %d failed: %s", lane.core_id, type(error).__name__, exc_info=error)
+            for chunk in chunks:
+                failure = CoreFailed(f"core {lane.core_id} failed while it ran this call: {_text(error)}", lane.core_id)
+                failure.__cause__ = error
+                self._end(chunk.call, error=failure)
+        elif len(chunks) == 1:
+            call, start, stop = chunks[0]
+            self._end(call, error=_own(error, f"aneuron: core {lane.core_id}, rows {start} to {stop - 1} of this call"))
+        elif not self._stopped:
+            self._scheduler.rerun(chunks)
+        else:
+            for chunk in chunks:
+                self._end(chunk.call, error=Closed("the model was closed before it could run this call again"))
+
+    def _end(
+        self, call: Call, result: Any = None, *, error: BaseException | None = None, now: float | None = None
+    ) -> None:
+        """The one function that ends a call. A caller who has left is counted by its own `_withdraw`."""
+        future = call.future
+        if future.done():
+            return
+        call.settled = True
+        if error is None:
+            future.set_result(result)
+            self._counters.completed += 1
+        else:
+            future.set_exception(error)
+            self._counters.failed += 1
+        self._counters.total_seconds.add((now or self._clock()) - call.admitted)
+        self._forget(call)
+
+    def _withdraw(self, call: Call) -> None:
+        """The caller has left: its rows leave the queue, or their results will be dropped."""
+        call.settled = True
+        call.future.cancel()
+        self._counters.cancelled += 1
+        self._forget(call)
+
+    def _forget(self, call: Call) -> None:
+        self._scheduler.discard(call)
+        self._calls.discard(call)
+        call.inputs = call.result = None
+        self._check_idle()
+
+    def _crash(self, error: Exception) -> None:
+        """A bug of ours must not leave anybody waiting."""
+        logger.critical("the lanes failed and are closed; please report this", exc_info=error)
+        for call in list(self._calls):
+            failure = Closed(f"the model is closed after an internal error: {_text(error)}; please report this")
+            failure.__cause__ = error
+            self._end(call, error=failure)
+        self.stop()
+
+    def statistics(self) -> Statistics:
+        """The frozen snapshot of now."""
+        for lane in self._lanes:
+            lane.counters.in_flight = self._scheduler.in_flight(lane.index)
+        return self._counters.snapshot(self._scheduler.waiting_calls, self._scheduler.waiting_rows)
+
+
+def _own(error: BaseException, note: str) -> BaseException:
+    """The model's exception as a future can carry it, with a note."""
+    if not isinstance(error, Exception) or isinstance(error, StopIteration):
+        # A future cannot carry StopIteration; CancelledError, SystemExit and KeyboardInterrupt would be taken for
+        # the caller's own cancellation, or end its loop.
+        wrapped = RuntimeError(f"the model raised {_text(error)}")
+        wrapped.__cause__ = error
+        error = wrapped
+    with suppress(Exception):  # whatever the model's exception makes of it
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)
+    return error
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__

@@ -1,0 +1,360 @@
+"""`AsyncDataParallel`: what the user holds. Checks, settings, lifecycle.
+
+Lives here: the arguments and what they mean, starting and closing. Must not be here: futures (lane.py), threads
+(workers.py), tensor work (rows.py), which rows run next (scheduler.py).
+"""
+
+import asyncio
+import inspect
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from aneuron.backends import Backend, choose_backend, choose_cores, parse_device_ids
+from aneuron.errors import Closed, ShapeError
+from aneuron.lane import Lanes, Load
+from aneuron.rows import Call, Compiled, Inputs, measure
+from aneuron.scheduler import Rules
+from aneuron.stats import Counters, Statistics
+
+Model = Any  # nn.Module | ScriptModule | callable | path of a TorchScript file
+
+
+class AsyncDataParallel:
+    """A model on every core of this process, to be awaited.
+
+    ``y = await model(*inputs, **kwargs)``: every tensor among the inputs (at any depth of tuples, lists, dicts, named
+    tuples and dataclasses; NumPy arrays count as tensors) has the same number of rows n >= 1 along `dim`; everything
+    else is passed to the model as it is. The result has the structure that the model makes, with n rows in each
+    tensor, in order; its tensors are ordinary, detached, on the CPU, and share memory with nothing.
+
+    Calls that wait are packed into batches with other callers' rows if their tensors agree in shape (but for the
+    rows) and dtype and their other arguments are equal; a call may be spread over several batches and cores.
+    Cancelling an awaiting task takes its rows out of the queue; rows that a core is executing are finished and dropped.
+
+    Parameters (the first four as in `torch_neuronx.DataParallel`,
+    https://awsdocs-neuron.readthedocs-hosted.com/en/latest/frameworks/torch/torch-neuronx/api-reference-guide/inference/api-torch-neuronx-data-parallel.html):
+
+    model: an `nn.Module`, a `ScriptModule`, a callable, or the path of a TorchScript file.
+    device_ids: ints or "nc:#", zero-based in the cores that this process sees; None for all of them.
+    dim: the batch dimension. Dynamic batching works for 0 only.
+    set_dynamic_batching: whether inputs are cut, packed and padded to the compiled rows. When off, a call's inputs are
+        cut over the cores and `rows / cores` must equal the compiled rows, if those are known.
+    backend: "auto", "cpu", or an object with the methods of `aneuron.Backend`.
+    batch_size: rows in one execution, as compiled; every batch is padded to it. None: any number of rows.
+    example_inputs: what the model was traced with: a tensor, a tuple of positional or a dict of keyword inputs. It is
+        run twice on each core before the model is ready. For a ScriptModule, or with `batch_size`, it also fixes
+        shapes and dtypes; to a ScriptModule it gives its `batch_size` if there is none.
+    num_workers: batches that may be in flight, on all cores together; None: two a core. Settable at any time.
+    split_size: rows of the pieces that a call is cut into; None: up to `batch_size`, or `max(1, rows // cores)` where
+        any number will do. Settable at any time.
+    max_pending: rows that may wait before calls are refused with `QueueFull`; None: no bound.
+
+    Raises, from the call: `ShapeError` for inputs that do not fit, `QueueFull`, `Closed`, `CoreFailed`, `OutputError`
+    for outputs that cannot be handed out, `RuntimeError` when used from a second event loop, and whatever the model
+    raised for this call's rows.
+
+        >>> import asyncio, torch, aneuron
+        >>> async def main():
+        ...     async with aneuron.AsyncDataParallel(torch.nn.Softmax(1).eval(), batch_size=8) as model:
+        ...         return await model(torch.zeros(3, 2))
+        >>> asyncio.run(main())
+        tensor([[0.5000, 0.5000],
+                [0.5000, 0.5000],
+                [0.5000, 0.5000]])
+    """
+
+    _asked_for_batching: bool
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Note whether dynamic batching was asked for or is on by default: only then is it worth a warning."""
+        self = super().__new__(cls)
+        self._asked_for_batching = len(args) > 3 or "set_dynamic_batching" in kwargs
+        return self
+
+    def __init__(
+        self,
+        model: Model,
+        device_ids: Iterable[int | str] | None = None,
+        dim: int = 0,
+        set_dynamic_batching: bool = True,
+        *,
+        backend: str | Backend = "auto",
+        batch_size: int | None = None,
+        example_inputs: Any = None,
+        num_workers: int | None = None,
+        split_size: int | None = None,
+        max_pending: int | None = None,
+    ) -> None:
+        self._lanes: Lanes | None = None
+        self._starting: asyncio.Task[Lanes] | None = None
+        self._starters = 0  # who waits for the start
+        self._closed = False
+        self._model = _checked_model(model)
+        self._ids = parse_device_ids(device_ids)
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise ValueError(f"dim={dim!r}: expected an int, the dimension that counts rows")
+        self._dim = dim
+        self._backend = choose_backend(backend)
+        self._batch_size = _count("batch_size", batch_size)
+        self._max_pending = _count("max_pending", max_pending)
+        self._num_workers = _count("num_workers", num_workers)
+        self._split_size = _count("split_size", split_size)
+        self._packing = bool(set_dynamic_batching) and dim == 0
+        self._example, self._compiled = self._read_example(example_inputs)
+        self._counters = Counters()
+        if dim != 0 and set_dynamic_batching and self._asked_for_batching:
+            warnings.warn(
+                f"dynamic batching cannot be enabled for dim={dim}, only for dim=0; it is off: rows / cores must equal "
+                "the compiled rows",
+                stacklevel=2,
+            )
+
+    def _read_example(self, example_inputs: Any) -> tuple[Compiled | None, Compiled | None]:
+        """What to warm up with, and what calls are held to."""
+        if example_inputs is None:
+            return None, None
+        kwargs: dict[str, Any] = example_inputs if type(example_inputs) is dict else {}
+        args: tuple[Any, ...] = example_inputs if type(example_inputs) is tuple else (example_inputs,) * (not kwargs)
+        try:
+            example = Compiled(args, kwargs, self._dim)
+        except ShapeError as error:
+            raise ShapeError(f"example_inputs: {error}") from None
+        traced = isinstance(self._model, (torch.jit.ScriptModule, torch.jit.ScriptFunction, str, os.PathLike))
+        if traced and self._batch_size is None:
+            self._batch_size = example.inputs.rows
+        return example, example if traced or self._batch_size is not None else None
+
+    # Calls.
+
+    async def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the model on the inputs' rows; see the class."""
+        measured = measure(inputs, kwargs, self._dim)
+        if self._compiled is not None:
+            self._compiled.check(measured, inputs, kwargs)
+        lanes = self._lanes
+        if lanes is None or lanes.loop is not asyncio.get_running_loop():
+            lanes = await self._started()
+        return await lanes.answer(self._call(measured, lanes.rules))
+
+    def _call(self, inputs: Inputs, rules: Rules) -> Call:
+        """The call, with the way it will be cut."""
+        cut = rules.cut(inputs.rows)
+        if rules.packing and rules.split_size is None:
+            return Call(inputs, cut)
+        pieces, compiled = cut.count(inputs.rows), self._batch_size
+        if not rules.packing:
+            due = inputs.rows if rules.split_size else rules.cores * (compiled or 0)
+            if compiled is not None and (cut.piece != compiled or inputs.rows % compiled or inputs.rows != due):
+                raise ShapeError(
+                    f"{inputs.rows} rows / {rules.cores} cores != {compiled} compiled rows: with dynamic batching off "
+                    f"the rows of a call, divided by the cores, must be those that the model was compiled for"
+                    + (f" (split_size={rules.split_size})" if rules.split_size else "")
+                )
+        if pieces % rules.cores:
+            warnings.warn(
+                f"the cores are not fully used: {inputs.rows} rows in {pieces} pieces on {rules.cores} cores",
+                stacklevel=3,
+            )
+        return Call(inputs if rules.packing else inputs._replace(signature=(None, inputs.signature)), cut)
+
+    def disable_dynamic_batching(self) -> None:
+        """Neither pack nor pad the calls made from now on: `rows / cores` must equal the compiled rows, if known."""
+        self._packing = False
+        if self._lanes is not None:
+            self._lanes.change(packing=False)
+
+    @property
+    def num_workers(self) -> int | None:
+        """Batches that may be in flight, on all cores together; None before the start if none was given."""
+        if self._num_workers is None and self._lanes is not None:
+            return 2 * self._lanes.rules.cores
+        return self._num_workers
+
+    @num_workers.setter
+    def num_workers(self, value: int) -> None:
+        self._num_workers = _count("num_workers", value)
+        if self._lanes is not None and self._lanes.serving:
+            self._lanes.loop.call_soon_threadsafe(self._resize)
+
+    def _resize(self) -> None:
+        if self._lanes is not None and self._lanes.serving and self.num_workers is not None:
+            self._lanes.resize(self.num_workers)
+
+    @property
+    def split_size(self) -> int | None:
+        """Rows of the pieces that a call is cut into; None: chosen, see the class."""
+        return self._split_size
+
+    @split_size.setter
+    def split_size(self, value: int | None) -> None:
+        self._split_size = _count("split_size", value)
+        if self._lanes is not None:
+            self._lanes.change(split_size=self._split_size)
+
+    @property
+    def ready(self) -> bool:
+        """Whether calls are served: started, warmed up, not closing."""
+        return self._lanes is not None and self._lanes.serving and not self._lanes.loop.is_closed()
+
+    def statistics(self) -> Statistics:
+        """A frozen snapshot of the counters, cheap enough to be read 100 times a second. They outlive a restart."""
+        return self._lanes.statistics() if self._lanes is not None else self._counters.snapshot(0, 0)
+
+    # Lifecycle.
+
+    async def start(self) -> None:
+        """Load the model on every core and warm it up. The first call does it if nobody has.
+
+        Several may wait for one start; when the last of them is cancelled, so is the start, and what was loaded is
+        freed. A closed model may be started again, also on another loop. Raises what loading raises.
+        """
+        if self._lanes is not None and not self._lanes.serving and not self._lanes.loop.is_closed():
+            raise Closed("the model is closing; start it when aclose() has returned")
+        self._closed = False
+        await self._started()
+
+    async def _started(self) -> Lanes:
+        """The running lanes; those of this loop, started if need be."""
+        self._check_loop()
+        if self._lanes is not None:
+            return self._lanes
+        if self._starting is None:
+            if self._closed:
+                raise Closed("the model is closed; start() opens it again")
+            self._starting = asyncio.create_task(self._start(), name="aneuron start")
+        starting = self._starting
+        self._starters += 1
+        try:
+            await asyncio.wait({starting})
+        finally:
+            self._starters -= 1
+            if not self._starters and not starting.done():
+                starting.cancel()
+        if starting.cancelled():
+            raise Closed("the model was closed while it started")
+        return starting.result()
+
+    def _check_loop(self) -> None:
+        """An instance belongs to the loop that started it, until it is closed or that loop is."""
+        if self._lanes is not None:
+            owner = self._lanes.loop
+        elif self._starting is not None:
+            owner = self._starting.get_loop()
+        else:
+            return
+        if owner is asyncio.get_running_loop():
+            return
+        if not owner.is_closed():
+            raise RuntimeError(
+                "this model runs on another event loop, and belongs to it until aclose(); close it there first, or "
+                "make one instance for each loop"
+            )
+        if self._lanes is not None:
+            self._lanes.stop()  # its loop has gone without closing it
+        self._lanes = self._starting = None
+        self._starters = 0
+
+    async def _start(self) -> Lanes:
+        try:
+            ids = choose_cores(self._backend, self._ids)
+            rules = Rules(
+                cores=len(ids),
+                batch_size=self._batch_size,
+                preferred=getattr(self._backend, "preferred_rows", 32),
+                split_size=self._split_size,
+                packing=self._packing,
+                max_pending=self._max_pending,
+            )
+            size = self._batch_size if self._dim == 0 else None
+            load = Load(self._model, size, self._dim, self._example, self._packing)
+            lanes = Lanes(self._backend, ids, rules, load, self._counters)
+            await lanes.start(self._num_workers or 2 * len(ids))
+            lanes.change(split_size=self._split_size, packing=self._packing)  # as set while it loaded
+            self._lanes = lanes
+            return lanes
+        finally:
+            self._starting = None
+
+    async def aclose(self) -> None:
+        """Refuse new calls, finish the accepted ones, free cores and threads. If cancelled, `abort()` instead."""
+        self._check_loop()
+        self._closed = True
+        self._cancel_start()
+        lanes = self._lanes
+        if lanes is None:
+            return
+        try:
+            await lanes.drain()
+        except BaseException:
+            lanes.abort()
+            raise
+        finally:
+            if self._lanes is lanes:
+                self._lanes = None
+
+    async def abort(self) -> None:
+        """Fail the calls that have not begun with `Closed`; what executes is left to finish, and not waited for."""
+        self._check_loop()
+        self._closed = True
+        self._cancel_start()
+        lanes, self._lanes = self._lanes, None
+        if lanes is not None:
+            lanes.abort()
+
+    def _cancel_start(self) -> None:
+        if self._starting is not None:
+            self._starting.cancel()
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await (self.aclose() if kind is None else self.abort())
+
+    def __del__(self) -> None:
+        lanes = getattr(self, "_lanes", None)
+        if lanes is not None:
+            lanes.stop()
+            warnings.warn(
+                "an AsyncDataParallel was never closed; use `async with`, or await aclose()",
+                ResourceWarning,
+                stacklevel=2,
+            )
+
+    def __repr__(self) -> str:
+        state = "ready" if self.ready else "closed" if self._closed else "starting" if self._starting else "not started"
+        return f"<AsyncDataParallel {state}, {self._backend!r}, batch_size={self._batch_size}>"
+
+
+AsyncDataParallel.__signature__ = inspect.signature(  # type: ignore[attr-defined]
+    AsyncDataParallel.__init__
+).replace(parameters=list(inspect.signature(AsyncDataParallel.__init__).parameters.values())[1:])
+
+
+def _count(name: str, value: int | None) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError(f"{name}={value!r}: expected an int of at least 1, or None to leave it to aneuron")
+    return value
+
+
+def _checked_model(model: Model) -> Model:
+    if not callable(model) and not isinstance(model, (str, os.PathLike)):
+        raise TypeError(f"model={model!r:.80}: expected a module, a callable, or the path of a TorchScript file")
+    if isinstance(model, torch.nn.Module) and model.training:
+        warnings.warn(
+            "the model is in training mode: dropout would be active, and batch statistics would mix callers; "
+            "call model.eval() first",
+            stacklevel=3,
+        )
+    return model
+
+
+__all__: Sequence[str] = ["AsyncDataParallel"]

@@ -1,0 +1,328 @@
+"""Which rows form the next batch, and for which lane.
+
+Lives here: the queue of waiting calls, cutting and packing, the lanes' slots, the arithmetic of backpressure.
+Must not be here: asyncio, threads, torch, a clock. Decisions come back as data; the effects are the lane's.
+
+Late binding is the rule that carries this file: rows stay in the queue, where they can be cancelled and joined by
+others, until a lane has a free slot. They are cut when the batch is formed, so a call of ten million rows is one
+entry.
+"""
+
+import heapq
+from collections import deque
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Generic, NamedTuple, TypeVar
+
+
+class Cut(NamedTuple):
+    """How a call may be cut: in pieces of `piece` rows, the pieces within the first `longer` rows one row longer.
+
+    `piece == 0` means anywhere. `shared` says whether the pieces may share a batch with other calls.
+    """
+
+    piece: int = 0
+    longer: int = 0
+    shared: bool = True
+
+    def take(self, bound: int, rows: int, room: int, one_piece: bool) -> int:
+        """Rows of the next chunk, 0 if no piece fits; `bound` of the call's `rows` are gone already."""
+        left = rows - bound
+        if not self.piece:
+            return min(left, room)
+        taken = size = self.next(bound, rows)
+        while not one_piece and size and taken <= room:
+            size = self.next(bound + taken, rows)
+            if taken + size > room:
+                break
+            taken += size
+        return taken if taken <= room else 0
+
+    def next(self, bound: int, rows: int) -> int:
+        """Rows of the piece that starts at row `bound`."""
+        return min(self.piece + (bound < self.longer), rows - bound)
+
+    def count(self, rows: int) -> int:
+        """The number of pieces of a call of `rows` rows, each as short as it can get."""
+        if not self.piece:
+            return 1
+        longer = self.longer // (self.piece + 1)
+        return longer - (self.longer - rows) // self.piece
+
+
+ANYWHERE = Cut()
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What decides how calls are cut and packed; replaced whole when a setting changes at run time."""
+
+    cores: int
+    batch_size: int | None  # rows of one execution, as compiled; None = any number
+    preferred: int  # rows to pack up to where any number will do
+    split_size: int | None
+    packing: bool  # dynamic batching
+    max_pending: int | None
+
+    @property
+    def limit(self) -> int:
+        """Rows that a shared batch may hold."""
+        return self.batch_size or self.preferred
+
+    def cut(self, rows: int) -> Cut:
+        """The pieces of a call of `rows` rows (design: `split_size`, else `max(1, rows // cores)` a piece)."""
+        if self.split_size is not None:
+            piece = min(self.split_size, self.batch_size or self.split_size)
+            return Cut(piece, shared=self.packing)
+        if self.packing and self.batch_size is not None:
+            return ANYWHERE
+        pieces = min(rows, self.cores)
+        if self.packing:
+            pieces = max(pieces, -(-rows // self.preferred))
+        piece, extra = divmod(rows, pieces)
+        return Cut(piece, extra * (piece + 1), self.packing)
+
+
+class Waiting:
+    """A call as the scheduler sees it. `bound` of its `rows` belong to a batch already."""
+
+    __slots__ = ("bound", "cut", "rows", "sequence", "signature")
+
+    def __init__(self, rows: int, signature: Hashable, cut: Cut) -> None:
+        self.rows = rows
+        self.signature = signature
+        self.cut = cut
+        self.bound = 0
+        self.sequence = 0
+
+
+C = TypeVar("C", bound=Waiting)
+
+
+class Chunk(NamedTuple, Generic[C]):
+    """Consecutive rows `start` to `stop` of one call, which travel together."""
+
+    call: C
+    start: int
+    stop: int
+
+
+@dataclass(slots=True, eq=False)
+class Batch(Generic[C]):
+    """What one core executes at once: `rows` rows in `chunks`, and why it was not made larger."""
+
+    chunks: list[Chunk[C]]
+    rows: int
+    because: str  # "full" | "core_idle" | "signature" | "drain" | "rerun"
+
+
+class _Group(Generic[C]):
+    """The waiting calls of one signature, in order of coming. Calls that have no row left are skipped on the way."""
+
+    __slots__ = ("calls", "key", "live", "rows")
+
+    def __init__(self, key: Hashable) -> None:
+        self.key = key
+        self.calls: deque[C] = deque()
+        self.live = 0  # calls that still have rows to bind
+        self.rows = 0  # rows that are not bound
+
+
+class Scheduler(Generic[C]):
+    """The one queue of all waiting calls, and the slots that they wait for."""
+
+    def __init__(self, rules: Rules) -> None:
+        self.rules = rules
+        self.draining = False
+        self.waiting_calls = 0  # calls of which no row is bound
+        self._waiting = [0, 0]  # rows that wait: of calls of at most one batch, of larger ones
+        self._groups: dict[Hashable, _Group[C]] = {}
+        self._order: list[tuple[int, _Group[C]]] = []  # heap of groups by their first call; keys may lag behind
+        self._sequence = 0
+        self._again: deque[Batch[C]] = deque()
+        self._slots: list[int] = []
+        self._in_flight: list[int] = []
+        self._open: list[dict[int, None]] = [{}]  # [n]: lanes with n batches in flight and a free slot, oldest first
+
+    # Calls in, calls out.
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that belong to no batch yet."""
+        return self._waiting[0] + self._waiting[1]
+
+    def room(self, rows: int) -> bool:
+        """Whether `max_pending` admits a call of `rows` rows now.
+
+        Calls of at most one batch and larger ones have that much room each, so that neither shuts the other out;
+        a call larger than the room is admitted when none of its kind waits.
+        """
+        waiting = self._waiting[rows > self.rules.limit]
+        return self.rules.max_pending is None or not waiting or waiting + rows <= self.rules.max_pending
+
+    def excess(self, rows: int) -> int:
+        """Rows that must leave before `room(rows)` holds."""
+        return self._waiting[rows > self.rules.limit] + rows - (self.rules.max_pending or 0)
+
+    def admit(self, call: C) -> None:
+        """Queue a call."""
+        group = self._groups.get(call.signature)
+        self._sequence = call.sequence = self._sequence + 1
+        if group is None:
+            group = self._groups[call.signature] = _Group(call.signature)
+            heapq.heappush(self._order, (call.sequence, group))
+        group.calls.append(call)
+        group.live += 1
+        group.rows += call.rows
+        self._waiting[call.rows > self.rules.limit] += call.rows
+        self.waiting_calls += 1
+
+    def discard(self, call: C) -> None:
+        """Take a call's waiting rows out of the queue; does nothing if none waits."""
+        left = call.rows - call.bound
+        if not left:
+            return
+        self.waiting_calls -= call.bound == 0
+        self._waiting[call.rows > self.rules.limit] -= left
+        call.bound = call.rows
+        group = self._groups[call.signature]
+        group.rows -= left
+        group.live -= 1
+        if len(group.calls) > 2 * group.live + 16:
+            group.calls = deque(other for other in group.calls if other.bound < other.rows)
+
+    def rerun(self, chunks: Sequence[Chunk[C]]) -> None:
+        """Queue the two halves of a failed batch ahead of everything else; they are not packed with others."""
+        half = (len(chunks) + 1) // 2
+        for part in (chunks[:half], chunks[half:]):
+            self._again.append(Batch(list(part), sum(c.stop - c.start for c in part), "rerun"))
+
+    def pending_reruns(self) -> Iterable[Batch[C]]:
+        """The batches that `rerun` queued and no lane has taken."""
+        return self._again
+
+    # Slots.
+
+    def resize(self, slots: Sequence[int]) -> None:
+        """Give lane i `slots[i]` slots. Batches in flight beyond them finish; their slots do not come back."""
+        lanes = [lane for level in self._open for lane in level]
+        lanes += sorted(set(range(len(slots))) - set(lanes))
+        self._slots = list(slots)
+        self._in_flight += [0] * (len(slots) - len(self._in_flight))
+        self._open = [{} for _ in range(max(1, *slots))]
+        for lane in lanes:
+            self._reopen(lane)
+
+    def release(self, lane: int) -> None:
+        """Lane `lane` has a batch less in flight."""
+        in_flight = self._in_flight[lane]
+        if in_flight < self._slots[lane]:
+            del self._open[in_flight][lane]
+        self._in_flight[lane] = in_flight - 1
+        self._reopen(lane)
+
+    def in_flight(self, lane: int) -> int:
+        """Batches that are bound to a lane or executing on it."""
+        return self._in_flight[lane]
+
+    def _reopen(self, lane: int) -> None:
+        in_flight = self._in_flight[lane]
+        if in_flight < self._slots[lane]:
+            self._open[in_flight][lane] = None
+
+    # The decision.
+
+    def bind(self) -> tuple[int, Batch[C]] | None:
+        """The next batch and the lane that gets it, or None if no batch can start anywhere.
+
+        An idle lane takes what is there. A lane that is executing takes the batch that the head of the order would
+        start, and only if it is full: rows wait in the queue, not behind a lane. Of several lanes the one that has
+        been in its state for the longest gets the batch: among executing lanes it is expected to end first.
+        """
+        lanes = next(filter(None, self._open), None)
+        if lanes is None:
+            return None
+        busy = lanes is not self._open[0]
+        batch = self._again.popleft() if self._again else self._form(busy, not busy and len(lanes) > 1)
+        if batch is None:
+            return None
+        lane = next(iter(lanes))
+        del lanes[lane]
+        self._in_flight[lane] += 1
+        self._reopen(lane)
+        return lane, batch
+
+    def _head(self) -> _Group[C] | None:
+        """The group whose first call came first."""
+        order = self._order
+        while order:
+            key, group = order[0]
+            calls = group.calls
+            while calls and calls[0].bound == calls[0].rows:
+                calls.popleft()
+            if not calls:
+                heapq.heappop(order)
+                del self._groups[group.key]
+            elif calls[0].sequence != key:
+                heapq.heapreplace(order, (calls[0].sequence, group))
+            else:
+                return group
+        return None
+
+    def _form(self, busy: bool, one_piece: bool) -> Batch[C] | None:
+        """A batch that starts with the head of the order; None if nothing waits, or `busy` and it would not be full.
+
+        `one_piece` of each call while other lanes are idle, so that a call's pieces spread over them.
+        """
+        group = self._head()
+        if group is None:
+            return None
+        calls, limit = group.calls, self.rules.limit
+        shared = calls[0].cut.shared
+        if busy and shared and group.rows < limit:
+            return None
+        chunks: list[Chunk[C]] = []
+        rows, full, one_piece = 0, not shared, one_piece or not shared
+        while calls and rows < limit:
+            call = calls[0]
+            if call.bound == call.rows:
+                calls.popleft()
+                continue
+            room = limit - rows if chunks else max(limit, call.cut.next(call.bound, call.rows))
+            taken = call.cut.take(call.bound, call.rows, room, one_piece)
+            if not taken:
+                full = True
+                break
+            calls.popleft()
+            chunks.append(Chunk(call, call.bound, call.bound + taken))
+            rows += taken
+            if not shared:
+                break
+        full = full or rows >= limit
+        if busy and not full:
+            calls.extendleft(chunk.call for chunk in reversed(chunks))
+            return None
+        others = self.waiting_rows > group.rows
+        self._commit(group, chunks)
+        idle = "drain" if self.draining else "signature" if others else "core_idle"
+        return Batch(chunks, rows, "full" if full else idle)
+
+    def _commit(self, group: _Group[C], chunks: list[Chunk[C]]) -> None:
+        """The chunks leave the queue; calls that have rows left go back to the front."""
+        unfinished: list[C] = []
+        for call, start, stop in chunks:
+            call.bound = stop
+            self.waiting_calls -= start == 0
+            self._waiting[call.rows > self.rules.limit] -= stop - start
+            group.rows -= stop - start
+            if stop < call.rows:
+                unfinished.append(call)
+            else:
+                group.live -= 1
+        group.calls.extendleft(reversed(unfinished))
+
+
+def spread(slots: int, lanes: int) -> list[int]:
+    """`slots` slots over `lanes` lanes, evenly; the first ones get those left over."""
+    each, extra = divmod(slots, lanes)
+    return [each + (lane < extra) for lane in range(lanes)]

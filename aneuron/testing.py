@@ -1,0 +1,311 @@
+"""For tests: cores that execute when told, a loop whose clock jumps, and the contract of a backend as a test suite.
+
+Everything here runs without threads and without waiting, so that a test of queueing, cancelling or closing says
+exactly what has happened when. Nothing in the package imports this file.
+
+    >>> import asyncio, torch, aneuron
+    >>> from aneuron.testing import PuppetBackend, run, settle
+    >>> async def main():
+    ...     backend = PuppetBackend(cores=1)
+    ...     async with aneuron.AsyncDataParallel(torch.neg, backend=backend) as model:
+    ...         call = asyncio.ensure_future(model(torch.ones(1, 1)))
+    ...         await settle()
+    ...         before = call.done()
+    ...         backend[0].release()
+    ...         return before, await call
+    >>> run(main())
+    (False, tensor([[-1.]]))
+"""
+
+import asyncio
+import selectors
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from aneuron.backends import Backend, Core, Fault
+from aneuron.workers import Execution
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+# A loop whose clock jumps.
+
+
+class _JumpingSelector(selectors.DefaultSelector):
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0)
+        if not ready and timeout is None:
+            raise RuntimeError("the loop waits for something that nothing can bring about: a deadlock in virtual time")
+        if not ready and timeout is not None and timeout > 0:
+            self.now += timeout
+        return ready
+
+
+class VirtualTimeLoop(asyncio.SelectorEventLoop):
+    """An event loop on which time passes only when there is nothing else to do, and then at once.
+
+    A test of an hour takes milliseconds. Waiting for what can never happen is a RuntimeError. For code without
+    threads: a thread's answer takes real time, of which this loop has none.
+    """
+
+    def __init__(self) -> None:
+        self._jumping = _JumpingSelector()
+        super().__init__(self._jumping)
+
+    def time(self) -> float:
+        """Seconds of virtual time since the loop was made."""
+        return self._jumping.now
+
+
+def run(main: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine on a virtual-time loop, as `asyncio.run` does on a real one."""
+    with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
+        return runner.run(main)
+
+
+async def settle(iterations: int = 10) -> None:
+    """Let everything happen that can happen without a core or the clock."""
+    for _ in range(iterations):
+        await asyncio.sleep(0)
+
+
+# Cores that execute when told.
+
+
+class PuppetCore:
+    """A core that executes a batch when `release()` is called, on the loop's own thread.
+
+    `executed` holds the positional and keyword arguments of every batch that was executed, `executing` those of the
+    batch that has begun, or None.
+    """
+
+    concurrent = False
+
+    def __init__(self, model: Any, core_id: int) -> None:
+        self._model = model
+        self.core_id = core_id
+        self.executed: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.closed = False
+        self.workers: PuppetWorkers | None = None
+        self._error: BaseException | None = None
+
+    def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Called by the lane when the batch is released."""
+        self.executed.append((args, kwargs))
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        with torch.no_grad():
+            return self._model(*args, **kwargs)
+
+    def close(self) -> None:
+        """Called by the lane."""
+        self.closed = True
+
+    @property
+    def executing(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """The arguments of the batch that has begun."""
+        current = self.workers.current if self.workers is not None else None
+        return current.prepared if current is not None else None
+
+    def release(self, error: BaseException | None = None) -> None:
+        """End the batch that has begun, with the model's output or with an error."""
+        if self.workers is None or self.workers.current is None:
+            raise RuntimeError(f"core {self.core_id} executes nothing that could be released")
+        self._error = error
+        self.workers.advance()
+
+
+class PuppetWorkers:
+    """Takes the place of a core's threads: the same steps in the same order, each when it is told to."""
+
+    def __init__(self, service_time: Callable[[int], float] | None = None) -> None:
+        self.current: Execution | None = None
+        self.waiting: deque[Execution] = deque()
+        self._service_time = service_time
+        self._last_words: Callable[[], None] | None = None
+        self._stopping = False
+
+    @staticmethod
+    def clock() -> float:
+        """The loop's virtual time."""
+        return asyncio.get_running_loop().time()
+
+    def grow(self, threads: int) -> None:
+        """There are none."""
+
+    def let_in_together(self) -> None:
+        """Puppets take turns."""
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run a function, here and now."""
+        future: Future[T] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except BaseException as error:
+            future.set_exception(error)
+        return future
+
+    def post(self, execution: Execution) -> None:
+        """Queue a batch; it begins when none is executing."""
+        self.waiting.append(execution)
+        self._begin_next()
+
+    def _begin_next(self) -> None:
+        while self.current is None and self.waiting:
+            execution = self.waiting.popleft()
+            execution.prepare()
+            if execution.begin(self.clock):
+                self.current = execution
+                if isinstance(execution.core, PuppetCore):
+                    execution.core.workers = self
+                if self._service_time is not None:
+                    asyncio.get_running_loop().call_later(
+                        self._service_time(execution.size or execution.rows), self.advance
+                    )
+            else:
+                execution.finish(self.clock)
+        if self.current is None and self._stopping and self._last_words is not None:
+            last_words, self._last_words = self._last_words, None
+            last_words()
+
+    def advance(self) -> None:
+        """Execute the batch that has begun, and begin the next."""
+        execution, self.current = self.current, None
+        assert execution is not None
+        with torch.no_grad():
+            execution.execute(self.clock)
+            execution.finish(self.clock)
+        self._begin_next()
+
+    def stop(self, last_words: Callable[[], None] | None = None) -> None:
+        """End when what was posted has been executed."""
+        if not self._stopping:
+            self._stopping, self._last_words = True, last_words
+            self._begin_next()
+
+
+class PuppetBackend:
+    """Finds puppet cores: `backend[i]` is the one with id i, once it is loaded.
+
+    With `service_time` (seconds, or a function of the rows of a batch) they release themselves after that time, on
+    the clock of the loop. Errors that a puppet is released with are classified by `faults`, the first type that fits;
+    anything else is an input fault. With `load_error`, loading the core with that id raises it.
+    """
+
+    name = "puppet"
+    recoverable = True
+    preferred_rows = 32
+
+    def __init__(
+        self,
+        cores: int = 4,
+        service_time: float | Callable[[int], float] | None = None,
+        faults: dict[type[BaseException], Fault] | None = None,
+        load_error: tuple[int, BaseException] | None = None,
+    ) -> None:
+        self._cores = cores
+        self._service_time = service_time
+        self._faults = faults or {}
+        self._load_error = load_error
+        self.loaded: dict[int, PuppetCore] = {}
+
+    def __getitem__(self, core_id: int) -> PuppetCore:
+        return self.loaded[core_id]
+
+    def workers(self, name: str) -> PuppetWorkers:
+        """What a lane uses in place of threads."""
+        time = self._service_time
+        return PuppetWorkers(time if callable(time) or time is None else lambda rows: time)
+
+    def cores(self) -> Sequence[int]:
+        """As many as were asked for."""
+        return range(self._cores)
+
+    def load(self, model: Any, core_id: int, batch_size: int | None) -> PuppetCore:
+        """A new puppet."""
+        if self._load_error is not None and self._load_error[0] == core_id:
+            raise self._load_error[1]
+        self.loaded[core_id] = PuppetCore(model, core_id)
+        return self.loaded[core_id]
+
+    def classify(self, error: BaseException) -> Fault:
+        """By type."""
+        return next((fault for kind, fault in self._faults.items() if isinstance(error, kind)), Fault.INPUT)
+
+
+# The contract of a backend.
+
+
+def check_backend(backend: Backend, model: Any = None, example_inputs: tuple[torch.Tensor, ...] | None = None) -> None:
+    """Check a backend against the contract of `aneuron.Backend`; raises AssertionError with what is broken.
+
+    `model` and `example_inputs` are something that it can load and run, by default `x * 2 + 1` on 4 rows; the rows of
+    the example are the batch size that it is loaded for. Takes a few executions on every core.
+    """
+    if model is None:
+        model, example_inputs = _double, (torch.arange(32.0).reshape(4, 8),)
+    assert example_inputs is not None, "a model needs example_inputs to be checked with"
+    assert isinstance(backend, Backend), "a backend has name, recoverable, cores(), load() and classify()"
+    assert isinstance(backend.name, str) and backend.name, "name is a text for messages"
+    assert isinstance(backend.recoverable, bool), "recoverable is a bool"
+    ids = list(backend.cores())
+    assert ids and ids == sorted(set(ids)), f"cores() names each core once, rising: {ids}"
+    assert all(type(core) is int and core >= 0 for core in ids), f"ids are ints from 0: {ids}"
+    assert ids == list(backend.cores()), "cores() answers the same when asked again"
+    assert isinstance(backend.classify(ValueError("of the model")), Fault), "classify() returns a Fault for any error"
+    assert isinstance(backend.classify(KeyboardInterrupt()), Fault), "classify() takes a BaseException too"
+    for _ in range(2):  # loaded, closed and loaded again
+        loaded = [_elsewhere(backend.load, model, core, example_inputs[0].shape[0]) for core in ids]
+        answers = [_check_core(core, example_inputs) for core in loaded]
+        for answer in answers:
+            torch.testing.assert_close(answer, answers[0], msg="every core gives the same answer")
+        for core in loaded:
+            _elsewhere(core.close)
+
+
+def _check_core(core: Core, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    assert isinstance(core, Core) and isinstance(core.concurrent, bool), "a core has concurrent, execute() and close()"
+    before = [x.clone() for x in inputs]
+    first = _elsewhere(core.execute, inputs, {}).clone()
+    second = _elsewhere(core.execute, inputs, {})  # another thread, as the lane may
+    assert isinstance(second, torch.Tensor) and second.device.type == "cpu", "outputs are host tensors"
+    assert torch.equal(first, second), "the same rows give the same answer, from whichever thread"
+    assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True)), "inputs are left as they are"
+    if core.concurrent:
+        threads = [threading.Thread(target=core.execute, args=(inputs, {})) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60.0)
+        assert not any(thread.is_alive() for thread in threads), "a concurrent core lets two threads execute"
+    return first  # type: ignore[no-any-return]
+
+
+def _elsewhere(fn: Callable[..., Any], *args: Any) -> Any:
+    """Call a function in a thread of its own, as the lanes do, with gradients off."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        torch.set_grad_enabled(False)
+        try:
+            future.set_result(fn(*args))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future.result(60.0)
+
+
+def _double(x: torch.Tensor) -> torch.Tensor:
+    return x * 2 + 1

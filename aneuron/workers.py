@@ -1,0 +1,240 @@
+"""A core's threads, and what they do with a batch.
+
+Lives here: the only threads of the package, and the locks between them. Must not be here: asyncio, the caller's
+futures, decisions. A worker is handed an `Execution`, takes it through its steps, and posts it back.
+"""
+
+import atexit
+import logging
+import queue
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from aneuron import rows
+from aneuron.backends import Backend, Core, Fault
+from aneuron.rows import Call, Finished
+from aneuron.scheduler import Batch, Chunk
+
+logger = logging.getLogger("aneuron")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Execution:
+    """One batch on its way through a core: `prepare`, `begin`, `execute`, `finish`, in this order, on one thread.
+
+    `error` or `finished` is the outcome; `begun` tells the loop that the batch can no longer be revoked.
+    """
+
+    __slots__ = (
+        "backend", "batch", "begun", "chunks", "core", "dim", "ended", "error", "fault", "finished", "guard", "lane",
+        "output", "post", "posted", "prepared", "size", "started",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        batch: Batch[Call],
+        size: int | None,
+        dim: int,
+        backend: Backend,
+        core: Core,
+        lane: int,
+        guard: AbstractContextManager[Any],
+        post: "Callable[[Execution], None]",
+    ) -> None:
+        self.batch = batch
+        self.chunks: Sequence[Chunk[Call]] = batch.chunks
+        self.size = size  # rows to pad to; None = as many as there are
+        self.dim = dim
+        self.backend, self.core, self.lane, self.guard, self.post = backend, core, lane, guard, post
+        self.prepared: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.output: Any = None
+        self.begun = False
+        self.started = self.ended = self.posted = 0.0
+        self.error: BaseException | None = None
+        self.fault = Fault.INPUT
+        self.finished: list[Finished] = []
+
+    @property
+    def rows(self) -> int:
+        """Rows that callers sent."""
+        return sum(stop - start for _, start, stop in self.chunks)
+
+    def prepare(self) -> None:
+        """Collate the rows of the callers that are still there."""
+        present = [(chunk, chunk.call.inputs) for chunk in self.chunks if not chunk.call.ended()]
+        self.chunks = [chunk for chunk, inputs in present if inputs is not None]
+        parts = [(inputs, chunk.start, chunk.stop) for chunk, inputs in present if inputs is not None]
+        if parts:
+            try:
+                self.prepared = rows.collate(parts, self.size or self.rows, self.dim)
+            except BaseException as error:
+                self._failed(error)
+
+    def begin(self, clock: Callable[[], float]) -> bool:
+        """With the core's turn in hand: whether there is still something to execute."""
+        if self.prepared is not None and any(chunk.call.ended() for chunk in self.chunks):
+            self.prepared = None
+            self.prepare()
+        self.started = clock()
+        self.begun = self.prepared is not None
+        return self.begun
+
+    def execute(self, clock: Callable[[], float]) -> None:
+        """Run the model."""
+        assert self.prepared is not None
+        args, kwargs = self.prepared
+        self.prepared = None
+        try:
+            self.output = self.core.execute(args, kwargs)
+        except BaseException as error:
+            self._failed(error)
+        self.ended = clock()
+
+    def finish(self, clock: Callable[[], float]) -> None:
+        """Give each call its rows, and post the outcome to the loop."""
+        if self.error is None and self.begun:
+            try:
+                size = self.size or self.rows
+                self.finished = rows.scatter(self.output, self.chunks, size, self.dim, self.guard)
+            except BaseException as error:
+                self._failed(error)
+        self.output = None
+        self.posted = clock()
+        self.post(self)
+
+    def _failed(self, error: BaseException) -> None:
+        self.error = error
+        try:
+            self.fault = self.backend.classify(error) if self.begun else Fault.INPUT
+        except Exception:
+            logger.exception("the %s backend could not classify an error", self.backend.name)
+
+
+def warm_up(core: Core, compiled: rows.Compiled, size: int | None, dim: int, packing: bool) -> None:
+    """Run the example twice, padded to `size` rows (throughput climbs over the first runs, and a fault of a compiled
+    model can show in the second), and see whether the output can be handed out.
+    """
+    args, kwargs = compiled.example(size)
+    for _ in range(2):
+        output = core.execute(args, kwargs)
+    if packing:
+        rows.check_output(output, size or compiled.inputs.rows, dim)
+
+
+class Workers(Executor):
+    """Daemon threads of one core behind the interface of an executor, and a short way in for executions.
+
+    The standard pool never lets the process end behind a hung run. Daemon threads that are inside torch when the
+    interpreter ends would abort it: at exit they are told to stop and joined for a second at most.
+    """
+
+    clock = staticmethod(time.monotonic)
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._inbox: queue.SimpleQueue[Callable[[], None] | Execution | None] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+        self._lock = threading.Lock()
+        self._alive = 0
+        self._stopping = False
+        self._last_words: Callable[[], None] | None = None
+        self._turn: AbstractContextManager[Any] = threading.Lock()
+        _all.add(self)
+
+    def let_in_together(self) -> None:
+        """From now on, threads need not take turns to execute: the core is concurrent."""
+        self._turn = nullcontext()
+
+    def grow(self, threads: int) -> None:
+        """Have `threads` threads at least."""
+        while self._alive < threads and not self._stopping:
+            self._alive += 1
+            thread = threading.Thread(target=self._work, name=f"{self._name}/{self._alive}", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def post(self, execution: Execution) -> None:
+        """Have a batch executed; it posts itself back."""
+        self._inbox.put(execution)
+
+    def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Run a function in one of the threads."""
+        if self._stopping:
+            raise RuntimeError("the workers are stopped")
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(fn(*args, **kwargs))
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._inbox.put(run)
+        return future
+
+    def stop(self, last_words: Callable[[], None] | None = None) -> None:
+        """Let the threads end after what they were given; the last one says `last_words`. Not waited for."""
+        with self._lock:
+            if self._stopping:
+                return
+            self._stopping = True
+            self._last_words = last_words
+            alive = self._alive
+        for _ in range(alive):
+            self._inbox.put(None)
+        if not alive and last_words is not None:
+            last_words()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """The executor's way to say `stop`, and to wait for it."""
+        self.stop()
+        if wait:
+            self.join(None)
+
+    def join(self, timeout: float | None) -> None:
+        """Wait for the threads to end."""
+        for thread in self._threads:
+            thread.join(timeout)
+
+    def _work(self) -> None:
+        torch.set_grad_enabled(False)  # of this thread only
+        clock = self.clock
+        while (job := self._inbox.get()) is not None:
+            if isinstance(job, Execution):
+                job.prepare()
+                with self._turn:
+                    if job.begin(clock):
+                        job.execute(clock)
+                job.finish(clock)
+            else:
+                job()
+            del job
+        with self._lock:
+            self._alive -= 1
+            last = self._alive == 0
+        if last and self._last_words is not None:
+            self._last_words()
+
+
+_all: "weakref.WeakSet[Workers]" = weakref.WeakSet()
+
+
+@atexit.register
+def _stop_all() -> None:
+    deadline = time.monotonic() + 1.0
+    workers = list(_all)
+    for each in workers:
+        each.stop()
+    for each in workers:
+        each.join(max(0.0, deadline - time.monotonic()))
