@@ -138,6 +138,7 @@ class Lanes:
             if isinstance(error, Exception):
                 error.add_note(f"aneuron: while loading core {lane.core_id} of the {self._backend.name} backend")
                 await self._closed
+                self._join()
             raise
         self.serving = True
         self.resize(num_workers)
@@ -164,8 +165,14 @@ class Lanes:
             await asyncio.shield(self._idle)
             self.stop()
             await asyncio.shield(self._closed)
+            self._join()
         finally:
             slow.cancel()
+
+    def _join(self) -> None:
+        """See the threads end; they have said their last words."""
+        for lane in self._lanes:
+            lane.workers.join(1.0)
 
     def abort(self) -> None:
         """Fail what has not begun to execute, and let the threads end after what they execute."""
@@ -317,6 +324,7 @@ class Lanes:
     def _failed(self, execution: Execution, lane: Lane, error: BaseException) -> None:
         """Give the error to the call that caused it: a batch of several runs again in halves until it stands alone."""
         lane.counters.errors += 1
+        alone = len(execution.chunks) == 1  # a caller who has left since may be the one to blame, so: of those executed
         chunks = [chunk for chunk in execution.chunks if not chunk.call.ended()]
         if execution.fault is not Fault.INPUT:
             logger.warning("core %d failed: %s", lane.core_id, type(error).__name__, exc_info=error)
@@ -324,9 +332,10 @@ class Lanes:
                 failure = CoreFailed(f"core {lane.core_id} failed while it ran this call: {_text(error)}", lane.core_id)
                 failure.__cause__ = error
                 self._end(chunk.call, error=failure)
-        elif len(chunks) == 1:
-            call, start, stop = chunks[0]
-            self._end(call, error=_own(error, f"aneuron: core {lane.core_id}, rows {start} to {stop - 1} of this call"))
+        elif alone:
+            for call, start, stop in chunks:
+                note = f"aneuron: core {lane.core_id}, rows {start} to {stop - 1} of this call"
+                self._end(call, error=_own(error, note))
         elif not self._stopped:
             self._scheduler.rerun(chunks)
         else:

@@ -219,22 +219,17 @@ def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
     return leaves, tuple(key), (args, ordered)
 
 
-_dtypes: dict[Any, torch.dtype] = {}
-
-
 def _dtype(dtype: Any) -> torch.dtype:
     """The torch dtype of a tensor's or an array's dtype."""
     if type(dtype) is torch.dtype:
         return dtype
-    if dtype not in _dtypes:
-        try:
-            _dtypes[dtype] = torch.from_numpy(sys.modules["numpy"].empty(0, dtype.newbyteorder("="))).dtype
-        except TypeError:
-            raise ShapeError(
-                f"a NumPy array of dtype {dtype} cannot become a tensor; convert it first, for example with "
-                "array.astype('float32')"
-            ) from None
-    return _dtypes[dtype]
+    equal = getattr(torch, dtype.name, None)
+    if not isinstance(equal, torch.dtype):
+        raise ShapeError(
+            f"a NumPy array of dtype {dtype} cannot become a tensor; convert it first, for example with "
+            "array.astype('float32')"
+        )
+    return equal
 
 
 def _unfit(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], dim: int) -> ShapeError:

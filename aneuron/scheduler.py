@@ -194,7 +194,7 @@ class Scheduler(Generic[C]):
     def rerun(self, chunks: Sequence[Chunk[C]]) -> None:
         """Queue the two halves of a failed batch ahead of everything else; they are not packed with others."""
         half = (len(chunks) + 1) // 2
-        for part in (chunks[:half], chunks[half:]):
+        for part in filter(None, (chunks[:half], chunks[half:])):
             self._again.append(Batch(list(part), sum(c.stop - c.start for c in part), "rerun"))
 
     def pending_reruns(self) -> Iterable[Batch[C]]:
@@ -290,13 +290,14 @@ class Scheduler(Generic[C]):
                 continue
             room = limit - rows if chunks else max(limit, call.cut.next(call.bound, call.rows))
             taken = call.cut.take(call.bound, call.rows, room, one_piece)
-            if not taken:
-                full = True
-                break
-            calls.popleft()
-            chunks.append(Chunk(call, call.bound, call.bound + taken))
-            rows += taken
+            if taken:
+                calls.popleft()
+                chunks.append(Chunk(call, call.bound, call.bound + taken))
+                rows += taken
             if not shared:
+                break
+            if not taken or (call.bound + taken < call.rows and not one_piece):
+                full = True  # the next piece does not fit
                 break
         full = full or rows >= limit
         if busy and not full:

@@ -144,6 +144,9 @@ class PuppetWorkers:
     def grow(self, threads: int) -> None:
         """There are none."""
 
+    def join(self, timeout: float | None) -> None:
+        """Nobody to wait for."""
+
     def let_in_together(self) -> None:
         """Puppets take turns."""
 

@@ -1,0 +1,292 @@
+"""Starting, closing, loops and processes, with real threads."""
+
+import asyncio
+import gc
+import subprocess
+import sys
+import textwrap
+import threading
+import warnings
+
+import pytest
+import torch
+
+from aneuron import AsyncDataParallel, Closed, CpuBackend, DeviceError, SimulatedBackend
+from aneuron.testing import PuppetBackend, VirtualTimeLoop
+
+
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Linear(16, 16).eval()
+
+
+def threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("aneuron-core")]
+
+
+class Gate:
+    """A backend whose loads wait until they are let through."""
+
+    name = "gate"
+    recoverable = True
+
+    def __init__(self, cores=2, fail=None):
+        self.open = threading.Event()
+        self.reached = threading.Event()
+        self.closed: list[int] = []
+        self.loads: list[int] = []
+        self._cores, self._fail = cores, fail
+
+    def cores(self):
+        return range(self._cores)
+
+    def load(self, model, core_id, batch_size):
+        self.reached.set()
+        assert self.open.wait(30)
+        if core_id == self._fail:
+            raise OSError(f"core {core_id} does not load")
+        self.loads.append(core_id)
+        return GateCore(self, model, core_id)
+
+    def classify(self, error):
+        raise NotImplementedError
+
+
+class GateCore:
+    concurrent = False
+
+    def __init__(self, gate, model, core_id):
+        self.gate, self.model, self.core_id = gate, model, core_id
+
+    def execute(self, args, kwargs):
+        return self.model(*args, **kwargs)
+
+    def close(self):
+        self.gate.closed.append(self.core_id)
+
+
+async def until(condition):
+    for _ in range(2000):
+        if condition():
+            return
+        await asyncio.sleep(0.005)
+    raise AssertionError("it never came true")
+
+
+async def test_construction_needs_no_loop_and_no_device():
+    class Untouchable(PuppetBackend):
+        def cores(self):
+            raise AssertionError("a device was touched")
+
+    model = AsyncDataParallel(net(), backend=Untouchable())
+    assert not model.ready
+    assert model.num_workers is None
+    assert "not started" in repr(model)
+
+
+async def test_the_first_call_starts_the_model_once_for_all_callers():
+    gate = Gate()
+    model = AsyncDataParallel(net(), backend=gate)
+    calls = [asyncio.ensure_future(model(torch.ones(1, 16))) for _ in range(10)]
+    await until(gate.reached.is_set)
+    calls[0].cancel()  # the one that began the start
+    gate.open.set()
+    await asyncio.gather(*calls[1:])
+    assert gate.loads == [0, 1]
+    assert calls[0].cancelled()
+    await model.aclose()
+    assert sorted(gate.closed) == [0, 1]
+    assert not threads()
+
+
+async def test_a_start_that_nobody_waits_for_any_more_is_cancelled_and_frees_what_it_loaded():
+    gate = Gate()
+    model = AsyncDataParallel(net(), backend=gate)
+    starts = [asyncio.ensure_future(model.start()) for _ in range(2)]
+    await until(gate.reached.is_set)
+    for start in starts:
+        start.cancel()
+    await asyncio.wait(starts)
+    assert all(start.cancelled() for start in starts)
+    gate.open.set()
+    await until(lambda: not threads())
+    assert gate.closed == gate.loads == [0]
+    assert not model.ready
+    await model.start()  # and it can be started again
+    assert model.ready
+    await model.aclose()
+
+
+async def test_a_start_that_fails_half_way_frees_the_cores_already_loaded():
+    gate = Gate(cores=3, fail=1)
+    gate.open.set()
+    model = AsyncDataParallel(net(), backend=gate)
+    with pytest.raises(OSError, match="core 1 does not load") as caught:
+        await model.start()
+    assert any("loading core 1" in note for note in caught.value.__notes__)
+    assert gate.closed == [0]
+    assert not threads()
+    assert not model.ready
+
+
+async def test_closing_during_the_start_ends_it_with_closed():
+    gate = Gate()
+    model = AsyncDataParallel(net(), backend=gate)
+    call = asyncio.ensure_future(model(torch.ones(1, 16)))
+    await until(gate.reached.is_set)
+    await model.aclose()
+    gate.open.set()
+    with pytest.raises(Closed):
+        await call
+    await until(lambda: not threads())
+    assert gate.closed == gate.loads
+
+
+async def test_a_closed_model_can_be_started_again():
+    model = AsyncDataParallel(net(), backend=CpuBackend(cores=2))
+    for _ in range(3):
+        async with model:
+            assert (await model(torch.ones(3, 16))).shape == (3, 16)
+        with pytest.raises(Closed):
+            await model(torch.ones(1, 16))
+    assert model.statistics().calls.completed == 3
+    assert not threads()
+
+
+def test_a_module_level_model_serves_one_loop_after_the_other():
+    model = AsyncDataParallel(net(), backend=CpuBackend(cores=2))
+
+    async def client():
+        async with model:
+            return await model(torch.ones(2, 16))
+
+    assert torch.equal(asyncio.run(client()), asyncio.run(client()))
+
+
+def test_use_from_a_second_loop_is_refused_while_the_first_one_runs():
+    model = AsyncDataParallel(net(), backend=CpuBackend(cores=1))
+    refusals = []
+
+    async def second():
+        for use in (lambda: model(torch.ones(1, 16)), model.start, model.aclose, model.abort):
+            with pytest.raises(RuntimeError, match="another event loop"):
+                await use()
+            refusals.append(use)
+
+    async def first():
+        async with model:
+            await asyncio.to_thread(asyncio.run, second())
+            assert (await model(torch.ones(1, 16))).shape == (1, 16)
+
+    asyncio.run(first())
+    assert len(refusals) == 4
+
+
+def test_a_model_whose_loop_has_gone_starts_afresh_on_the_next():
+    model = AsyncDataParallel(net(), backend=CpuBackend(cores=2))
+
+    async def forget_to_close():
+        return await model(torch.ones(1, 16))
+
+    first = asyncio.run(forget_to_close())
+    assert not model.ready
+    assert torch.equal(first, asyncio.run(forget_to_close()))
+
+    async def close():
+        await model.start()
+        await model.aclose()
+
+    asyncio.run(close())
+    for thread in threads():
+        thread.join(5)
+    assert not threads()
+
+
+def test_a_drain_in_finally_ends_although_run_cancels_every_task():
+    model = AsyncDataParallel(net(), backend=SimulatedBackend(cores=2, service_time=0.01))
+    results = []
+
+    async def serve():
+        try:
+            results.append(await model(torch.ones(1, 16)))
+            await asyncio.sleep(3600)
+        finally:
+            await model.aclose()
+
+    async def main():
+        task = asyncio.create_task(serve())
+        await until(lambda: bool(results))
+        assert not task.done()  # asyncio.run cancels it
+
+    asyncio.run(main())
+    assert not threads()
+
+
+def test_a_model_that_was_never_closed_warns_and_its_threads_end():
+    def use():
+        model = AsyncDataParallel(net(), backend=CpuBackend(cores=2))
+
+        async def main():
+            await model(torch.ones(1, 16))
+
+        asyncio.run(main())
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        use()
+        gc.collect()
+    assert any(issubclass(w.category, ResourceWarning) and "never closed" in str(w.message) for w in caught)
+    for thread in threads():
+        thread.join(5)
+    assert not threads()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 30.0])
+def test_a_model_that_is_never_closed_lets_the_interpreter_exit(seconds):
+    program = f"""
+        import asyncio, torch, aneuron
+        model = aneuron.AsyncDataParallel(torch.neg, backend=aneuron.SimulatedBackend(cores=2, service_time={seconds}))
+        async def main():
+            calls = [asyncio.ensure_future(model(torch.ones(1, 4))) for _ in range(40)]
+            await asyncio.sleep(0.1)
+        asyncio.run(main())
+        print("the end")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=25, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "the end\n"
+    assert "Exception" not in done.stderr
+
+
+def test_no_tensor_is_touched_before_device_ids_are_known_to_exist():
+    async def main():
+        with pytest.raises(DeviceError, match="ids 0 to 1"):
+            await AsyncDataParallel(net(), device_ids=["nc:2"], backend=CpuBackend(cores=2)).start()
+
+    asyncio.run(main())
+    assert not threads()
+
+
+async def test_the_chosen_cores_are_used_and_no_others():
+    backend = SimulatedBackend(cores=8, service_time=0.001)
+    async with AsyncDataParallel(torch.neg, ["nc:5", 2], backend=backend, batch_size=1) as model:
+        await asyncio.gather(*(model(torch.ones(1, 4)) for _ in range(20)))
+        stats = model.statistics()
+    assert [core.id for core in stats.cores] == [5, 2]
+    assert all(core.rows == 10 for core in stats.cores)
+
+
+def test_waiting_for_what_cannot_happen_is_an_error_in_virtual_time():
+    loop = VirtualTimeLoop()
+    with pytest.raises(RuntimeError, match="deadlock"):
+        loop.run_until_complete(loop.create_future())
+    loop.close()
+
+
+def test_virtual_time_passes_at_once():
+    loop = VirtualTimeLoop()
+    loop.run_until_complete(asyncio.sleep(3600))
+    assert loop.time() == pytest.approx(3600)
+    loop.close()
