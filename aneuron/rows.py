@@ -2,23 +2,17 @@
 
 Lives here: measuring (loop thread: shapes and references only), and collate and scatter (worker threads).
 Must not be here: asyncio, threads, decisions about who runs when.
-
-A structure is any nesting of tuples, lists, dicts, named tuples and dataclasses (Hugging Face outputs are dicts) of
-tensors and NumPy arrays. torch's own pytree knows no dataclasses and costs 6.5 us a tensor; optree takes dataclasses
-and subclasses of dict and list as leaves. Hence the short walk below.
 """
 
-import copy
 import sys
-from collections import UserDict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
 
 from aneuron.errors import OutputError, ShapeError
+from aneuron.nested import fill, is_array, paths, walk
 from aneuron.scheduler import Chunk, Cut, Waiting
 
 _ALIGNMENT = 64  # bytes, as torch's CPU allocator aligns; MKL's results depend on it in the last bit
@@ -88,91 +82,9 @@ Part = tuple[Inputs, int, int]  # the inputs of a call, and which rows of them
 Finished = tuple[Call, Any]  # a call and its result
 
 
-# Structures.
-
-
-def _walk(value: Any, leaves: list[Any], key: list[Any], constants: list[Any]) -> None:
-    """Collect the tensors of a structure, its other leaves, and a hashable description of what is around them."""
-    kind = type(value)
-    if isinstance(value, torch.Tensor) or _is_array(value):
-        leaves.append(value)
-        key.append(torch.Tensor)
-        return
-    if isinstance(value, (tuple, list)):
-        key.append((kind, len(value)))
-        children: Iterable[Any] = value
-    elif isinstance(value, (dict, UserDict)):
-        key.append((kind, tuple(value)))
-        children = value.values()
-    elif is_dataclass(value) and not isinstance(value, type):
-        key.append((kind, "fields"))
-        children = [getattr(value, field.name) for field in fields(value)]
-    else:
-        constants.append(value)
-        key.append(_constant_key(value))
-        return
-    for child in children:
-        _walk(child, leaves, key, constants)
-
-
-def fill(template: Any, values: Iterator[Any]) -> Any:
-    """A copy of a structure with its tensors replaced, in the order of the walk."""
-    if isinstance(template, torch.Tensor) or _is_array(template):
-        return next(values)
-    if isinstance(template, tuple):
-        filled = [fill(child, values) for child in template]
-        kind: Any = type(template)
-        return kind._make(filled) if hasattr(kind, "_make") else kind(filled)
-    if isinstance(template, list):
-        twin: Any = copy.copy(template)
-        twin[:] = [fill(child, values) for child in template]
-        return twin
-    if isinstance(template, (dict, UserDict)):
-        twin = copy.copy(template)
-        for name, child in template.items():
-            twin[name] = fill(child, values)
-        return twin
-    if is_dataclass(template) and not isinstance(template, type):
-        twin = copy.copy(template)
-        for field in fields(template):
-            object.__setattr__(twin, field.name, fill(getattr(template, field.name), values))
-        return twin
-    return template
-
-
-def _is_array(value: Any) -> bool:
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(value, numpy.ndarray)
-
-
-def _constant_key(value: Any) -> Hashable:
-    """Equal for arguments that are the same to a model: 1, True and 1.0 are not, two NaNs are."""
-    kind = type(value)
-    if value is None or kind in (int, bool, str, bytes, torch.dtype, torch.device):
-        return (kind, value)
-    if kind in (float, complex) or kind.__module__ == "numpy":
-        return (kind, repr(value))
-    return (kind, id(value))
-
-
-def _names(value: Any, name: str) -> Iterator[str]:
-    """The names of a structure's tensors, in the order of the walk; for messages."""
-    if isinstance(value, torch.Tensor) or _is_array(value):
-        yield name
-    elif isinstance(value, (tuple, list)):
-        for index, child in enumerate(value):
-            yield from _names(child, f"{name}[{index}]")
-    elif isinstance(value, (dict, UserDict)):
-        for index, child in value.items():
-            yield from _names(child, f"{name}[{index!r}]")
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from _names(getattr(value, field.name), f"{name}.{field.name}")
-
-
 def _input_names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    names = [name for index, value in enumerate(args) for name in _names(value, f"input {index}")]
-    return names + [name for key in sorted(kwargs) for name in _names(kwargs[key], f"input {key!r}")]
+    names = [name for index, value in enumerate(args) for name in paths(value, f"input {index}")]
+    return names + [name for key in sorted(kwargs) for name in paths(kwargs[key], f"input {key!r}")]
 
 
 # Measuring: on the loop thread, before admission.
@@ -190,7 +102,7 @@ def measure(args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Inputs:
         try:
             shape, dtype = leaf.shape, leaf.dtype
             size = shape[dim]
-            usable = _is_array(leaf) or (leaf.is_cpu and leaf.layout is torch.strided)
+            usable = is_array(leaf) or (leaf.is_cpu and leaf.layout is torch.strided)
         except (RuntimeError, IndexError):
             raise _unfit(args, kwargs, leaves, dim) from None
         rows = rows or size
@@ -208,7 +120,7 @@ def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
     leaves: list[Any] = []
     key: list[Any] = []
     ordered = dict(sorted(kwargs.items()))
-    _walk((args, ordered), leaves, key, [])
+    walk((args, ordered), leaves, key, [])
     if not leaves:
         raise ShapeError(
             "the call has no tensor among its inputs, so it has no rows; pass at least one tensor or NumPy array "
@@ -354,7 +266,7 @@ def scatter(output: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, gua
     """
     leaves: list[Any] = []
     constants: list[Any] = []
-    _walk(output, leaves, [], constants)
+    walk(output, leaves, [], constants)
     _check_output(leaves, constants, size if chunks[0].call.cut.shared else None, dim)
     leaves = [leaf if isinstance(leaf, torch.Tensor) else _tensor(leaf) for leaf in leaves]
     if not chunks[0].call.cut.shared:
@@ -376,7 +288,7 @@ def check_output(output: Any, size: int, dim: int) -> None:
     """Raise `OutputError` unless the output of a batch of `size` rows can be handed out to callers."""
     leaves: list[Any] = []
     constants: list[Any] = []
-    _walk(output, leaves, [], constants)
+    walk(output, leaves, [], constants)
     _check_output(leaves, constants, size, dim)
 
 

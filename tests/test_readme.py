@@ -1,0 +1,42 @@
+"""The programs in README.md run as printed."""
+
+import re
+import warnings
+from pathlib import Path
+
+import pytest
+
+README = (Path(__file__).parent.parent / "README.md").read_text()
+PROGRAMS = dict(re.findall(r"<!-- program: (.+?) -->\n```python\n(.*?)```", README, re.DOTALL))
+
+
+def test_every_program_has_a_name_and_is_run():
+    assert len(PROGRAMS) == README.count("```python") >= 5
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit.trace, from torch 2.13 on
+def test_the_program(name):
+    exec(compile(PROGRAMS[name], f"README.md: {name}", "exec"), {"__name__": "readme"})
+
+
+def test_the_web_handler_answers():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from fastapi.testclient import TestClient
+    names: dict = {"__name__": "readme"}
+    exec(compile(PROGRAMS["fastapi"], "README.md: fastapi", "exec"), names)
+    for _ in range(2):  # two test clients, one module-level model
+        with TestClient(names["app"]) as client:
+            answer = client.post("/predict", json=[1.0, 2.0, 3.0, 4.0])
+        assert answer.status_code == 200
+        assert len(answer.json()) == 2
+
+
+def test_the_parameter_table_names_every_parameter_in_order():
+    import inspect
+
+    from aneuron import AsyncDataParallel
+
+    table = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
+    assert table == list(inspect.signature(AsyncDataParallel).parameters)
