@@ -120,7 +120,8 @@ class CoreCounters:
 
     def snapshot(self) -> CoreStatistics:
         """The frozen state of now."""
-        service = median(self._recent) if self._recent else None
+        recent = list(self._recent)  # at once: exporters read from other threads
+        service = median(recent) if recent else None
         return CoreStatistics(
             self.core_id, self.core_id, self.state, self.in_flight, self.batches, self.rows, self.padded_rows,
             self.busy_seconds, service, self.errors,

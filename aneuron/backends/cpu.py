@@ -112,9 +112,11 @@ def limit_threads(threads: int, process_threads: int) -> None:
     """Use `threads` threads within operations that the calling thread starts, and in no other thread.
 
     `torch.set_num_threads` sets the calling thread's number and the one that threads yet to come start with; the
-    latter is put back from a thread that ends at once.
+    latter is put back from a thread that ends at once. A thread takes up its number at its first operation, and would
+    overwrite what is set before: hence the question first.
     """
     with _lock:
+        torch.get_num_threads()
         torch.set_num_threads(threads)
         restore = threading.Thread(target=torch.set_num_threads, args=(process_threads,), daemon=True)
         restore.start()

