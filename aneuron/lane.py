@@ -20,7 +20,7 @@ from aneuron.errors import Closed, CoreFailed, QueueFull
 from aneuron.rows import Call, Compiled
 from aneuron.scheduler import Batch, Rules, Scheduler, spread
 from aneuron.stats import CoreCounters, Counters, Statistics
-from aneuron.workers import Execution, Workers, warm_up
+from aneuron.workers import Execution, Workers, carried, text, warm_up
 
 logger = logging.getLogger("aneuron")
 
@@ -305,7 +305,9 @@ class Lanes:
             self._failed(execution, lane, execution.error)
         for call, result in execution.finished:
             self._end(call, result, now=now)
-        execution.chunks, execution.error, execution.finished = (), None, []  # no cycle through a traceback
+        # A traceback holds the worker's frames, and they the execution: no cycle, and nobody else's rows.
+        execution.chunks, execution.error, execution.finished = (), None, []
+        execution.batch.chunks = []
 
     def _count(self, execution: Execution, lane: Lane, now: float) -> None:
         counters, rows = self._counters, execution.rows
@@ -329,7 +331,7 @@ class Lanes:
         if execution.fault is not Fault.INPUT:
             logger.warning("core %d failed: %s", lane.core_id, type(error).__name__, exc_info=error)
             for chunk in chunks:
-                failure = CoreFailed(f"core {lane.core_id} failed while it ran this call: {_text(error)}", lane.core_id)
+                failure = CoreFailed(f"core {lane.core_id} failed while it ran this call: {text(error)}", lane.core_id)
                 failure.__cause__ = error
                 self._end(chunk.call, error=failure)
         elif alone:
@@ -376,7 +378,7 @@ class Lanes:
         """A bug of ours must not leave anybody waiting."""
         logger.critical("the lanes failed and are closed; please report this", exc_info=error)
         for call in list(self._calls):
-            failure = Closed(f"the model is closed after an internal error: {_text(error)}; please report this")
+            failure = Closed(f"the model is closed after an internal error: {text(error)}; please report this")
             failure.__cause__ = error
             self._end(call, error=failure)
         self.stop()
@@ -388,22 +390,10 @@ class Lanes:
         return self._counters.snapshot(self._scheduler.waiting_calls, self._scheduler.waiting_rows)
 
 
-def _own(error: BaseException, note: str) -> BaseException:
-    """The model's exception as a future can carry it, with a note."""
-    if not isinstance(error, Exception) or isinstance(error, StopIteration):
-        # A future cannot carry StopIteration; CancelledError, SystemExit and KeyboardInterrupt would be taken for
-        # the caller's own cancellation, or end its loop.
-        wrapped = RuntimeError(f"the model raised {_text(error)}")
-        wrapped.__cause__ = error
-        error = wrapped
+def _own(error: BaseException, note: str) -> Exception:
+    """The model's exception as it reaches its caller."""
+    own = carried(error)
     with suppress(Exception):  # whatever the model's exception makes of it
-        if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
-    return error
-
-
-def _text(error: BaseException) -> str:
-    try:
-        return f"{type(error).__name__}: {error}"
-    except Exception:
-        return type(error).__name__
+        if note not in getattr(own, "__notes__", ()):
+            own.add_note(note)
+    return own

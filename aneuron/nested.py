@@ -9,60 +9,102 @@ list as leaves. Hence the short walk below. Hugging Face's outputs are dicts.
 import copy
 import sys
 from collections import UserDict
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Container, Hashable, Iterator
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 
+class _Opened(NamedTuple):
+    """What is in a container: items under their index or key, attributes under their name."""
+
+    items: list[tuple[Any, Any]]
+    attributes: list[tuple[str, Any]]
+
+
+def _open(value: Any) -> _Opened | None:
+    """What is in a container; None for a leaf.
+
+    Attributes that an object has beside its items or fields count if they hold tensors: those have rows as well.
+    """
+    items: list[tuple[Any, Any]] = []
+    attributes: list[tuple[str, Any]] = []
+    known: Container[Any] = ()
+    if isinstance(value, (tuple, list)):
+        items = list(enumerate(value))
+    elif isinstance(value, (dict, UserDict)):
+        items = list(value.items())
+        known = {"data", *value}  # UserDict keeps its items in `data`, Hugging Face's outputs have them as attributes
+    elif is_dataclass(value) and not isinstance(value, type):
+        attributes = [(field.name, getattr(value, field.name)) for field in fields(value)]
+        known = {name for name, _ in attributes}
+    else:
+        return None
+    for name, child in getattr(value, "__dict__", {}).items():
+        if name not in known and has_tensors(child):
+            attributes.append((name, child))
+    return _Opened(items, attributes)
+
+
 def walk(value: Any, leaves: list[Any], key: list[Any], constants: list[Any]) -> None:
     """Collect the tensors of a structure, its other leaves, and a hashable description of what is around them."""
-    kind = type(value)
     if isinstance(value, torch.Tensor) or is_array(value):
         leaves.append(value)
         key.append(torch.Tensor)
         return
-    if isinstance(value, (tuple, list)):
-        key.append((kind, len(value)))
-        children: Iterable[Any] = value
-    elif isinstance(value, (dict, UserDict)):
-        key.append((kind, tuple(value)))
-        children = value.values()
-    elif is_dataclass(value) and not isinstance(value, type):
-        key.append((kind, "fields"))
-        children = [getattr(value, field.name) for field in fields(value)]
-    else:
+    opened = _open(value)
+    if opened is None:
         constants.append(value)
         key.append(_constant_key(value))
         return
-    for child in children:
-        walk(child, leaves, key, constants)
+    kind: Any = type(value)
+    if hasattr(kind, "_fields"):
+        kind = (kind.__name__, kind._fields)  # TorchScript makes a class anew for each named tuple that it returns
+    key.append((kind, *(name for name, _ in opened.items), "", *(name for name, _ in opened.attributes)))
+    for children in opened:
+        for _, child in children:
+            walk(child, leaves, key, constants)
+
+
+def has_tensors(value: Any) -> bool:
+    """Whether there is a tensor or an array in a structure."""
+    leaves: list[Any] = []
+    walk(value, leaves, [], [])
+    return bool(leaves)
 
 
 def fill(template: Any, values: Iterator[Any]) -> Any:
     """A copy of a structure with its tensors replaced, in the order of the walk."""
     if isinstance(template, torch.Tensor) or is_array(template):
         return next(values)
+    opened = _open(template)
+    if opened is None:
+        return template
+    items = [fill(child, values) for _, child in opened.items]
+    kind = type(template)
     if isinstance(template, tuple):
-        filled = [fill(child, values) for child in template]
-        kind: Any = type(template)
-        return kind._make(filled) if hasattr(kind, "_make") else kind(filled)
+        return kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
+    twin: Any = copy.copy(template)
     if isinstance(template, list):
-        twin: Any = copy.copy(template)
-        twin[:] = [fill(child, values) for child in template]
-        return twin
-    if isinstance(template, (dict, UserDict)):
-        twin = copy.copy(template)
-        for name, child in template.items():
-            twin[name] = fill(child, values)
-        return twin
-    if is_dataclass(template) and not isinstance(template, type):
-        twin = copy.copy(template)
-        for field in fields(template):
-            object.__setattr__(twin, field.name, fill(getattr(template, field.name), values))
-        return twin
-    return template
+        twin[:] = items
+    else:
+        for (name, _), child in zip(opened.items, items, strict=True):
+            twin[name] = child
+    for name, child in opened.attributes:
+        object.__setattr__(twin, name, fill(child, values))
+    return twin
+
+
+def paths(value: Any, name: str) -> Iterator[str]:
+    """The names of a structure's tensors, in the order of the walk; for messages."""
+    if isinstance(value, torch.Tensor) or is_array(value):
+        yield name
+    elif (opened := _open(value)) is not None:
+        for index, child in opened.items:
+            yield from paths(child, f"{name}[{index!r}]")
+        for attribute, child in opened.attributes:
+            yield from paths(child, f"{name}.{attribute}")
 
 
 def is_array(value: Any) -> bool:
@@ -79,18 +121,3 @@ def _constant_key(value: Any) -> Hashable:
     if kind in (float, complex) or kind.__module__ == "numpy":
         return (kind, repr(value))
     return (kind, id(value))
-
-
-def paths(value: Any, name: str) -> Iterator[str]:
-    """The names of a structure's tensors, in the order of the walk; for messages."""
-    if isinstance(value, torch.Tensor) or is_array(value):
-        yield name
-    elif isinstance(value, (tuple, list)):
-        for index, child in enumerate(value):
-            yield from paths(child, f"{name}[{index}]")
-    elif isinstance(value, (dict, UserDict)):
-        for index, child in value.items():
-            yield from paths(child, f"{name}[{index!r}]")
-    elif is_dataclass(value) and not isinstance(value, type):
-        for field in fields(value):
-            yield from paths(getattr(value, field.name), f"{name}.{field.name}")

@@ -94,6 +94,7 @@ class AsyncDataParallel:
         self._starting: asyncio.Task[Lanes] | None = None
         self._starters = 0  # who waits for the start
         self._closed = False
+        self._closings = 0  # how often it has been
         self._model = _checked_model(model)
         self._ids = parse_device_ids(device_ids)
         if isinstance(dim, bool) or not isinstance(dim, int):
@@ -220,24 +221,26 @@ class AsyncDataParallel:
 
     async def _started(self) -> Lanes:
         """The running lanes; those of this loop, started if need be."""
-        self._check_loop()
-        if self._lanes is not None:
-            return self._lanes
-        if self._starting is None:
-            if self._closed:
+        closings = self._closings
+        while True:
+            self._check_loop()
+            if self._lanes is not None:
+                return self._lanes
+            if self._closed or self._closings != closings:
                 raise Closed("the model is closed; start() opens it again")
-            self._starting = asyncio.create_task(self._start(), name="aneuron start")
-        starting = self._starting
-        self._starters += 1
-        try:
-            await asyncio.wait({starting})
-        finally:
-            self._starters -= 1
-            if not self._starters and not starting.done():
-                starting.cancel()
-        if starting.cancelled():
-            raise Closed("the model was closed while it started")
-        return starting.result()
+            if self._starting is None:
+                self._starting = asyncio.create_task(self._start(), name="aneuron start")
+            starting = self._starting
+            self._starters += 1
+            try:
+                await asyncio.wait({starting})
+            finally:
+                self._starters -= 1
+                if not self._starters and not starting.done():
+                    starting.cancel()
+            if not starting.cancelled():
+                return starting.result()
+            # By a close, or because all who waited had left when we came.
 
     def _check_loop(self) -> None:
         """An instance belongs to the loop that started it, until it is closed or that loop is."""
@@ -283,8 +286,7 @@ class AsyncDataParallel:
     async def aclose(self) -> None:
         """Refuse new calls, finish the accepted ones, free cores and threads. If cancelled, `abort()` instead."""
         self._check_loop()
-        self._closed = True
-        self._cancel_start()
+        self._close_door()
         lanes = self._lanes
         if lanes is None:
             return
@@ -300,13 +302,14 @@ class AsyncDataParallel:
     async def abort(self) -> None:
         """Fail the calls that have not begun with `Closed`; what executes is left to finish, and not waited for."""
         self._check_loop()
-        self._closed = True
-        self._cancel_start()
+        self._close_door()
         lanes, self._lanes = self._lanes, None
         if lanes is not None:
             lanes.abort()
 
-    def _cancel_start(self) -> None:
+    def _close_door(self) -> None:
+        self._closed = True
+        self._closings += 1
         if self._starting is not None:
             self._starting.cancel()
 

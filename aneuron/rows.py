@@ -33,49 +33,57 @@ Guard = AbstractContextManager[Any]
 class Call(Waiting):
     """One `await model(...)`: its inputs, and its result as it grows."""
 
-    __slots__ = ("_buffers", "_pieces", "admitted", "ended", "future", "inputs", "missing", "result", "settled")
+    __slots__ = ("_missing", "_parts", "_structure", "admitted", "ended", "future", "inputs", "result", "settled")
 
     def __init__(self, inputs: Inputs, cut: Cut) -> None:
         super().__init__(inputs.rows, inputs.signature, cut)
         self.inputs: Inputs | None = inputs
-        self.missing = inputs.rows  # rows that the result has not got yet
         self.result: Any = None
-        self._buffers: list[torch.Tensor] | None = None
-        self._pieces: dict[int, list[torch.Tensor]] | None = None
+        self._missing = inputs.rows  # rows that the result has not got yet
+        self._structure: list[Any] | None = None  # of the model's output, once a part of it is there
+        self._parts: dict[int, list[torch.Tensor]] | None = None  # by first row; all rows together at 0 if shared
         # Set by the lane, which alone touches the future.
         self.future: Any = None
         self.ended: Callable[[], bool] = bool
         self.settled = False
         self.admitted = 0.0
 
-    def place(self, start: int, stop: int, output: Any, parts: list[torch.Tensor], dim: int, guard: Guard) -> bool:
-        """Copy the output `parts` of rows `start` to `stop` to their place; whether the result is complete.
+    # Two workers may be here for one call: `guard` is held while they agree, not while rows are copied.
 
-        Two workers may be here for one call: `guard` is held while they agree, not while rows are copied.
-        """
+    def place(self, start: int, stop: int, output: "Output", parts: list[torch.Tensor], guard: Guard) -> None:
+        """Copy the output `parts` of rows `start` to `stop` to their place in the result."""
+        dim = output.dim
         with guard:
-            if self._buffers is None:
-                self._buffers = [_room(part, self.rows, dim) for part in parts]
-                self.result = fill(output, iter(self._buffers))
-        _check_alike(self._buffers, parts, dim)
-        for buffer, part in zip(self._buffers, parts, strict=True):
+            if self._parts is None:
+                buffers = [_room(part, self.rows, dim) for part in parts]
+                self.result = fill(output.value, iter(buffers))
+                self._structure, self._parts = output.structure, {0: buffers}
+            buffers = self._parts[0]
+        _check_structure(self._structure, output.structure)
+        _check_alike([buffers, parts], dim)
+        for buffer, part in zip(buffers, parts, strict=True):
             buffer.narrow(dim, start, stop - start).copy_(part)
-        with guard:
-            self.missing -= stop - start
-            return not self.missing
 
-    def append(self, start: int, stop: int, output: Any, parts: list[torch.Tensor], dim: int, guard: Guard) -> bool:
-        """Keep the output `parts` of a piece, whatever its size; the last one in joins them all along `dim`."""
-        copies = [part.clone(memory_format=torch.contiguous_format) for part in parts]
+    def append(self, start: int, output: "Output", guard: Guard) -> None:
+        """Keep the output of a piece, whatever its size, for `join`."""
+        copies = [part.clone(memory_format=torch.contiguous_format) for part in output.leaves]
         with guard:
-            self._pieces = self._pieces or {}
-            self._pieces[start] = copies
-            self.missing -= stop - start
-            if self.missing:
-                return False
-        joined = _concatenate([self._pieces[first] for first in sorted(self._pieces)], dim)
-        self.result = fill(output, iter(joined))
-        return True
+            self._structure = self._structure or output.structure
+            self._parts = self._parts or {}
+            self._parts[start] = copies
+        _check_structure(self._structure, output.structure)
+
+    def join(self, output: "Output") -> None:
+        """Join the pieces along `dim`, as they came."""
+        pieces = [piece for _, piece in sorted((self._parts or {}).items())]
+        _check_alike(pieces, output.dim)
+        self.result = fill(output.value, iter(_concatenate(pieces, output.dim)))
+
+    def count(self, rows: int, guard: Guard) -> bool:
+        """Count rows that have their results; whether all have. Once a chunk: a batch may run twice."""
+        with guard:
+            self._missing -= rows
+            return not self._missing
 
 
 Part = tuple[Inputs, int, int]  # the inputs of a call, and which rows of them
@@ -192,9 +200,11 @@ class Compiled:
         if inputs.signature == self.inputs.signature:
             return
         names = _input_names(args, kwargs)
-        if names != self._names:
+        if sorted(names) != sorted(self._names):
             raise ShapeError(f"the model was compiled for {_listed(self._names)}; this call has {_listed(names)}")
-        for name, leaf, ours in zip(names, inputs.leaves, self.inputs.leaves, strict=True):
+        expected = dict(zip(self._names, self.inputs.leaves, strict=True))  # by name: dicts may come in another order
+        for name, leaf in zip(names, inputs.leaves, strict=True):
+            ours = expected[name]
             shape, wanted_shape, axis = tuple(leaf.shape), tuple(ours.shape), self._dim % ours.ndim
             dtype, wanted = _dtype(leaf.dtype), _dtype(ours.dtype)
             row = wanted_shape[:axis] + wanted_shape[axis + 1 :]
@@ -244,13 +254,16 @@ def collate(parts: Sequence[Part], size: int, dim: int) -> tuple[tuple[Any, ...]
 
 def _piece(leaf: Any, start: int, stop: int, rows: int, dim: int) -> torch.Tensor:
     tensor: torch.Tensor = leaf if isinstance(leaf, torch.Tensor) else _tensor(leaf)
+    if type(tensor) is not torch.Tensor:
+        tensor = tensor.as_subclass(torch.Tensor)  # or one caller's subclass would be its batch-mates' as well
     return (tensor if stop - start == rows else tensor.narrow(dim, start, stop - start)).contiguous()
 
 
 def _tensor(array: Any) -> torch.Tensor:
     """A tensor over an array's memory, or over a copy where torch cannot share it."""
     numpy = sys.modules["numpy"]
-    shareable = array.flags.writeable and array.dtype.isnative and all(stride >= 0 for stride in array.strides)
+    aligned = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
+    shareable = aligned and array.flags.writeable and array.dtype.isnative
     native = array if shareable else numpy.array(array, dtype=array.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(native)
 
@@ -259,42 +272,94 @@ def _aligned(piece: torch.Tensor) -> torch.Tensor:
     return piece.clone() if piece.data_ptr() % _ALIGNMENT else piece
 
 
-def scatter(output: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, guard: Guard) -> list[Finished]:
+class Output:
+    """What the model returned for a batch, looked through: every tensor must have the batch's rows along `dim`.
+
+    `size` is the number of rows of the batch, None where any number will do. Raises `OutputError`.
+    """
+
+    def __init__(self, value: Any, size: int | None, dim: int) -> None:
+        self.value = value
+        self.dim = dim
+        self.leaves: list[torch.Tensor] = []
+        self.structure: list[Any] = []
+        constants: list[Any] = []
+        walk(value, self.leaves, self.structure, constants)
+        self.leaves = [_checked_output(leaf, size, dim) for leaf in self.leaves]
+        for constant in constants:
+            if constant is not None:
+                raise OutputError(
+                    f"the model returned a {type(constant).__name__} ({constant!r:.60}); only tensors with the batch's "
+                    "rows can be handed out to the calls that shared the batch: return tensors, and None where there "
+                    "is nothing"
+                )
+        if not self.leaves and size is not None:
+            raise OutputError("the model returned no tensor; every call needs its rows of at least one")
+
+
+def _checked_output(leaf: Any, size: int | None, dim: int) -> torch.Tensor:
+    """One tensor of an output, on the host."""
+    if not isinstance(leaf, torch.Tensor):
+        try:
+            leaf = _tensor(leaf)
+        except TypeError:
+            raise OutputError(
+                f"the model returned a NumPy array of dtype {leaf.dtype} (objects, one a row?), which cannot become a "
+                "tensor; return tensors"
+            ) from None
+    kind = leaf.layout
+    if kind is torch.strided and (leaf.is_nested or leaf.is_meta):
+        kind = "nested" if leaf.is_nested else "meta"
+    if kind is not torch.strided:
+        raise OutputError(f"the model returned a {kind} tensor, which cannot be cut into rows; return a dense one")
+    if size is not None and (not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != size):
+        raise OutputError(
+            f"the model returned a tensor of shape {tuple(leaf.shape)} for a batch of {size} rows; every output tensor "
+            f"needs that many along dim {dim}, so that each call can be given its own (a value for the whole batch, or "
+            "a list with an object a row, needs disable_dynamic_batching())"
+        )
+    tensor: torch.Tensor = leaf if leaf.is_cpu else leaf.cpu()
+    return tensor
+
+
+def scatter(value: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, guard: Guard) -> list[Finished]:
     """Hand the rows of a batch's output to its calls, each in storage of its own; the calls that are complete now.
 
-    Raises `OutputError`, before anybody has got anything, if the output does not have the batch's rows.
+    Raises `OutputError` if the output does not have the batch's rows. Rows count as handed out when all of the batch
+    are: if one call's cannot be, the batch will run again in parts.
     """
-    leaves: list[Any] = []
-    constants: list[Any] = []
-    walk(output, leaves, [], constants)
-    _check_output(leaves, constants, size if chunks[0].call.cut.shared else None, dim)
-    leaves = [leaf if isinstance(leaf, torch.Tensor) else _tensor(leaf) for leaf in leaves]
     if not chunks[0].call.cut.shared:
-        call, start, stop = chunks[0]
-        return [(call, call.result)] if call.append(start, stop, output, leaves, dim, guard) else []
+        return _keep_piece(value, chunks[0], dim, guard)
+    output = Output(value, size, dim)
     sizes = [stop - start for _, start, stop in chunks]
     rows = sum(sizes)
-    split = [_split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim) for leaf in leaves]
+    split = [_split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim) for leaf in output.leaves]
+    bare = value is output.leaves[0]
     finished: list[Finished] = []
-    for (call, start, stop), *parts in zip(chunks, *split, strict=True):
+    partial: list[Chunk[Call]] = []
+    for chunk, *parts in zip(chunks, *split, strict=True):
+        call, start, stop = chunk
         if stop - start == call.rows:
-            finished.append((call, parts[0] if output is leaves[0] else fill(output, iter(parts))))
-        elif call.place(start, stop, output, parts, dim, guard):
-            finished.append((call, call.result))
-    return finished
+            finished.append((call, parts[0] if bare else fill(value, iter(parts))))
+        else:
+            call.place(start, stop, output, parts, guard)
+            partial.append(chunk)
+    return finished + [(call, call.result) for call, start, stop in partial if call.count(stop - start, guard)]
 
 
-def check_output(output: Any, size: int, dim: int) -> None:
-    """Raise `OutputError` unless the output of a batch of `size` rows can be handed out to callers."""
-    leaves: list[Any] = []
-    constants: list[Any] = []
-    walk(output, leaves, [], constants)
-    _check_output(leaves, constants, size, dim)
+def _keep_piece(value: Any, chunk: Chunk[Call], dim: int, guard: Guard) -> list[Finished]:
+    """The same where batches are not shared: the output of a piece may have any number of rows."""
+    call, start, stop = chunk
+    output = Output(value, None, dim)
+    call.append(start, output, guard)
+    if not call.count(stop - start, guard):
+        return []
+    call.join(output)
+    return [(call, call.result)]
 
 
 def _split(leaf: torch.Tensor, chunks: Sequence[Chunk[Call]], sizes: list[int], dim: int) -> Sequence[torch.Tensor]:
     """A leaf cut into chunks: copies for calls that are whole, views for those whose rows will be copied anyway."""
-    leaf = leaf if leaf.is_cpu else leaf.cpu()
     if all(stop - start == call.rows for call, start, stop in chunks):
         # One release of the GIL, and storage of its own for each.
         copies: list[torch.Tensor] = torch.split_with_sizes_copy(leaf, sizes, dim)  # type: ignore[func-returns-value,assignment]
@@ -306,42 +371,26 @@ def _split(leaf: torch.Tensor, chunks: Sequence[Chunk[Call]], sizes: list[int], 
     ]
 
 
-def _check_output(leaves: list[Any], constants: list[Any], size: int | None, dim: int) -> None:
-    """Every tensor must have the batch's `size` rows (None: any number) along `dim`; `None` may stand beside."""
-    for value in constants:
-        if value is not None:
-            raise OutputError(
-                f"the model returned a {type(value).__name__} ({value!r:.60}); only tensors with the batch's rows can "
-                "be handed out to the calls that shared the batch: return tensors, and None where there is nothing"
-            )
-    if not leaves and size is not None:
-        raise OutputError("the model returned no tensor; every call needs its rows of at least one")
-    for leaf in leaves:
-        if getattr(leaf, "layout", torch.strided) is not torch.strided:
-            raise OutputError(
-                f"the model returned a {leaf.layout} tensor, which cannot be cut into rows; return a dense one"
-            )
-        if size is not None and (not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != size):
-            raise OutputError(
-                f"the model returned a tensor of shape {tuple(leaf.shape)} for a batch of {size} rows; every output "
-                f"tensor needs that many along dim {dim}, so that each call can be given its own (a value for the "
-                "whole batch, or a list with an object a row, needs disable_dynamic_batching())"
-            )
-
-
 def _room(part: torch.Tensor, rows: int, dim: int) -> torch.Tensor:
     shape = list(part.shape)
     shape[dim] = rows
     return torch.empty(shape, dtype=part.dtype)
 
 
-def _check_alike(buffers: list[torch.Tensor], parts: list[torch.Tensor], dim: int) -> None:
-    kinds = [[(*t.shape[:dim], *t.shape[dim + 1 :], t.dtype) for t in tensors] for tensors in (buffers, parts)]
-    if kinds[0] != kinds[1]:
-        raise OutputError(
-            f"the model returned {kinds[1]} for one part of a call and {kinds[0]} for another (shape without rows, "
-            "dtype, for each tensor); they cannot be joined"
-        )
+def _check_structure(first: list[Any] | None, other: list[Any]) -> None:
+    if first != other:
+        raise OutputError("the model returned different structures for the parts of one call; they cannot be joined")
+
+
+def _check_alike(pieces: list[list[torch.Tensor]], dim: int) -> None:
+    """The parts of one call must differ in their rows only."""
+    kinds = [[(*t.shape[:dim], *t.shape[dim:][1:], t.dtype) for t in tensors] for tensors in pieces]
+    for kind in kinds[1:]:
+        if kind != kinds[0]:
+            raise OutputError(
+                f"the model returned {kind} for one part of a call and {kinds[0]} for another (shape without rows, "
+                "dtype, for each tensor); they cannot be joined"
+            )
 
 
 def _concatenate(parts: list[list[torch.Tensor]], dim: int) -> list[torch.Tensor]:

@@ -28,7 +28,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from aneuron.backends import Backend, Core, Fault
-from aneuron.workers import Execution
+from aneuron.workers import Execution, carried
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -156,7 +156,7 @@ class PuppetWorkers:
         try:
             future.set_result(fn(*args, **kwargs))
         except BaseException as error:
-            future.set_exception(error)
+            future.set_exception(carried(error))
         return future
 
     def post(self, execution: Execution) -> None:

@@ -28,6 +28,27 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def carried(error: BaseException) -> Exception:
+    """An exception as a future can carry it to a caller.
+
+    A future cannot carry StopIteration; CancelledError, SystemExit and KeyboardInterrupt would be taken for the
+    caller's own cancellation, or end its loop.
+    """
+    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+        return error
+    wrapped = RuntimeError(f"the model raised {text(error)}")
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def text(error: BaseException) -> str:
+    """An exception in words, whatever its `__str__` does."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception:
+        return type(error).__name__
+
+
 class Execution:
     """One batch on its way through a core: `prepare`, `begin`, `execute`, `finish`, in this order, on one thread.
 
@@ -115,7 +136,7 @@ class Execution:
         self.error = error
         try:
             self.fault = self.backend.classify(error) if self.begun else Fault.INPUT
-        except Exception:
+        except BaseException:
             logger.exception("the %s backend could not classify an error", self.backend.name)
 
 
@@ -127,7 +148,7 @@ def warm_up(core: Core, compiled: rows.Compiled, size: int | None, dim: int, pac
     for _ in range(2):
         output = core.execute(args, kwargs)
     if packing:
-        rows.check_output(output, size or compiled.inputs.rows, dim)
+        rows.Output(output, size or compiled.inputs.rows, dim)
 
 
 class Workers(Executor):
@@ -178,7 +199,7 @@ class Workers(Executor):
             try:
                 future.set_result(fn(*args, **kwargs))
             except BaseException as error:
-                future.set_exception(error)
+                future.set_exception(carried(error))
 
         self._inbox.put(run)
         return future

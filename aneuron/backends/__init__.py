@@ -152,7 +152,7 @@ def choose_backend(backend: str | Backend) -> Backend:
 
     if backend in ("auto", "cpu"):
         return CpuBackend()
-    if isinstance(backend, str) or not isinstance(backend, Backend):
+    if isinstance(backend, (str, type)) or not isinstance(backend, Backend):
         raise ValueError(
             f"backend={backend!r}: expected 'auto', 'cpu', or an object with the methods of aneuron.Backend"
         )

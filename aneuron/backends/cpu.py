@@ -7,14 +7,16 @@ import os
 import threading
 import warnings
 import weakref
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from aneuron.backends import Fault
 
-_lock = threading.Lock()
+T = TypeVar("T")
+
+_lock = threading.Lock()  # around the process's number of threads, and the files that are loaded
 _loaded: "weakref.WeakValueDictionary[tuple[str, int, int], torch.nn.Module]" = weakref.WeakValueDictionary()
 
 
@@ -65,11 +67,10 @@ class CpuBackend:
         self._cores = cores or len(
             os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
         )
-        self._process_threads = torch.get_num_threads()
-        self._threads = threads_per_core or max(1, self._process_threads // self._cores)
+        self._threads_per_core = threads_per_core
 
     def __repr__(self) -> str:
-        return f"CpuBackend(cores={self._cores}, threads_per_core={self._threads})"
+        return f"CpuBackend(cores={self._cores}, threads_per_core={self._threads_per_core})"
 
     def cores(self) -> Sequence[int]:
         """As many as were asked for."""
@@ -77,7 +78,9 @@ class CpuBackend:
 
     def load(self, model: Any, core_id: int, batch_size: int | None) -> "CpuCore":
         """Nothing to load but a file, once for all cores."""
-        return CpuCore(open_model(model), self._threads, self._process_threads)
+        with _lock:
+            threads = self._threads_per_core or max(1, _in_a_new_thread(torch.get_num_threads) // self._cores)
+        return CpuCore(open_model(model), threads)
 
     def classify(self, error: BaseException) -> Fault:
         """A CPU does not fail alone: whatever the model raises is about its input."""
@@ -89,17 +92,16 @@ class CpuCore:
 
     concurrent = False
 
-    def __init__(self, model: Any, threads: int, process_threads: int) -> None:
+    def __init__(self, model: Any, threads: int) -> None:
         self._model = model
         self._threads = threads
-        self._process_threads = process_threads
         self._local = threading.local()
 
     def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the model."""
         if not hasattr(self._local, "limited"):
             self._local.limited = True
-            limit_threads(self._threads, self._process_threads)
+            limit_threads(self._threads)
         with torch.inference_mode():
             return self._model(*args, **kwargs)
 
@@ -108,16 +110,23 @@ class CpuCore:
         self._model = None
 
 
-def limit_threads(threads: int, process_threads: int) -> None:
+def limit_threads(threads: int) -> None:
     """Use `threads` threads within operations that the calling thread starts, and in no other thread.
 
-    `torch.set_num_threads` sets the calling thread's number and the one that threads yet to come start with; the
-    latter is put back from a thread that ends at once. A thread takes up its number at its first operation, and would
-    overwrite what is set before: hence the question first.
+    `torch.set_num_threads` sets the calling thread's number and the one that threads yet to come start with, the
+    process's; that is put back. A thread takes up the process's number at its first operation, which would undo an
+    earlier setting: hence the question first.
     """
     with _lock:
+        process = _in_a_new_thread(torch.get_num_threads)
         torch.get_num_threads()
         torch.set_num_threads(threads)
-        restore = threading.Thread(target=torch.set_num_threads, args=(process_threads,), daemon=True)
-        restore.start()
-        restore.join()
+        _in_a_new_thread(torch.set_num_threads, process)
+
+
+def _in_a_new_thread(fn: Callable[..., T], *args: Any) -> T:
+    answer: list[T] = []
+    thread = threading.Thread(target=lambda: answer.append(fn(*args)), daemon=True)
+    thread.start()
+    thread.join()
+    return answer[0]

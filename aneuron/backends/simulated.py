@@ -14,6 +14,7 @@ import torch
 
 from aneuron.backends import Fault
 from aneuron.backends.cpu import open_model
+from aneuron.nested import walk
 
 _KINDS = ("input", "core", "fatal", "hang", "slow")
 
@@ -154,10 +155,6 @@ class SimulatedCore:
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The first dimension of the first tensor."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            return value.shape[0]
-        nested = list(value.values()) if isinstance(value, dict) else value
-        if isinstance(nested, (list, tuple)) and (rows := _rows(tuple(nested), {})):
-            return rows
-    return 0
+    leaves: list[Any] = []
+    walk((args, kwargs), leaves, [], [])
+    return int(leaves[0].shape[0])

@@ -1,0 +1,730 @@
+"""Nested inputs and outputs: whatever structure of tensors and arrays goes in, the answer is the plain model's."""
+
+import asyncio
+import enum
+import math
+from collections import OrderedDict, UserDict, defaultdict, namedtuple
+from contextlib import nullcontext
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aneuron import AsyncDataParallel, CpuBackend, OutputError, ShapeError
+from aneuron.testing import PuppetBackend, run
+
+Plain = namedtuple("Plain", ["x", "y"])
+
+
+class Typed(NamedTuple):
+    x: Any
+    y: Any = None
+
+
+@dataclass
+class Sample:
+    x: Any
+    y: Any = None
+
+
+@dataclass(frozen=True)
+class Frozen:
+    x: Any
+    y: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Slotted:
+    x: Any
+    y: Any = None
+
+
+@dataclass(kw_only=True)
+class Derived(Sample):
+    z: Any = None
+    made: list = field(default_factory=list, init=False)
+
+
+class Rows(list):
+    """A list with a name of its own."""
+
+
+class Table(OrderedDict):
+    """A dict with a name of its own."""
+
+
+CONTAINERS = {
+    "tuple": lambda x, y: (x, y),
+    "list": lambda x, y: [x, y],
+    "dict": lambda x, y: {"x": x, "y": y},
+    "dict with keys of any kind": lambda x, y: {0: x, ("a", 1): y},
+    "OrderedDict": lambda x, y: OrderedDict(y=y, x=x),
+    "defaultdict": lambda x, y: defaultdict(list, x=x, y=y),
+    "UserDict": lambda x, y: UserDict(x=x, y=y),
+    "subclass of list": lambda x, y: Rows([x, y]),
+    "subclass of OrderedDict": lambda x, y: Table(x=x, y=y),
+    "namedtuple": Plain,
+    "NamedTuple": Typed,
+    "dataclass": Sample,
+    "frozen dataclass": Frozen,
+    "frozen dataclass with slots": Slotted,
+    "derived dataclass": lambda x, y: Derived(x, z=y),
+    "deep": lambda x, y: {"a": [(Typed(x, None), {"b": Sample(y)}), ()], "c": Frozen({}, [])},
+}
+
+
+def transformed(value, change, other=lambda constant: constant):
+    """The structure with its tensors and arrays changed; written for these tests, apart from what the package does."""
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        return change(value)
+    if isinstance(value, (UserDict, dict)):
+        made = type(value)(list) if isinstance(value, defaultdict) else type(value)()
+        for key in value:
+            made[key] = transformed(value[key], change, other)
+        return made
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*[transformed(child, change, other) for child in value])
+    if isinstance(value, (tuple, list)):
+        return type(value)([transformed(child, change, other) for child in value])
+    if is_dataclass(value) and not isinstance(value, type):
+        made = object.__new__(type(value))
+        for each in fields(value):
+            object.__setattr__(made, each.name, transformed(getattr(value, each.name), change, other))
+        return made
+    return other(value)
+
+
+def assert_same(ours, theirs):
+    """Equal in structure, types, dtypes and to the bit."""
+    assert type(ours) is type(theirs)
+    if isinstance(ours, torch.Tensor):
+        assert ours.dtype == theirs.dtype
+        assert ours.shape == theirs.shape
+        assert torch.equal(ours, theirs)
+    elif isinstance(ours, (dict, UserDict)):
+        assert list(ours) == list(theirs)
+        for key in ours:
+            assert_same(ours[key], theirs[key])
+    elif isinstance(ours, (tuple, list)):
+        assert len(ours) == len(theirs)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert_same(mine, other)
+    elif is_dataclass(ours):
+        for each in fields(ours):
+            assert_same(getattr(ours, each.name), getattr(theirs, each.name))
+    else:
+        assert repr(ours) == repr(theirs)
+
+
+def bumped(x):
+    """Something that every row can be told by."""
+    assert isinstance(x, torch.Tensor), f"the model saw a {type(x)}"
+    return ~x if x.dtype == torch.bool else x + 1
+
+
+def bump(*args, **kwargs):
+    """A model: every tensor plus one, in the structure that it came in; constants become None."""
+    changed = transformed((args, kwargs), bumped, lambda constant: None)
+    return changed[0][0] if len(args) == 1 and not kwargs else changed
+
+
+def as_tensors(value):
+    def tensor(x):
+        return torch.tensor(np.array(x.tolist(), x.dtype.newbyteorder("="))) if isinstance(x, np.ndarray) else x
+
+    return transformed(value, tensor)
+
+
+def answers(net, *calls, cores=2, **settings):
+    """The results of calls made at once, each an (args, kwargs), and the puppets' executions."""
+
+    async def main():
+        backend = PuppetBackend(cores=cores, service_time=0.01)
+        async with AsyncDataParallel(net, backend=backend, **settings) as model:
+            results = await asyncio.gather(*(model(*args, **kwargs) for args, kwargs in calls), return_exceptions=True)
+        return results, [batch for core in backend.loaded.values() for batch in core.executed]
+
+    results, executed = run(main())
+    for result in results:
+        if isinstance(result, BaseException):
+            raise result
+    return results, executed
+
+
+def answer(net, *args, **settings):
+    return answers(net, (args, {}), **settings)[0][0]
+
+
+def column(rows, start=0.0, width=3):
+    return torch.arange(rows * width, dtype=torch.float32).reshape(rows, width) + start
+
+
+# Containers.
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+@pytest.mark.parametrize(
+    "settings", [{}, {"batch_size": 4}, {"split_size": 2}, {"set_dynamic_batching": False}], ids=str
+)
+def test_a_structure_goes_in_and_comes_out_as_it_is(kind, settings):
+    make = CONTAINERS[kind]
+    structures = [make(column(rows, rows), torch.arange(rows)) for rows in (1, 2, 6)]
+    warns = "split_size" in settings or "set_dynamic_batching" in settings  # one row cannot use both cores
+    with pytest.warns(UserWarning, match="not fully used") if warns else nullcontext():
+        results, _ = answers(bump, *(((structure,), {}) for structure in structures), **settings)
+    for structure, result in zip(structures, results, strict=True):
+        assert_same(result, bump(structure))
+
+
+@pytest.mark.parametrize("kind", CONTAINERS)
+def test_the_model_sees_the_very_structure_with_the_rows_of_the_batch(kind):
+    make = CONTAINERS[kind]
+    calls = [((make(column(1, start), torch.arange(1)),), {}) for start in (0, 10, 20)]
+    _, executed = answers(bump, *calls, cores=1, batch_size=4)
+    ((args, kwargs),) = executed
+    whole = torch.cat([column(1, 0), column(1, 10), column(1, 20), column(1, 20)])
+    assert_same(args, (make(whole, torch.zeros(4, dtype=torch.int64)),))
+    assert kwargs == {}
+
+
+def test_what_comes_out_of_one_call_is_not_the_container_of_another():
+    results, _ = answers(lambda x: {"a": [x]}, ((column(1),), {}), ((column(1),), {}), cores=1)
+    results[0]["a"].append("mine")
+    results[0]["b"] = "mine"
+    assert_same(results[1], {"a": [column(1)]})
+
+
+def test_a_caller_s_own_containers_are_left_alone():
+    structure = {"a": [column(2)], "b": Sample(column(2), "text")}
+    before = transformed(structure, torch.clone)
+    answers(bump, ((structure,), {}), ((structure,), {}), batch_size=8)
+    assert_same(structure, before)
+
+
+def test_a_sequence_given_as_one_argument_is_one_argument():
+    seen = []
+
+    def net(pair):
+        seen.append(type(pair))
+        return pair[0] + pair[1]
+
+    assert torch.equal(answer(net, (column(2), column(2))), column(2) * 2)
+    assert torch.equal(answer(net, [column(2), column(2)]), column(2) * 2)
+    assert torch.equal(answer(net, Typed(column(2), column(2))), column(2) * 2)
+    assert set(seen) == {tuple, list, Typed}
+
+
+def test_keyword_inputs_reach_the_model_by_name_whatever_their_order():
+    def net(a, *, b, c=2.0):
+        return a - b * c
+
+    x, y = column(3), column(3, 5.0)
+    calls = [((x,), {"b": y, "c": 3.0}), ((x,), {"c": 3.0, "b": y}), ((), {"b": y, "a": x, "c": 3.0}), ((x,), {"b": y})]
+    results, executed = answers(net, *calls, cores=1)
+    for (args, kwargs), result in zip(calls, results, strict=True):
+        assert torch.equal(result, net(*args, **kwargs))
+    assert len(executed) == 3  # the first two share a batch
+
+
+def test_several_outputs_of_different_width_keep_their_shapes():
+    def net(x):
+        return x.sum(1), x[:, None, :], {"empty": x[:, :0], "wide": x.repeat(1, 5)}
+
+    for rows in (1, 3, 9):
+        assert_same(answer(net, column(rows), batch_size=4), net(column(rows)))
+
+
+def test_one_tensor_in_two_places_comes_back_in_both():
+    x = column(3)
+    result = answer(lambda d: {"a": d["p"], "b": [d["q"], d["p"]]}, {"p": x, "q": x})
+    assert_same(result, {"a": x, "b": [x, x]})
+
+
+def test_none_stays_none_at_any_depth():
+    assert_same(
+        answer(lambda x: (None, {"a": None, "b": [x, None]}), column(2)), (None, {"a": None, "b": [column(2), None]})
+    )
+
+
+def test_empty_containers_stay_empty():
+    assert_same(answer(lambda x: (x, (), [], {}), column(2)), (column(2), (), [], {}))
+
+
+@pytest.mark.parametrize("rows", [1, 3, 9])
+def test_torch_s_return_types_come_back_as_they_are(rows):
+    x = torch.randn(rows, 5, generator=torch.Generator().manual_seed(rows))
+    for net in (lambda t: torch.max(t, dim=1), lambda t: torch.sort(t, dim=1), lambda t: torch.topk(t, 2)):
+        assert_same(answer(net, x, batch_size=4), net(x))
+
+
+def test_torch_s_return_types_are_inputs_too():
+    pair = torch.max(column(5), dim=1)
+    assert torch.equal(answer(lambda p: p.values + p.indices, pair, batch_size=2), pair.values + pair.indices)
+
+
+def test_a_tuple_with_a_constructor_of_its_own_comes_back_as_it_is():
+    class Pair(tuple):
+        def __new__(cls, first, second):
+            return super().__new__(cls, (first, second))
+
+    class Bag(tuple):
+        def __new__(cls, *items):
+            return super().__new__(cls, items)
+
+    for made in (Pair, Bag):
+        result = answer(lambda x, made=made: made(x, x + 1), column(2))
+        assert type(result) is made
+        assert len(result) == 2
+        assert torch.equal(result[1], column(2) + 1)
+
+
+def test_a_scripted_model_s_named_tuples_and_dicts_come_back():
+    class Out(NamedTuple):
+        mean: torch.Tensor
+        high: torch.Tensor
+
+    class Net(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+            return {"mean": x.mean(1), "high": x.amax(1)}
+
+    class Net2(torch.nn.Module):
+        def forward(self, x: torch.Tensor):
+            return Out(x.mean(1), x.amax(1))
+
+    for net in (Net().eval(), Net2().eval()):
+        scripted = torch.jit.script(net)
+        ours, theirs = answer(scripted, column(5), batch_size=2), scripted(column(5))
+        assert type(ours) is type(theirs) or ours._fields == theirs._fields
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_dataclass_is_not_constructed_again():
+    made = []
+
+    @dataclass(frozen=True)
+    class Once:
+        x: torch.Tensor
+
+        def __post_init__(self):
+            made.append(self)
+
+    results, _ = answers(lambda once: once, *[((Once(column(1)),), {})] * 3, cores=1)
+    assert len(made) == 1
+    assert all(torch.equal(result.x, column(1)) for result in results)
+
+
+def test_a_class_of_dataclasses_is_no_structure():
+    seen = []
+
+    def net(x, kind):
+        seen.append(kind)
+        return x
+
+    answer(net, column(2), Sample)
+    assert set(seen) == {Sample}
+
+
+# Hugging Face.
+
+
+def test_hugging_face_outputs_come_back_whole():
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+
+    def net(input_ids, attention_mask):
+        hidden = input_ids[..., None] * attention_mask[..., None].float()
+        return outputs.BaseModelOutputWithPooling(
+            last_hidden_state=hidden, pooler_output=hidden[:, 0], hidden_states=(hidden, hidden * 2)
+        )
+
+    calls = [
+        ((), {"input_ids": torch.arange(n * 4).reshape(n, 4), "attention_mask": torch.ones(n, 4)}) for n in (1, 2, 9)
+    ]
+    results, _ = answers(net, *calls, batch_size=4)
+    for (_, kwargs), result in zip(calls, results, strict=True):
+        plain = net(**kwargs)
+        assert type(result) is type(plain)
+        assert list(result) == list(plain)
+        assert result.attentions is None
+        for name in plain:
+            assert_same(result[name], plain[name])
+            assert result[name] is getattr(result, name)  # attributes and items are the same thing
+        assert_same(result.to_tuple(), plain.to_tuple())
+
+
+def test_hugging_face_outputs_are_inputs_too():
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    state = outputs.BaseModelOutput(last_hidden_state=column(5), hidden_states=(column(5), column(5, 1.0)))
+
+    def net(state, scale):
+        assert type(state) is outputs.BaseModelOutput
+        return state.last_hidden_state * scale + state.hidden_states[1] + state["hidden_states"][0]
+
+    assert torch.equal(answer(net, state, 2.0, batch_size=2), net(state, 2.0))
+
+
+def test_what_a_tokenizer_returns_is_an_input():
+    transformers = pytest.importorskip("transformers")
+    batch = transformers.BatchEncoding(
+        {"input_ids": torch.arange(12).reshape(3, 4), "attention_mask": torch.ones(3, 4)}
+    )
+
+    def net(encoded):
+        assert type(encoded) is transformers.BatchEncoding
+        return encoded.input_ids * encoded["attention_mask"]
+
+    assert torch.equal(answer(net, batch, batch_size=2), net(batch))
+    kwargs_call = answers(
+        lambda input_ids, attention_mask: input_ids * attention_mask, ((), dict(**batch)), batch_size=2
+    )
+    assert torch.equal(kwargs_call[0][0], net(batch))
+
+
+# NumPy.
+
+
+def structured_field():
+    """An array whose strides are no multiple of its items: every second value of a packed record."""
+    return np.array([(1, 1.5), (2, -2.5), (3, 0.0), (4, 8.0), (5, 1e9)], dtype=[("id", "i1"), ("x", "f4")])["x"]
+
+
+def odd_bytes(numbers):
+    return b"x" + np.arange(numbers, dtype="f4").tobytes()
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+ARRAYS = {
+    "float32": lambda: np.arange(15, dtype="f4").reshape(5, 3),
+    "float64": lambda: np.arange(15, dtype="f8").reshape(5, 3),
+    "float16": lambda: np.arange(15, dtype="f2").reshape(5, 3),
+    "int8": lambda: np.arange(-7, 8, dtype="i1").reshape(5, 3),
+    "uint16": lambda: np.arange(5, dtype="u2"),
+    "int64": lambda: np.arange(15).reshape(5, 3),
+    "bool": lambda: np.array([True, False, True, True, False]),
+    "complex64": lambda: np.arange(5, dtype="c8") * 1j,
+    "read-only": lambda: read_only(np.arange(15, dtype="f4").reshape(5, 3)),
+    "over bytes": lambda: np.frombuffer(np.arange(15, dtype="f4").tobytes(), "f4").reshape(5, 3),
+    "over bytes, odd offset": lambda: np.frombuffer(odd_bytes(15), "f4", offset=1).reshape(5, 3),
+    "unaligned and writeable": lambda: np.frombuffer(bytearray(odd_bytes(10)), "f4", offset=1).reshape(5, 2),
+    "negative strides": lambda: np.arange(15, dtype="f4").reshape(5, 3)[::-1, ::-1],
+    "every other row": lambda: np.arange(30, dtype="f4").reshape(10, 3)[::2],
+    "Fortran order": lambda: np.asfortranarray(np.arange(15, dtype="f4").reshape(5, 3)),
+    "big-endian": lambda: np.arange(15, dtype=">f4").reshape(5, 3),
+    "big-endian ints, read-only": lambda: read_only(np.arange(15, dtype=">i8").reshape(5, 3)),
+    "broadcast": lambda: np.broadcast_to(np.arange(3, dtype="f4"), (5, 3)),
+    "field of a record array": structured_field,
+    "no columns": lambda: np.zeros((5, 0), "f4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ARRAYS)
+@pytest.mark.parametrize("batch_size", [None, 2, 5, 8])
+def test_any_numeric_array_is_as_good_as_a_tensor(kind, batch_size):
+    array = ARRAYS[kind]()
+    expected = bump(as_tensors(array)) if array.dtype != np.uint16 else as_tensors(array)
+    net = bump if array.dtype != np.uint16 else torch.clone
+    assert_same(answer(net, array, batch_size=batch_size), expected)
+    assert_same(answer(lambda d: net(d["x"][0]), {"x": [array]}, batch_size=batch_size), expected)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.array([object(), None]),
+        np.array([[1.0], "two"], dtype=object),
+        np.array(["one", "two"]),
+        np.array([b"one", b"two"]),
+        np.array(["2026-01-01", "2026-01-02"], dtype="M8[D]"),
+        np.zeros(2, dtype=[("id", "i1"), ("x", "f4")]),
+        np.zeros(2, dtype="g"),
+    ],
+    ids=lambda array: str(array.dtype),
+)
+def test_an_array_that_no_tensor_can_hold_is_refused_before_it_reaches_a_batch(array):
+    async def main():
+        backend = PuppetBackend(cores=1, service_time=0.01)
+        async with AsyncDataParallel(bump, backend=backend, batch_size=4) as model:
+            calls = [model(torch.zeros(2)), model(array), model({"x": array})]
+            good, *bad = await asyncio.gather(*calls, return_exceptions=True)
+            assert len(backend[0].executed) == 1
+            return good, bad
+
+    good, bad = run(main())
+    assert torch.equal(good, torch.ones(2))
+    for error in bad:
+        assert type(error) is ShapeError
+        assert str(array.dtype) in str(error)
+        assert "astype" in str(error)
+
+
+def test_arrays_and_tensors_share_a_batch():
+    calls = [((column(1),), {}), ((column(1).numpy(),), {}), ((read_only(column(1).numpy()),), {})]
+    calls.append(((column(1).numpy().astype(">f4"),), {}))
+    results, executed = answers(bump, *calls, cores=1)
+    assert len(executed) == 1
+    assert all(torch.equal(result, column(1) + 1) for result in results)
+
+
+def test_a_read_only_array_is_not_written_to_by_a_model_that_writes():
+    array = read_only(np.zeros((4, 3), "f4"))
+    assert torch.equal(answer(lambda x: x.add_(1), array, batch_size=4), torch.ones(4, 3))
+    assert not array.any()
+
+
+def test_arrays_that_the_model_returns_become_tensors():
+    def net(x):
+        return {"text": None, "score": x.numpy().sum(1), "back": x.numpy()[:, ::-1]}
+
+    results, _ = answers(net, ((column(1),), {}), ((column(2),), {}), ((column(9),), {}), batch_size=4)
+    for rows, result in zip((1, 2, 9), results, strict=True):
+        assert_same(result, {"text": None, "score": column(rows).sum(1), "back": column(rows).flip(1)})
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_an_array_of_objects_that_the_model_returns_is_an_output_error(packing):
+    with pytest.raises(OutputError, match="object"):
+        answer(lambda x: np.array(["a"] * len(x), dtype=object), column(2), set_dynamic_batching=packing)
+
+
+# Leaves that are no tensors.
+
+
+def test_leaves_that_are_no_tensors_reach_every_piece():
+    class Colour(enum.Enum):
+        RED = 1
+
+    thing = object()
+    others = (
+        None,
+        1,
+        True,
+        2.5,
+        math.nan,
+        "text",
+        b"bytes",
+        1j,
+        Colour.RED,
+        thing,
+        torch.float16,
+        slice(2),
+        {1, 2},
+        bump,
+    )
+    seen = []
+
+    def net(x, extras, *, flag, nested):
+        seen.append((extras, flag, nested))
+        return x
+
+    call = ((column(7), others), {"flag": thing, "nested": {"deep": [("text", 3)]}})
+    (result,), executed = answers(net, call, cores=3)
+    assert torch.equal(result, column(7))
+    assert len(executed) == len(seen) == 3
+    for extras, flag, nested in seen:
+        assert all(mine is other for mine, other in zip(extras, others, strict=True))
+        assert flag is thing
+        assert nested == {"deep": [("text", 3)]}
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "together"),
+    [
+        (1, 1, True),
+        (1, 2, False),
+        (1, True, False),
+        (1, 1.0, False),
+        (0.0, -0.0, False),
+        (math.nan, float("nan"), True),
+        ("a", "a", True),
+        (None, None, True),
+        (None, False, False),
+        ([1, 2], [1, 2], True),
+        ([1, 2], (1, 2), False),
+        ({"a": 1}, {"a": 1}, True),
+        ({"a": 1}, {"b": 1}, False),
+        (np.float32(1), np.float32(1), True),
+        (np.float32(1), np.float64(1), False),
+        (torch.float16, torch.float32, False),
+        (object(), object(), False),
+        (Sample(1, "a"), Sample(1, "a"), True),
+        (Sample(1, "a"), Frozen(1, "a"), False),
+        ((), None, False),
+    ],
+    ids=repr,
+)
+def test_only_calls_with_the_same_other_arguments_share_a_batch(one, other, together):
+    def net(x, extra):
+        seen.append(extra)
+        return x
+
+    seen = []
+    results, executed = answers(net, ((column(1), one), {}), ((column(1, 5.0), other), {}), cores=1)
+    assert torch.equal(results[0], column(1))
+    assert torch.equal(results[1], column(1, 5.0))
+    assert len(executed) == (1 if together else 2)
+    if not together:
+        assert [repr(value) for value in seen] == [repr(one), repr(other)]
+
+
+def test_calls_of_different_shape_dtype_or_structure_do_not_share_a_batch():
+    x = column(1)
+    inputs = [x, x.double(), x[0], x[:, :2], (x,), [x], {"x": x}, {"y": x}, Sample(x), Frozen(x)]
+    results, executed = answers(bump, *(((value,), {}) for value in inputs), cores=1)
+    assert len(executed) == len(inputs)
+    for value, result in zip(inputs, results, strict=True):
+        assert_same(result, bump(value))
+
+
+# Compiled structures.
+
+
+def test_a_dict_in_another_order_is_what_the_model_was_compiled_for():
+    def net(features):
+        return features["a"] - features["b"]
+
+    example = ({"a": column(1), "b": column(1)},)
+    result = answer(net, {"b": column(2), "a": column(2, 5.0)}, batch_size=4, example_inputs=example)
+    assert torch.equal(result, torch.full((2, 3), 5.0))
+
+
+def test_keyword_inputs_in_another_order_are_what_the_model_was_compiled_for():
+    (result,), _ = answers(
+        lambda a, b: a - b,
+        ((), {"b": column(2), "a": column(2, 5.0)}),
+        batch_size=4,
+        example_inputs={"a": column(1), "b": column(1)},
+    )
+    assert torch.equal(result, torch.full((2, 3), 5.0))
+
+
+# Other dimensions.
+
+
+@pytest.mark.parametrize("dim", [1, 2, -1, -2])
+def test_nested_inputs_are_cut_along_any_dimension(dim):
+    shapes = [[4, 5, 6], [3, 5, 6]] if dim in (1, 2, -2) else [[4, 6], [2, 3, 6]]
+    x, y = (torch.arange(math.prod(shape), dtype=torch.float32).reshape(shape) for shape in shapes)
+    result = answer(bump, {"x": x, "y": [y.numpy()], "z": 3}, dim=dim)
+    assert_same(result, {"x": x + 1, "y": [y + 1], "z": None})
+
+
+# Every dtype.
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.uint16, torch.uint32,
+        torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
+        torch.float8_e4m3fn, torch.float8_e5m2,
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_dtype_travels_to_the_bit(dtype):
+    def bits(tensor):
+        return tensor.contiguous().view(torch.uint8)
+
+    calls = [((torch.randint(0, 2, (rows, 4)).to(dtype),), {}) for rows in (1, 2, 7)]
+    results, _ = answers(lambda x: x, *calls, batch_size=4)
+    for ((x,), _), result in zip(calls, results, strict=True):
+        assert result.dtype == dtype
+        assert torch.equal(bits(result), bits(x))
+
+
+# Any of it, nested at random.
+
+TRAILING = st.sampled_from([(), (1,), (3,), (2, 2), (0,)])
+DTYPES = st.sampled_from(["float32", "int64", "bool", "float16"])
+LEAVES = st.tuples(st.sampled_from(["tensor", "strided", "array", "read-only"]), TRAILING, DTYPES)
+CONSTANTS = st.sampled_from([None, 0, 1, True, "text", 1.5, math.nan])
+SEQUENCES, MAPPINGS = st.sampled_from(["tuple", "list", "rows"]), st.sampled_from(["dict", "ordered", "user"])
+RECORDS = st.sampled_from([Plain, Typed, Sample, Frozen, Slotted])
+NODES = st.recursive(
+    LEAVES | st.tuples(st.just("constant"), CONSTANTS),
+    lambda children: (
+        st.tuples(SEQUENCES, st.lists(children, max_size=3))
+        | st.tuples(MAPPINGS, st.dictionaries(st.sampled_from("abc"), children, max_size=3))
+        | st.tuples(RECORDS, st.tuples(children, children))
+    ),
+    max_leaves=8,
+)
+MAKERS = {"tuple": tuple, "list": list, "rows": Rows, "dict": dict, "ordered": OrderedDict, "user": UserDict}
+
+
+def build(node, rows, numbers):
+    """The structure that a node describes, its tensors of `rows` rows filled with new numbers."""
+    kind, *what = node
+    if kind == "constant":
+        return what[0]
+    if kind in ("tensor", "strided", "array", "read-only"):
+        trailing, dtype = what
+        shape = (rows * (2 if kind == "strided" else 1), *trailing)
+        first = next(numbers)
+        array = (np.arange(math.prod(shape)) + first).reshape(shape)
+        array = array % 2 == 0 if dtype == "bool" else array.astype(dtype)
+        if kind == "array":
+            return array
+        return read_only(array) if kind == "read-only" else torch.tensor(array)[:: 2 if kind == "strided" else 1]
+    if isinstance(what[0], dict):
+        return MAKERS[kind]({key: build(child, rows, numbers) for key, child in what[0].items()})
+    children = [build(child, rows, numbers) for child in what[0]]
+    return kind(*children) if isinstance(kind, type) else MAKERS[kind](children)
+
+
+@settings(max_examples=120, deadline=None, database=None, derandomize=True)
+@given(
+    positional=st.lists(NODES, max_size=3),
+    keyword=st.dictionaries(st.sampled_from(["p", "q"]), NODES, max_size=2),
+    rows=st.lists(st.integers(1, 9), min_size=1, max_size=4),
+    cores=st.integers(1, 3),
+    batch_size=st.sampled_from([None, 1, 4, 8]),
+    warm=st.booleans(),
+)
+def test_the_result_of_any_nested_input_is_the_plain_model_s(positional, keyword, rows, cores, batch_size, warm):
+    numbers = iter(range(0, 10_000, 7))
+    calls = []
+    for count in (1, *rows):  # the first is the example
+        args = tuple(build(node, count, numbers) for node in positional)
+        calls.append((args, {name: build(node, count, numbers) for name, node in keyword.items()}))
+    constants = repr(transformed(calls[0], lambda x: "tensor"))
+
+    def net(*args, **kwargs):
+        assert repr(transformed((args, dict(sorted(kwargs.items()))), lambda x: "tensor")) == sorted_constants
+        return transformed((args, kwargs), bumped, lambda constant: None)
+
+    sorted_constants = repr(transformed((calls[0][0], dict(sorted(calls[0][1].items()))), lambda x: "tensor"))
+    settings = {"cores": cores, "batch_size": batch_size}
+    if "tensor" not in constants:
+        with pytest.raises(ShapeError, match="no tensor among its inputs"):
+            answers(net, calls[0], **settings)
+        return
+    if warm:
+        settings["example_inputs"] = calls[0][0] if not keyword else calls[0][1] if not positional else None
+    results, _ = answers(net, *calls[1:], **settings)
+    for (args, kwargs), result in zip(calls[1:], results, strict=True):
+        assert_same(result[0], transformed(as_tensors(args), bumped, lambda constant: None))
+        assert result[1].keys() == kwargs.keys()
+        for name, value in kwargs.items():
+            assert_same(result[1][name], transformed(as_tensors(value), bumped, lambda constant: None))
+
+
+@settings(max_examples=20, deadline=None, database=None, derandomize=True)
+@given(
+    node=NODES.filter(lambda node: "tensor" in repr(node)), rows=st.lists(st.integers(1, 20), min_size=1, max_size=6)
+)
+def test_so_it_is_on_real_threads(node, rows):
+    calls = [build(node, count, iter(range(100))) for count in rows]
+
+    async def main():
+        async with AsyncDataParallel(bump, backend=CpuBackend(cores=2), batch_size=8) as model:
+            return await asyncio.gather(*(model(call) for call in calls))
+
+    for call, result in zip(calls, asyncio.run(main()), strict=True):
+        assert_same(result, bump(as_tensors(call)))
