@@ -25,6 +25,7 @@ from aneuron.workers import Execution, Workers, carried, text, warm_up
 logger = logging.getLogger("aneuron")
 
 SLOW_DRAIN = 10.0  # seconds after which a drain that goes on is logged
+COPYING_PAYS = 0.0002  # seconds of copying a batch from which on a lane has a second thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class Lane:
         self.workers = workers
         self.ended = 0.0  # when the last execution did
         self._backend = backend
-        self._threads = 1
+        self._depth = 1  # batches to hand to the threads: one to execute, one to follow it without a gap
+        self._copying: deque[float] = deque(maxlen=8)  # seconds of the last batches
         workers.grow(1)
 
     def load(self, load: "Load") -> None:
@@ -63,10 +65,20 @@ class Lane:
             warm_up(self.core, load.compiled, load.size, load.dim, load.packing)
 
     def widen(self, slots: int) -> None:
-        """Have the threads that `slots` slots can use: one that executes and one that prepares, unless concurrent."""
+        """Serve `slots` slots. A concurrent core has a thread for each; another has one, until copying pays."""
         assert self.core is not None
-        self._threads = max(1, slots if self.core.concurrent else min(slots, 2))
-        self.workers.grow(self._threads)
+        self._depth = max(1, slots if self.core.concurrent else min(slots, 2))
+        self.workers.grow(self._depth if self.core.concurrent else 1)
+
+    def copied(self, seconds: float) -> None:
+        """Note what the rows of a batch took to collate and scatter; have a second thread do it where it takes long.
+
+        A second thread prepares the next batch while the first executes. With small rows the handing over of the
+        interpreter between the two costs more than it saves. The least of several counts: a busy machine only adds.
+        """
+        self._copying.append(seconds)
+        if len(self._copying) == self._copying.maxlen and min(self._copying) > COPYING_PAYS:
+            self.workers.grow(self._depth)
 
     def put(self, execution: Execution) -> None:
         """Bind a batch to this lane."""
@@ -75,7 +87,7 @@ class Lane:
 
     def pump(self) -> None:
         """Hand batches to the threads that are free."""
-        while len(self.handed) < self._threads and not self.queue.empty():
+        while len(self.handed) < self._depth and not self.queue.empty():
             execution = self.queue.get_nowait()
             self.handed.append(execution)
             self.workers.post(execution)
@@ -106,7 +118,7 @@ class Lanes:
         self._load = load
         self._counters = counters
         self._scheduler: Scheduler[Call] = Scheduler(rules)
-        self._calls: set[Call] = set()  # accepted and not ended
+        self._outstanding = 0  # calls accepted and not ended
         self._scheduled = False  # a dispatch is
         self._done: deque[Execution] = deque()  # filled by the workers
         self._posted = False  # a delivery is
@@ -136,7 +148,7 @@ class Lanes:
         except BaseException as error:
             self.stop()
             if isinstance(error, Exception):
-                error.add_note(f"aneuron: while loading core {lane.core_id} of the {self._backend.name} backend")
+                _note(error, f"aneuron: while loading core {lane.core_id} of the {self._backend.name} backend")
                 await self._closed
                 self._join()
             raise
@@ -176,16 +188,18 @@ class Lanes:
 
     def abort(self) -> None:
         """Fail what has not begun to execute, and let the threads end after what they execute."""
-        self.serving = False
-        revoked = [chunk.call for batch in self._scheduler.pending_reruns() for chunk in batch.chunks]
-        for lane in self._lanes:
-            waiting = [lane.queue.get_nowait() for _ in range(lane.queue.qsize())]
-            waiting += [execution for execution in lane.handed if not execution.begun]
-            revoked += [chunk.call for execution in waiting for chunk in execution.chunks]
-        revoked += [call for call in self._calls if call.bound < call.rows]
-        for call in revoked:
+        for call in self._calls(begun=False):
             self._end(call, error=Closed("the model was closed before it ran this call"))
         self.stop()
+
+    def _calls(self, *, begun: bool) -> list[Call]:
+        """The calls that have rows in the queue or bound to a lane; if `begun`, those that execute as well."""
+        calls = self._scheduler.calls()
+        for lane in self._lanes:
+            executions = [lane.queue.get_nowait() for _ in range(lane.queue.qsize())]
+            executions += [execution for execution in lane.handed if begun or not execution.begun]
+            calls += [call for execution in executions for call, _, _ in execution.chunks]
+        return calls
 
     def stop(self) -> None:
         """Let every lane's threads end."""
@@ -204,38 +218,38 @@ class Lanes:
             self._closed.set_result(None)
 
     def _check_idle(self) -> None:
-        if self._scheduler.draining and not self._calls and not self._idle.done():
+        if self._scheduler.draining and not self._outstanding and not self._idle.done():
             self._idle.set_result(None)
 
     def _log_slow_drain(self) -> None:
-        logger.warning("closing has taken %g s; %d calls have not ended", SLOW_DRAIN, len(self._calls))
+        logger.warning("closing has taken %g s; %d calls have not ended", SLOW_DRAIN, self._outstanding)
 
     # Calls in.
 
     async def answer(self, call: Call) -> Any:
         """Admit a call and wait for its result."""
-        self._admit(call)
+        if not self.serving:
+            raise Closed("the model is closed or closing; start() opens it again")
+        if self.rules.max_pending is not None:
+            self._find_room(call.rows)
+        call.future = self.loop.create_future()
+        call.ended = call.future.done
+        call.admitted = self._clock()
+        self._scheduler.admit(call)
+        self._outstanding += 1
+        self._counters.accepted += 1
+        self._dispatch_soon()
         try:
             return await call.future
         finally:
             if not call.settled:
                 self._withdraw(call)
-            del call  # an exception's traceback holds this frame
 
-    def _admit(self, call: Call) -> None:
-        if not self.serving:
-            raise Closed("the model is closed or closing; start() opens it again")
-        if not self._scheduler.room(call.rows):
+    def _find_room(self, rows: int) -> None:
+        if not self._scheduler.room(rows):
             self._dispatch()  # what idle cores can take does not wait
-            if not self._scheduler.room(call.rows):
-                raise self._refusal(call.rows)
-        call.future = self.loop.create_future()
-        call.ended = call.future.done
-        call.admitted = self._clock()
-        self._scheduler.admit(call)
-        self._calls.add(call)
-        self._counters.accepted += 1
-        self._dispatch_soon()
+            if not self._scheduler.room(rows):
+                raise self._refusal(rows)
 
     def _refusal(self, rows: int) -> QueueFull:
         self._counters.refused += 1
@@ -266,7 +280,7 @@ class Lanes:
     def _execution(self, index: int, batch: Batch[Call]) -> Execution:
         core = self._lanes[index].core
         assert core is not None
-        size = self._load.size if batch.chunks[0].call.cut.shared else None
+        size = self._load.size if batch.chunks[0][0].cut.shared else None
         return Execution(batch, size, self._load.dim, self._backend, core, index, self._guard, self._post)
 
     # Results back.
@@ -303,8 +317,8 @@ class Lanes:
             self._count(execution, lane, now)
         if execution.error is not None:
             self._failed(execution, lane, execution.error)
-        for call, result in execution.finished:
-            self._end(call, result, now=now)
+        ended = [call for call, result in execution.finished if self._end(call, result)]
+        self._counters.total_seconds.add_all([now - call.admitted for call in ended])
         # A traceback holds the worker's frames, and they the execution: no cycle, and nobody else's rows.
         execution.chunks, execution.error, execution.finished = (), None, []
         execution.batch.chunks = []
@@ -313,27 +327,29 @@ class Lanes:
         counters, rows = self._counters, execution.rows
         service = execution.ended - max(execution.started, lane.ended)
         lane.ended = execution.ended
+        lane.copied(execution.copying)
         lane.counters.executed(rows, execution.size or rows, max(0.0, service))
         counters.drained(rows, now)
         counters.device_seconds.add(execution.ended - execution.started)
         if execution.batch.because != "rerun":
             counters.closed_because[execution.batch.because] += 1
             counters.batch_rows.add(rows)
-            for call, start, _ in execution.chunks:
-                if not start:
-                    counters.queue_seconds.add(execution.started - call.admitted)
+            started = execution.started
+            counters.queue_seconds.add_all(
+                [started - call.admitted for call, start, _ in execution.chunks if not start]
+            )
 
     def _failed(self, execution: Execution, lane: Lane, error: BaseException) -> None:
         """Give the error to the call that caused it: a batch of several runs again in halves until it stands alone."""
         lane.counters.errors += 1
         alone = len(execution.chunks) == 1  # a caller who has left since may be the one to blame, so: of those executed
-        chunks = [chunk for chunk in execution.chunks if not chunk.call.ended()]
+        chunks = [(call, start, stop) for call, start, stop in execution.chunks if not call.ended()]
         if execution.fault is not Fault.INPUT:
             logger.warning("core %d failed: %s", lane.core_id, type(error).__name__, exc_info=error)
-            for chunk in chunks:
+            for call, _, _ in chunks:
                 failure = CoreFailed(f"core {lane.core_id} failed while it ran this call: {text(error)}", lane.core_id)
                 failure.__cause__ = error
-                self._end(chunk.call, error=failure)
+                self._end(call, error=failure)
         elif alone:
             for call, start, stop in chunks:
                 note = f"aneuron: core {lane.core_id}, rows {start} to {stop - 1} of this call"
@@ -341,16 +357,14 @@ class Lanes:
         elif not self._stopped:
             self._scheduler.rerun(chunks)
         else:
-            for chunk in chunks:
-                self._end(chunk.call, error=Closed("the model was closed before it could run this call again"))
+            for call, _, _ in chunks:
+                self._end(call, error=Closed("the model was closed before it could run this call again"))
 
-    def _end(
-        self, call: Call, result: Any = None, *, error: BaseException | None = None, now: float | None = None
-    ) -> None:
-        """The one function that ends a call. A caller who has left is counted by its own `_withdraw`."""
+    def _end(self, call: Call, result: Any = None, error: BaseException | None = None) -> bool:
+        """The one function that ends a call; False if its caller has left, which `_withdraw` counts."""
         future = call.future
-        if future.done():
-            return
+        if call.settled or future.done():
+            return False
         call.settled = True
         if error is None:
             future.set_result(result)
@@ -358,26 +372,31 @@ class Lanes:
         else:
             future.set_exception(error)
             self._counters.failed += 1
-        self._counters.total_seconds.add((now or self._clock()) - call.admitted)
+            self._counters.total_seconds.add(self._clock() - call.admitted)
+            self._scheduler.discard(call)
         self._forget(call)
+        return True
 
     def _withdraw(self, call: Call) -> None:
         """The caller has left: its rows leave the queue, or their results will be dropped."""
         call.settled = True
         call.future.cancel()
         self._counters.cancelled += 1
+        self._scheduler.discard(call)
         self._forget(call)
 
     def _forget(self, call: Call) -> None:
-        self._scheduler.discard(call)
-        self._calls.discard(call)
-        call.inputs = call.result = None
-        self._check_idle()
+        # At once: the call itself may be in a queue for a while, or in the frames that an exception's traceback holds.
+        call.leaves = call.template = call.parts = call.future = None
+        call.ended = _yes
+        self._outstanding -= 1
+        if self._scheduler.draining:
+            self._check_idle()
 
     def _crash(self, error: Exception) -> None:
         """A bug of ours must not leave anybody waiting."""
         logger.critical("the lanes failed and are closed; please report this", exc_info=error)
-        for call in list(self._calls):
+        for call in self._calls(begun=True):
             failure = Closed(f"the model is closed after an internal error: {text(error)}; please report this")
             failure.__cause__ = error
             self._end(call, error=failure)
@@ -390,10 +409,19 @@ class Lanes:
         return self._counters.snapshot(self._scheduler.waiting_calls, self._scheduler.waiting_rows)
 
 
+def _yes() -> bool:
+    return True
+
+
 def _own(error: BaseException, note: str) -> Exception:
     """The model's exception as it reaches its caller."""
     own = carried(error)
-    with suppress(Exception):  # whatever the model's exception makes of it
-        if note not in getattr(own, "__notes__", ()):
-            own.add_note(note)
+    _note(own, note)
     return own
+
+
+def _note(error: Exception, note: str) -> None:
+    """Add a note, once, unless the exception will not have it."""
+    with suppress(Exception):
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)

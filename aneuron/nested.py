@@ -37,7 +37,8 @@ def _open(value: Any) -> _Opened | None:
         items = list(value.items())
         known = {"data", *value}  # UserDict keeps its items in `data`, Hugging Face's outputs have them as attributes
     elif is_dataclass(value) and not isinstance(value, type):
-        attributes = [(field.name, getattr(value, field.name)) for field in fields(value)]
+        set_fields = [field.name for field in fields(value) if hasattr(value, field.name)]
+        attributes = [(name, getattr(value, name)) for name in set_fields]
         known = {name for name, _ in attributes}
     else:
         return None
@@ -83,12 +84,14 @@ def fill(template: Any, values: Iterator[Any]) -> Any:
         return template
     items = [fill(child, values) for _, child in opened.items]
     kind = type(template)
+    twin: Any
     if isinstance(template, tuple):
-        return kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
-    twin: Any = copy.copy(template)
-    if isinstance(template, list):
+        twin = kind(items) if hasattr(kind, "n_sequence_fields") else tuple.__new__(kind, items)
+    elif isinstance(template, list):
+        twin = copy.copy(template)
         twin[:] = items
     else:
+        twin = copy.copy(template)
         for (name, _), child in zip(opened.items, items, strict=True):
             twin[name] = child
     for name, child in opened.attributes:

@@ -17,8 +17,8 @@ import torch
 from aneuron.backends import Backend, choose_backend, choose_cores, parse_device_ids
 from aneuron.errors import Closed, ShapeError
 from aneuron.lane import Lanes, Load
-from aneuron.rows import Call, Compiled, Inputs, measure
-from aneuron.scheduler import Rules
+from aneuron.rows import Call, Compiled, measure
+from aneuron.scheduler import Cut, Rules
 from aneuron.stats import Counters, Statistics
 
 Model = Any  # nn.Module | ScriptModule | callable | path of a TorchScript file
@@ -127,41 +127,46 @@ class AsyncDataParallel:
             raise ShapeError(f"example_inputs: {error}") from None
         traced = isinstance(self._model, (torch.jit.ScriptModule, torch.jit.ScriptFunction, str, os.PathLike))
         if traced and self._batch_size is None:
-            self._batch_size = example.inputs.rows
+            self._batch_size = example.rows
         return example, example if traced or self._batch_size is not None else None
 
     # Calls.
 
     async def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model on the inputs' rows; see the class."""
-        measured = measure(inputs, kwargs, self._dim)
+        call = measure(inputs, kwargs, self._dim)
         if self._compiled is not None:
-            self._compiled.check(measured, inputs, kwargs)
+            self._compiled.check(call, inputs, kwargs)
         lanes = self._lanes
         if lanes is None or lanes.loop is not asyncio.get_running_loop():
             lanes = await self._started()
-        return await lanes.answer(self._call(measured, lanes.rules))
+        rules = lanes.rules
+        if rules.batch_size is None or rules.split_size is not None or not rules.packing:
+            call.cut = self._cut(call, rules)
+        return await lanes.answer(call)
 
-    def _call(self, inputs: Inputs, rules: Rules) -> Call:
-        """The call, with the way it will be cut."""
-        cut = rules.cut(inputs.rows)
+    def _cut(self, call: Call, rules: Rules) -> Cut:
+        """How a call will be cut, where that is not anywhere."""
+        cut = rules.cut(call.rows)
         if rules.packing and rules.split_size is None:
-            return Call(inputs, cut)
-        pieces, compiled = cut.count(inputs.rows), self._batch_size
+            return cut
+        pieces, compiled = cut.count(call.rows), self._batch_size
         if not rules.packing:
-            due = inputs.rows if rules.split_size else rules.cores * (compiled or 0)
-            if compiled is not None and (cut.piece != compiled or inputs.rows % compiled or inputs.rows != due):
+            due = call.rows if rules.split_size else rules.cores * (compiled or 0)
+            if compiled is not None and (cut.piece != compiled or call.rows % compiled or call.rows != due):
                 raise ShapeError(
-                    f"{inputs.rows} rows / {rules.cores} cores != {compiled} compiled rows: with dynamic batching off "
+                    f"{call.rows} rows / {rules.cores} cores != {compiled} compiled rows: with dynamic batching off "
                     f"the rows of a call, divided by the cores, must be those that the model was compiled for"
                     + (f" (split_size={rules.split_size})" if rules.split_size else "")
                 )
         if pieces % rules.cores:
             warnings.warn(
-                f"the cores are not fully used: {inputs.rows} rows in {pieces} pieces on {rules.cores} cores",
+                f"the cores are not fully used: {call.rows} rows in {pieces} pieces on {rules.cores} cores",
                 stacklevel=3,
             )
-        return Call(inputs if rules.packing else inputs._replace(signature=(None, inputs.signature)), cut)
+        if not rules.packing:
+            call.signature = (None, call.signature)  # apart from calls that share batches
+        return cut
 
     def disable_dynamic_batching(self) -> None:
         """Neither pack nor pad the calls made from now on: `rows / cores` must equal the compiled rows, if known."""

@@ -7,77 +7,78 @@ Must not be here: asyncio, threads, decisions about who runs when.
 import sys
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from aneuron.errors import OutputError, ShapeError
 from aneuron.nested import fill, is_array, paths, walk
-from aneuron.scheduler import Chunk, Cut, Waiting
+from aneuron.scheduler import ANYWHERE, Chunk, Waiting
+
+Guard = AbstractContextManager[Any]
 
 _ALIGNMENT = 64  # bytes, as torch's CPU allocator aligns; MKL's results depend on it in the last bit
 
 
-class Inputs(NamedTuple):
-    """The inputs of one call, measured."""
-
-    rows: int
-    signature: Hashable  # equal for calls that may share a batch
-    leaves: list[Any]  # tensors and NumPy arrays, in the order of the walk
-    template: Any  # (args, kwargs); None for a single tensor
-
-
-Guard = AbstractContextManager[Any]
-
-
 class Call(Waiting):
-    """One `await model(...)`: its inputs, and its result as it grows."""
+    """One `await model(...)`: its inputs, and its result where that grows in parts."""
 
-    __slots__ = ("_missing", "_parts", "_structure", "admitted", "ended", "future", "inputs", "result", "settled")
+    __slots__ = ("admitted", "ended", "future", "leaves", "parts", "settled", "template")
 
-    def __init__(self, inputs: Inputs, cut: Cut) -> None:
-        super().__init__(inputs.rows, inputs.signature, cut)
-        self.inputs: Inputs | None = inputs
-        self.result: Any = None
-        self._missing = inputs.rows  # rows that the result has not got yet
-        self._structure: list[Any] | None = None  # of the model's output, once a part of it is there
-        self._parts: dict[int, list[torch.Tensor]] | None = None  # by first row; all rows together at 0 if shared
-        # Set by the lane, which alone touches the future.
-        self.future: Any = None
-        self.ended: Callable[[], bool] = bool
+    # There is one a row in the worst case; what the lane sets on admission is only declared here.
+    future: Any  # the lane alone touches it
+    ended: Callable[[], bool]
+    admitted: float
+
+    def __init__(self, rows: int, signature: Hashable, leaves: Sequence[Any], template: Any) -> None:
+        self.rows = rows
+        self.signature = signature  # equal for calls that may share a batch
+        self.cut = ANYWHERE
+        self.bound = self.sequence = 0
+        self.leaves: Sequence[Any] | None = (
+            leaves  # tensors and NumPy arrays, in the order of the walk; None at the end
+        )
+        self.template = template  # (args, kwargs); None for a single tensor
+        self.parts: Parts | None = None
         self.settled = False
-        self.admitted = 0.0
 
-    # Two workers may be here for one call: `guard` is held while they agree, not while rows are copied.
 
-    def place(self, start: int, stop: int, output: "Output", parts: list[torch.Tensor], guard: Guard) -> None:
-        """Copy the output `parts` of rows `start` to `stop` to their place in the result."""
-        dim = output.dim
+class Parts:
+    """The result of a call that is spread over several batches, as it grows.
+
+    Two workers may be here for one call: `guard` is held while they agree, not while rows are copied.
+    """
+
+    def __init__(self, rows: int, output: "Output") -> None:
+        self._rows = self._missing = rows
+        self._dim = output.dim
+        self._structure = output.structure
+        self._pieces: dict[int, list[torch.Tensor]] = {}  # by first row
+        self._whole: list[torch.Tensor] | None = None
+        self.result: Any = None
+
+    def place(self, start: int, output: "Output", leaves: list[torch.Tensor], guard: Guard) -> None:
+        """Copy output rows to their place in the result, from row `start` on."""
         with guard:
-            if self._parts is None:
-                buffers = [_room(part, self.rows, dim) for part in parts]
-                self.result = fill(output.value, iter(buffers))
-                self._structure, self._parts = output.structure, {0: buffers}
-            buffers = self._parts[0]
-        _check_structure(self._structure, output.structure)
-        _check_alike([buffers, parts], dim)
-        for buffer, part in zip(buffers, parts, strict=True):
-            buffer.narrow(dim, start, stop - start).copy_(part)
+            if self._whole is None:
+                whole = [_room(leaf, self._rows, self._dim) for leaf in leaves]
+                self.result = fill(output.value, iter(whole))
+                self._whole = whole
+        self._check_structure(output)
+        _check_alike([self._whole, leaves], self._dim)
+        for whole_leaf, leaf in zip(self._whole, leaves, strict=True):
+            whole_leaf.narrow(self._dim, start, leaf.shape[self._dim]).copy_(leaf)
 
-    def append(self, start: int, output: "Output", guard: Guard) -> None:
+    def append(self, start: int, output: "Output") -> None:
         """Keep the output of a piece, whatever its size, for `join`."""
-        copies = [part.clone(memory_format=torch.contiguous_format) for part in output.leaves]
-        with guard:
-            self._structure = self._structure or output.structure
-            self._parts = self._parts or {}
-            self._parts[start] = copies
-        _check_structure(self._structure, output.structure)
+        self._check_structure(output)
+        self._pieces[start] = [leaf.clone(memory_format=torch.contiguous_format) for leaf in output.leaves]
 
     def join(self, output: "Output") -> None:
         """Join the pieces along `dim`, as they came."""
-        pieces = [piece for _, piece in sorted((self._parts or {}).items())]
-        _check_alike(pieces, output.dim)
-        self.result = fill(output.value, iter(_concatenate(pieces, output.dim)))
+        pieces = [piece for _, piece in sorted(self._pieces.items())]
+        _check_alike(pieces, self._dim)
+        self.result = fill(output.value, iter(_concatenate(pieces, self._dim)))
 
     def count(self, rows: int, guard: Guard) -> bool:
         """Count rows that have their results; whether all have. Once a chunk: a batch may run twice."""
@@ -85,8 +86,14 @@ class Call(Waiting):
             self._missing -= rows
             return not self._missing
 
+    def _check_structure(self, output: "Output") -> None:
+        if output.structure != self._structure:
+            raise OutputError(
+                "the model returned different structures for the parts of one call; they cannot be joined"
+            )
 
-Part = tuple[Inputs, int, int]  # the inputs of a call, and which rows of them
+
+Part = tuple[Sequence[Any], int, int, int]  # the tensors of a call, how many rows they have, and which of them
 Finished = tuple[Call, Any]  # a call and its result
 
 
@@ -98,12 +105,17 @@ def _input_names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
 # Measuring: on the loop thread, before admission.
 
 
-def measure(args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Inputs:
+def measure(args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Call:
     """Rows, signature and tensors of a call's inputs. Raises `ShapeError` for what no model could take."""
-    if len(args) == 1 and not kwargs and type(args[0]) is torch.Tensor:
-        leaves, structure, template = [args[0]], (), None
-    else:
-        leaves, structure, template = _flatten_inputs(args, kwargs)
+    if len(args) == 1 and not kwargs and not dim and type(x := args[0]) is torch.Tensor:  # the short way, same results
+        if x.is_cpu and x.layout is torch.strided and not x.is_nested and (shape := x.shape) and (rows := shape[0]):
+            return Call(rows, (shape[1:], x.dtype), args, None)
+        raise _unfit(args, kwargs, list(args), dim)
+    return _measure(args, kwargs, dim)
+
+
+def _measure(args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Call:
+    leaves, structure, template = _flatten_inputs(args, kwargs)
     rows = 0
     shapes: list[tuple[Any, ...]] = []
     for leaf in leaves:
@@ -116,12 +128,9 @@ def measure(args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Inputs:
         rows = rows or size
         if not usable or not size or size != rows:
             raise _unfit(args, kwargs, leaves, dim)
-        if dim:
-            axis = dim % len(shape)
-            shapes.append((shape[:axis], shape[axis + 1 :], _dtype(dtype)))
-        else:
-            shapes.append((shape[1:], _dtype(dtype)))
-    return Inputs(rows, (structure, *shapes), leaves, template)
+        axis = dim % len(shape)
+        shapes.append((*shape[:axis], shape[axis + 1 :], _dtype(dtype)))
+    return Call(rows, (structure, *shapes) if structure else shapes[0], leaves, template)
 
 
 def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Any, ...], Any]:
@@ -192,18 +201,24 @@ class Compiled:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> None:
         self._dim = dim
         self.args, self.kwargs = args, kwargs
-        self.inputs = measure(args, kwargs, dim)
+        call = measure(args, kwargs, dim)
+        self.rows, self.leaves, self._signature, self._template = (
+            call.rows,
+            call.leaves or (),
+            call.signature,
+            call.template,
+        )
         self._names = _input_names(args, kwargs)
 
-    def check(self, inputs: Inputs, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise `ShapeError` unless the inputs have the compiled structure, shapes and dtypes."""
-        if inputs.signature == self.inputs.signature:
+    def check(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise `ShapeError` unless the call's inputs have the compiled structure, shapes and dtypes."""
+        if call.signature == self._signature:
             return
         names = _input_names(args, kwargs)
         if sorted(names) != sorted(self._names):
             raise ShapeError(f"the model was compiled for {_listed(self._names)}; this call has {_listed(names)}")
-        expected = dict(zip(self._names, self.inputs.leaves, strict=True))  # by name: dicts may come in another order
-        for name, leaf in zip(names, inputs.leaves, strict=True):
+        expected = dict(zip(self._names, self.leaves, strict=True))  # by name: dicts may come in another order
+        for name, leaf in zip(names, call.leaves or (), strict=True):
             ours = expected[name]
             shape, wanted_shape, axis = tuple(leaf.shape), tuple(ours.shape), self._dim % ours.ndim
             dtype, wanted = _dtype(leaf.dtype), _dtype(ours.dtype)
@@ -219,10 +234,10 @@ class Compiled:
 
     def example(self, rows: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The example inputs, their rows repeated and cut to `rows` (None: as they are). Worker thread."""
-        have = self.inputs.rows
+        have = self.rows
         times, rest = divmod(rows or have, have)
-        parts = [(self.inputs, 0, have)] * times + [(self.inputs, 0, rest)] * bool(rest)
-        return collate(parts, rows or have, self._dim)
+        parts = [(self.leaves, have, 0, have)] * times + [(self.leaves, have, 0, rest)] * bool(rest)
+        return collate(parts, self._template, rows or have, self._dim)
 
 
 def _listed(names: list[str]) -> str:
@@ -232,31 +247,37 @@ def _listed(names: list[str]) -> str:
 # Collating and scattering: in worker threads.
 
 
-def collate(parts: Sequence[Part], size: int, dim: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def collate(parts: Sequence[Part], template: Any, size: int, dim: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The model's arguments for a batch: the parts' rows one after the other, padded to `size` rows.
 
     Padding repeats the last row: zeros can be outside the model's domain. The tensors are contiguous and aligned
     whoever shares the batch, so that a row's result does not depend on how its neighbours lay in memory.
     """
-    rows = sum(stop - start for _, start, stop in parts)
     joined = []
-    for index in range(len(parts[0][0].leaves)):
-        pieces = [_piece(inputs.leaves[index], start, stop, inputs.rows, dim) for inputs, start, stop in parts]
+    for index in range(len(parts[0][0])):
+        pieces = []
+        rows = 0
+        for leaves, total, start, stop in parts:
+            rows += stop - start
+            leaf = leaves[index]
+            if stop - start == total and type(leaf) is torch.Tensor and leaf.is_contiguous():
+                pieces.append(leaf)
+            else:
+                pieces.append(_piece(leaf, start, stop, dim))
         if rows < size:
             last = pieces[-1]
             pieces += [last.narrow(dim, last.shape[dim] - 1, 1)] * (size - rows)
         joined.append(torch.cat(pieces, dim) if len(pieces) > 1 else _aligned(pieces[0]))
-    template = parts[0][0].template
     if template is None:
         return (joined[0],), {}
     return fill(template, iter(joined))  # type: ignore[no-any-return]
 
 
-def _piece(leaf: Any, start: int, stop: int, rows: int, dim: int) -> torch.Tensor:
+def _piece(leaf: Any, start: int, stop: int, dim: int) -> torch.Tensor:
     tensor: torch.Tensor = leaf if isinstance(leaf, torch.Tensor) else _tensor(leaf)
     if type(tensor) is not torch.Tensor:
         tensor = tensor.as_subclass(torch.Tensor)  # or one caller's subclass would be its batch-mates' as well
-    return (tensor if stop - start == rows else tensor.narrow(dim, start, stop - start)).contiguous()
+    return tensor.narrow(dim, start, stop - start).contiguous()
 
 
 def _tensor(array: Any) -> torch.Tensor:
@@ -307,10 +328,8 @@ def _checked_output(leaf: Any, size: int | None, dim: int) -> torch.Tensor:
                 f"the model returned a NumPy array of dtype {leaf.dtype} (objects, one a row?), which cannot become a "
                 "tensor; return tensors"
             ) from None
-    kind = leaf.layout
-    if kind is torch.strided and (leaf.is_nested or leaf.is_meta):
-        kind = "nested" if leaf.is_nested else "meta"
-    if kind is not torch.strided:
+    if leaf.layout is not torch.strided or leaf.is_nested or leaf.is_meta:
+        kind = leaf.layout if leaf.layout is not torch.strided else "nested" if leaf.is_nested else "meta"
         raise OutputError(f"the model returned a {kind} tensor, which cannot be cut into rows; return a dense one")
     if size is not None and (not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != size):
         raise OutputError(
@@ -328,41 +347,56 @@ def scatter(value: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, guar
     Raises `OutputError` if the output does not have the batch's rows. Rows count as handed out when all of the batch
     are: if one call's cannot be, the batch will run again in parts.
     """
-    if not chunks[0].call.cut.shared:
+    if not chunks[0][0].cut.shared:
         return _keep_piece(value, chunks[0], dim, guard)
     output = Output(value, size, dim)
     sizes = [stop - start for _, start, stop in chunks]
     rows = sum(sizes)
-    split = [_split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim) for leaf in output.leaves]
-    bare = value is output.leaves[0]
+    spread = [(call, start, stop) for call, start, stop in chunks if stop - start != call.rows]
+    split = [
+        _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, bool(spread))
+        for leaf in output.leaves
+    ]
+    if value is output.leaves[0] and not spread:
+        return [(call, part) for (call, _, _), part in zip(chunks, split[0], strict=True)]
     finished: list[Finished] = []
-    partial: list[Chunk[Call]] = []
-    for chunk, *parts in zip(chunks, *split, strict=True):
-        call, start, stop = chunk
+    for (call, start, stop), *leaves in zip(chunks, *split, strict=True):
         if stop - start == call.rows:
-            finished.append((call, parts[0] if bare else fill(value, iter(parts))))
+            finished.append((call, leaves[0] if value is output.leaves[0] else fill(value, iter(leaves))))
         else:
-            call.place(start, stop, output, parts, guard)
-            partial.append(chunk)
-    return finished + [(call, call.result) for call, start, stop in partial if call.count(stop - start, guard)]
+            _parts(call, output, guard).place(start, output, leaves, guard)
+    for call, start, stop in spread:
+        parts = _parts(call, output, guard)
+        if parts.count(stop - start, guard):
+            finished.append((call, parts.result))
+    return finished
 
 
 def _keep_piece(value: Any, chunk: Chunk[Call], dim: int, guard: Guard) -> list[Finished]:
     """The same where batches are not shared: the output of a piece may have any number of rows."""
     call, start, stop = chunk
     output = Output(value, None, dim)
-    call.append(start, output, guard)
-    if not call.count(stop - start, guard):
+    parts = _parts(call, output, guard)
+    parts.append(start, output)
+    if not parts.count(stop - start, guard):
         return []
-    call.join(output)
-    return [(call, call.result)]
+    parts.join(output)
+    return [(call, parts.result)]
 
 
-def _split(leaf: torch.Tensor, chunks: Sequence[Chunk[Call]], sizes: list[int], dim: int) -> Sequence[torch.Tensor]:
+def _parts(call: Call, output: "Output", guard: Guard) -> Parts:
+    with guard:
+        call.parts = parts = call.parts or Parts(call.rows, output)
+        return parts
+
+
+def _split(
+    leaf: torch.Tensor, chunks: Sequence[Chunk[Call]], sizes: list[int], dim: int, spread: bool
+) -> Sequence[torch.Tensor]:
     """A leaf cut into chunks: copies for calls that are whole, views for those whose rows will be copied anyway."""
-    if all(stop - start == call.rows for call, start, stop in chunks):
+    if not spread:
         # One release of the GIL, and storage of its own for each.
-        copies: list[torch.Tensor] = torch.split_with_sizes_copy(leaf, sizes, dim)  # type: ignore[func-returns-value,assignment]
+        copies: Sequence[torch.Tensor] = torch.split_with_sizes_copy(leaf, sizes, dim)  # type: ignore[func-returns-value,assignment]
         return copies
     views = torch.split(leaf, sizes, dim)
     return [
@@ -375,11 +409,6 @@ def _room(part: torch.Tensor, rows: int, dim: int) -> torch.Tensor:
     shape = list(part.shape)
     shape[dim] = rows
     return torch.empty(shape, dtype=part.dtype)
-
-
-def _check_structure(first: list[Any] | None, other: list[Any]) -> None:
-    if first != other:
-        raise OutputError("the model returned different structures for the parts of one call; they cannot be joined")
 
 
 def _check_alike(pieces: list[list[torch.Tensor]], dim: int) -> None:

@@ -10,7 +10,7 @@ entry.
 
 import heapq
 from collections import deque
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
@@ -74,7 +74,7 @@ class Rules:
         if self.split_size is not None:
             piece = min(self.split_size, self.batch_size or self.split_size)
             return Cut(piece, shared=self.packing)
-        if self.packing and self.batch_size is not None:
+        if self.batch_size is not None and self.packing:
             return ANYWHERE
         pieces = min(rows, self.cores)
         if self.packing:
@@ -88,7 +88,7 @@ class Waiting:
 
     __slots__ = ("bound", "cut", "rows", "sequence", "signature")
 
-    def __init__(self, rows: int, signature: Hashable, cut: Cut) -> None:
+    def __init__(self, rows: int, signature: Hashable, cut: Cut = ANYWHERE) -> None:
         self.rows = rows
         self.signature = signature
         self.cut = cut
@@ -98,13 +98,7 @@ class Waiting:
 
 C = TypeVar("C", bound=Waiting)
 
-
-class Chunk(NamedTuple, Generic[C]):
-    """Consecutive rows `start` to `stop` of one call, which travel together."""
-
-    call: C
-    start: int
-    stop: int
+Chunk = tuple[C, int, int]  # rows `start` to `stop` of a call, which travel together; a bare tuple: there is one a row
 
 
 @dataclass(slots=True, eq=False)
@@ -134,8 +128,10 @@ class Scheduler(Generic[C]):
     def __init__(self, rules: Rules) -> None:
         self.rules = rules
         self.draining = False
+        self._limit = rules.limit  # as compiled: no setting changes it
         self.waiting_calls = 0  # calls of which no row is bound
-        self._waiting = [0, 0]  # rows that wait: of calls of at most one batch, of larger ones
+        self.waiting_rows = 0  # rows that belong to no batch yet
+        self._large_rows = 0  # those of them that belong to calls of more than one batch
         self._groups: dict[Hashable, _Group[C]] = {}
         self._order: list[tuple[int, _Group[C]]] = []  # heap of groups by their first call; keys may lag behind
         self._sequence = 0
@@ -146,26 +142,26 @@ class Scheduler(Generic[C]):
 
     # Calls in, calls out.
 
-    @property
-    def waiting_rows(self) -> int:
-        """Rows that belong to no batch yet."""
-        return self._waiting[0] + self._waiting[1]
-
     def room(self, rows: int) -> bool:
         """Whether `max_pending` admits a call of `rows` rows now.
 
         Calls of at most one batch and larger ones have that much room each, so that neither shuts the other out;
         a call larger than the room is admitted when none of its kind waits.
         """
-        waiting = self._waiting[rows > self.rules.limit]
+        waiting = self._ahead(rows)
         return self.rules.max_pending is None or not waiting or waiting + rows <= self.rules.max_pending
 
     def excess(self, rows: int) -> int:
         """Rows that must leave before `room(rows)` holds."""
-        return self._waiting[rows > self.rules.limit] + rows - (self.rules.max_pending or 0)
+        return self._ahead(rows) + rows - (self.rules.max_pending or 0)
+
+    def _ahead(self, rows: int) -> int:
+        """Waiting rows that count for a call of `rows` rows."""
+        return self._large_rows if rows > self._limit else self.waiting_rows - self._large_rows
 
     def admit(self, call: C) -> None:
         """Queue a call."""
+        rows = call.rows
         group = self._groups.get(call.signature)
         self._sequence = call.sequence = self._sequence + 1
         if group is None:
@@ -173,9 +169,11 @@ class Scheduler(Generic[C]):
             heapq.heappush(self._order, (call.sequence, group))
         group.calls.append(call)
         group.live += 1
-        group.rows += call.rows
-        self._waiting[call.rows > self.rules.limit] += call.rows
+        group.rows += rows
         self.waiting_calls += 1
+        self.waiting_rows += rows
+        if rows > self._limit:
+            self._large_rows += rows
 
     def discard(self, call: C) -> None:
         """Take a call's waiting rows out of the queue; does nothing if none waits."""
@@ -183,7 +181,9 @@ class Scheduler(Generic[C]):
         if not left:
             return
         self.waiting_calls -= call.bound == 0
-        self._waiting[call.rows > self.rules.limit] -= left
+        self.waiting_rows -= left
+        if call.rows > self._limit:
+            self._large_rows -= left
         call.bound = call.rows
         group = self._groups[call.signature]
         group.rows -= left
@@ -195,11 +195,12 @@ class Scheduler(Generic[C]):
         """Queue the two halves of a failed batch ahead of everything else; they are not packed with others."""
         half = (len(chunks) + 1) // 2
         for part in filter(None, (chunks[:half], chunks[half:])):
-            self._again.append(Batch(list(part), sum(c.stop - c.start for c in part), "rerun"))
+            self._again.append(Batch(list(part), sum(stop - start for _, start, stop in part), "rerun"))
 
-    def pending_reruns(self) -> Iterable[Batch[C]]:
-        """The batches that `rerun` queued and no lane has taken."""
-        return self._again
+    def calls(self) -> list[C]:
+        """The calls that have rows here: waiting, or to be run again."""
+        waiting = [call for group in self._groups.values() for call in group.calls if call.bound < call.rows]
+        return waiting + [call for batch in self._again for call, _, _ in batch.chunks]
 
     # Slots.
 
@@ -277,7 +278,7 @@ class Scheduler(Generic[C]):
         group = self._head()
         if group is None:
             return None
-        calls, limit = group.calls, self.rules.limit
+        calls, limit = group.calls, self._limit
         shared = calls[0].cut.shared
         if busy and shared and group.rows < limit:
             return None
@@ -285,42 +286,50 @@ class Scheduler(Generic[C]):
         rows, full, one_piece = 0, not shared, one_piece or not shared
         while calls and rows < limit:
             call = calls[0]
-            if call.bound == call.rows:
+            start, cut = call.bound, call.cut
+            left = call.rows - start
+            if not left:
                 calls.popleft()
                 continue
-            room = limit - rows if chunks else max(limit, call.cut.next(call.bound, call.rows))
-            taken = call.cut.take(call.bound, call.rows, room, one_piece)
+            if cut.piece:
+                room = limit - rows if chunks else max(limit, cut.next(start, call.rows))
+                taken = cut.take(start, call.rows, room, one_piece)
+            else:
+                taken = min(left, limit - rows)
             if taken:
                 calls.popleft()
-                chunks.append(Chunk(call, call.bound, call.bound + taken))
+                chunks.append((call, start, start + taken))
                 rows += taken
             if not shared:
                 break
-            if not taken or (call.bound + taken < call.rows and not one_piece):
+            if not taken or (taken < left and not one_piece):
                 full = True  # the next piece does not fit
                 break
         full = full or rows >= limit
         if busy and not full:
-            calls.extendleft(chunk.call for chunk in reversed(chunks))
+            calls.extendleft(call for call, _, _ in reversed(chunks))
             return None
         others = self.waiting_rows > group.rows
-        self._commit(group, chunks)
+        self._commit(group, chunks, rows)
         idle = "drain" if self.draining else "signature" if others else "core_idle"
         return Batch(chunks, rows, "full" if full else idle)
 
-    def _commit(self, group: _Group[C], chunks: list[Chunk[C]]) -> None:
+    def _commit(self, group: _Group[C], chunks: list[Chunk[C]], rows: int) -> None:
         """The chunks leave the queue; calls that have rows left go back to the front."""
         unfinished: list[C] = []
+        group.rows -= rows
+        self.waiting_rows -= rows
         for call, start, stop in chunks:
             call.bound = stop
-            self.waiting_calls -= start == 0
-            self._waiting[call.rows > self.rules.limit] -= stop - start
-            group.rows -= stop - start
+            if not start:
+                self.waiting_calls -= 1
+            if call.rows > self._limit:
+                self._large_rows -= stop - start
             if stop < call.rows:
                 unfinished.append(call)
-            else:
-                group.live -= 1
-        group.calls.extendleft(reversed(unfinished))
+        group.live -= len(chunks) - len(unfinished)
+        if unfinished:
+            group.calls.extendleft(reversed(unfinished))
 
 
 def spread(slots: int, lanes: int) -> list[int]:

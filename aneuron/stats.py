@@ -94,6 +94,13 @@ class Tally:
         self._counts[bisect_left(self._bounds, value)] += 1
         self._sum += value
 
+    def add_all(self, values: list[float]) -> None:
+        """Count several."""
+        bounds, counts = self._bounds, self._counts
+        for value in values:
+            counts[bisect_left(bounds, value)] += 1
+        self._sum += sum(values)
+
     def snapshot(self) -> Histogram:
         """The frozen state of now."""
         return Histogram(self._bounds, tuple(self._counts), self._sum)

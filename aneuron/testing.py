@@ -167,7 +167,7 @@ class PuppetWorkers:
     def _begin_next(self) -> None:
         while self.current is None and self.waiting:
             execution = self.waiting.popleft()
-            execution.prepare()
+            execution.prepare(self.clock)
             if execution.begin(self.clock):
                 self.current = execution
                 if isinstance(execution.core, PuppetCore):

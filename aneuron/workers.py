@@ -56,8 +56,8 @@ class Execution:
     """
 
     __slots__ = (
-        "backend", "batch", "begun", "chunks", "core", "dim", "ended", "error", "fault", "finished", "guard", "lane",
-        "output", "post", "posted", "prepared", "size", "started",
+        "_collating", "backend", "batch", "begun", "chunks", "core", "dim", "ended", "error", "fault", "finished",
+        "guard", "lane", "output", "post", "posted", "prepared", "rows", "size", "started",
     )  # fmt: skip
 
     def __init__(
@@ -73,38 +73,46 @@ class Execution:
     ) -> None:
         self.batch = batch
         self.chunks: Sequence[Chunk[Call]] = batch.chunks
+        self.rows = batch.rows  # that callers sent
         self.size = size  # rows to pad to; None = as many as there are
         self.dim = dim
         self.backend, self.core, self.lane, self.guard, self.post = backend, core, lane, guard, post
         self.prepared: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.output: Any = None
         self.begun = False
-        self.started = self.ended = self.posted = 0.0
+        self.started = self.ended = self.posted = self._collating = 0.0
         self.error: BaseException | None = None
         self.fault = Fault.INPUT
         self.finished: list[Finished] = []
 
     @property
-    def rows(self) -> int:
-        """Rows that callers sent."""
-        return sum(stop - start for _, start, stop in self.chunks)
+    def copying(self) -> float:
+        """Seconds spent collating and scattering."""
+        return self._collating + self.posted - self.ended
 
-    def prepare(self) -> None:
+    def prepare(self, clock: Callable[[], float]) -> None:
         """Collate the rows of the callers that are still there."""
-        present = [(chunk, chunk.call.inputs) for chunk in self.chunks if not chunk.call.ended()]
-        self.chunks = [chunk for chunk, inputs in present if inputs is not None]
-        parts = [(inputs, chunk.start, chunk.stop) for chunk, inputs in present if inputs is not None]
+        begin = clock()
+        chunks, parts, count = [], [], 0
+        for call, start, stop in self.chunks:
+            leaves = call.leaves
+            if leaves is not None and not call.ended():
+                chunks.append((call, start, stop))
+                parts.append((leaves, call.rows, start, stop))
+                count += stop - start
+        self.chunks, self.rows = chunks, count
         if parts:
             try:
-                self.prepared = rows.collate(parts, self.size or self.rows, self.dim)
+                self.prepared = rows.collate(parts, chunks[0][0].template, self.size or count, self.dim)
             except BaseException as error:
                 self._failed(error)
+        self._collating = clock() - begin
 
     def begin(self, clock: Callable[[], float]) -> bool:
         """With the core's turn in hand: whether there is still something to execute."""
-        if self.prepared is not None and any(chunk.call.ended() for chunk in self.chunks):
+        if self.prepared is not None and any(call.ended() for call, _, _ in self.chunks):
             self.prepared = None
-            self.prepare()
+            self.prepare(clock)
         self.started = clock()
         self.begun = self.prepared is not None
         return self.begun
@@ -148,7 +156,7 @@ def warm_up(core: Core, compiled: rows.Compiled, size: int | None, dim: int, pac
     for _ in range(2):
         output = core.execute(args, kwargs)
     if packing:
-        rows.Output(output, size or compiled.inputs.rows, dim)
+        rows.Output(output, size or compiled.rows, dim)
 
 
 class Workers(Executor):
@@ -233,7 +241,7 @@ class Workers(Executor):
         clock = self.clock
         while (job := self._inbox.get()) is not None:
             if isinstance(job, Execution):
-                job.prepare()
+                job.prepare(clock)
                 with self._turn:
                     if job.begin(clock):
                         job.execute(clock)

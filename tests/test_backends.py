@@ -1,6 +1,7 @@
 """The backends that ship, one written from the docstrings alone, and the written contract itself."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import re
@@ -152,10 +153,13 @@ def test_a_backend_is_used_as_its_docstrings_say():
 @pytest.mark.parametrize("concurrent", [False, True])
 def test_one_thread_at_a_time_executes_unless_the_core_is_concurrent(concurrent):
     backend = Recording(cores=1, concurrent=concurrent)
-    meeting = threading.Barrier(3 if concurrent else 1)
+    meeting = threading.Barrier(3 if concurrent else 2)
+    met = []
 
     def wait(x):
-        meeting.wait(20.0)  # broken, with an error for the caller, unless three are inside at once
+        # Three are expected, and a long wait is for an error only; or the first looks a moment whether another comes.
+        with contextlib.suppress(threading.BrokenBarrierError):
+            met.append(meeting.wait(20.0 if concurrent else 0.2))
         return x
 
     async def main():
@@ -165,6 +169,7 @@ def test_one_thread_at_a_time_executes_unless_the_core_is_concurrent(concurrent)
 
     asyncio.run(main())
     assert backend.most == (3 if concurrent else 1)
+    assert bool(met) is concurrent
 
 
 def broken(**changes):

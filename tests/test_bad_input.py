@@ -955,6 +955,18 @@ def test_a_start_that_fails_half_way_frees_what_it_has_loaded(failing):
     run(main())
 
 
+def test_an_error_that_takes_no_notes_ends_a_start_as_itself():
+    async def main():
+        error = Unhelpful(1, two=2)
+        backend = PuppetBackend(cores=2, load_error=(1, error))
+        model = AsyncDataParallel(torch.neg, backend=backend)
+        (outcome,) = await finished(model.start())
+        assert outcome is error
+        assert backend[0].closed
+
+    run(main())
+
+
 def test_a_warm_up_that_fails_frees_what_it_has_loaded():
     runs = []
 

@@ -317,6 +317,53 @@ def test_a_dataclass_is_not_constructed_again():
     assert all(torch.equal(result.x, column(1)) for result in results)
 
 
+def test_fields_that_the_constructor_does_not_take_are_cut_like_the_others():
+    @dataclass
+    class Doubled:
+        x: torch.Tensor
+        twice: torch.Tensor = field(init=False)
+
+        def __post_init__(self):
+            self.twice = self.x * 2
+
+    result = answer(lambda d: Doubled(d.twice - d.x), Doubled(column(5)), batch_size=2)
+    assert torch.equal(result.x, column(5))
+    assert torch.equal(result.twice, column(5) * 2)
+
+
+def test_a_field_that_was_never_set_stays_unset():
+    @dataclass
+    class Partly:
+        x: torch.Tensor
+        later: torch.Tensor = field(init=False)
+
+    result = answer(lambda d: Partly(d.x + 1), Partly(column(5)), batch_size=2)
+    assert torch.equal(result.x, column(5) + 1)
+    assert not hasattr(result, "later")
+
+
+@pytest.mark.parametrize("kind", ["namedtuple", "tuple", "list", "dict"])
+def test_attributes_beside_the_items_do_not_put_other_tensors_in_the_wrong_place(kind):
+    base = {"namedtuple": Plain, "tuple": tuple, "list": list, "dict": dict}[kind]
+    marked = type("Marked", (base,), {})  # with room for attributes
+
+    def mark(x):
+        made = marked(x, x) if kind == "namedtuple" else marked({"x": x} if kind == "dict" else [x])
+        made.extra = x * 10
+        return made
+
+    def first(value):
+        return value["x"] if kind == "dict" else value[0]
+
+    for rows in (1, 3, 9):
+        x = column(rows)
+        result = answer(lambda x: {"a": mark(x), "b": x * 100}, x, batch_size=4)
+        assert torch.equal(first(result["a"]), x)
+        assert torch.equal(result["b"], x * 100)
+        result = answer(lambda d: first(d["a"]) + d["b"], {"a": mark(x), "b": x * 100}, batch_size=4)
+        assert torch.equal(result, x * 101)
+
+
 def test_a_class_of_dataclasses_is_no_structure():
     seen = []
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aneuron import AsyncDataParallel, CpuBackend, SimulatedBackend
-from aneuron.testing import PuppetBackend, run
+from aneuron.testing import PuppetBackend, run, settle
 
 WIDTH = 64  # a multiple of 16: BLAS kernels then treat every row alike, wherever it stands in the batch
 
@@ -241,6 +241,28 @@ def test_nothing_holds_a_call_s_tensors_once_it_has_ended(way, outcome):
             return [tensor for ref in seen if (tensor := ref()) is not None]
 
     assert asyncio.run(main()) == []
+
+
+def test_a_call_that_leaves_the_queue_lets_go_of_its_tensors_at_once():
+    async def main():
+        backend = PuppetBackend(cores=1)
+        async with AsyncDataParallel(torch.neg, backend=backend, batch_size=1, num_workers=1) as model:
+            running = asyncio.ensure_future(model(row()))
+            x = row(1.0, 3)
+            seen = weakref.ref(x)
+            queued = asyncio.ensure_future(model(x))
+            del x
+            await settle()
+            assert seen() is not None
+            queued.cancel()
+            await settle()
+            assert queued.cancelled()
+            del queued  # with the traceback of its cancellation
+            assert seen() is None  # although the core is still busy with the other
+            backend[0].release()
+            assert torch.equal(await running, -row())
+
+    run(main())
 
 
 # Ordinary tensors.

@@ -301,6 +301,18 @@ def test_with_batching_off_rows_by_cores_must_be_the_compiled_rows():
         assert len(batches) == 6
 
 
+@pytest.mark.filterwarnings("ignore:the cores are not fully used")
+@pytest.mark.parametrize(
+    ("rows", "size", "fits"), [(6, 2, True), (4, 2, True), (4, 1, False), (6, 6, True), (5, 2, False)]
+)
+def test_with_batching_off_a_split_size_must_give_the_compiled_rows(rows, size, fits):
+    # "With it off, `input.shape[dim] / len(device_ids)` must equal the compile-time size": so must pieces asked for.
+    off = {"batch_size": 2, "set_dynamic_batching": False, "split_size": size, "cores": 3}
+    (result,), batches = serve(torch.neg, (column(rows),), expect=ShapeError, **off)
+    assert isinstance(result, torch.Tensor) is fits
+    assert sizes(batches) == ([2] * (rows // 2) if fits else [])
+
+
 # 1.6 Split sizes and scatter.
 
 
@@ -324,6 +336,16 @@ def test_a_split_size_that_does_not_divide_the_rows_makes_a_shorter_last_piece(s
     (result,), batches = serve(torch.neg, (column(8),), split_size=size, set_dynamic_batching=batching, cores=8)
     assert torch.equal(result, -column(8))
     assert sizes(ordered(batches)) == [min(size, 8 - start) for start in range(0, 8, size)]
+
+
+@pytest.mark.filterwarnings("ignore:the cores are not fully used")
+@pytest.mark.parametrize("size", [1, 3, 4, 5, 8, 100])
+@pytest.mark.parametrize("rows", [1, 4, 7, 20])
+def test_a_split_size_changes_nothing_about_the_compiled_rows(size, rows):
+    # "Unit is rows of the input (not compile batches)"
+    (result,), batches = serve(torch.neg, (column(rows),), split_size=size, batch_size=4)
+    assert torch.equal(result, -column(rows))
+    assert set(sizes(batches)) == {4}
 
 
 @pytest.mark.parametrize("size", [0, -1, -2])

@@ -95,7 +95,7 @@ def test_a_large_call_is_one_entry_and_is_cut_when_lanes_take_it():
     call = admit(s, 10_000_000)
     bound = bind_all(s)
     assert sizes(bound) == [(lane, 8, "full") for lane in (0, 1, 2, 3, 0, 1, 2, 3)]
-    assert [chunk.start for _, batch in bound for chunk in batch.chunks] == list(range(0, 64, 8))
+    assert [start for _, batch in bound for _, start, _ in batch.chunks] == list(range(0, 64, 8))
     assert call.bound == 64
     assert s.waiting_rows == 10_000_000 - 64
 
@@ -121,7 +121,7 @@ def test_an_executing_lane_gets_nothing_that_passes_the_head():
     assert bind_all(s) == []
     s.release(0)
     (_, batch), *rest = bind_all(s)
-    assert batch.chunks[0].call.signature == "rare"
+    assert batch.chunks[0][0].signature == "rare"
     assert batch.because == "signature"
     assert sizes(rest) == [(0, 8, "full")]
 
@@ -146,8 +146,8 @@ def test_calls_of_different_signatures_never_share_a_batch_and_keep_their_order(
     seen = []
     while s.waiting_rows:
         ((_, batch),) = bind_all(s)
-        seen.append((batch.chunks[0].call.signature, batch.rows))
-        assert len({chunk.call.signature for chunk in batch.chunks}) == 1
+        seen.append((batch.chunks[0][0].signature, batch.rows))
+        assert len({call.signature for call, _, _ in batch.chunks}) == 1
         s.release(0)
     assert seen == [("a", 6), ("b", 6)]
 
@@ -163,7 +163,7 @@ def test_pieces_are_never_cut_again():
     s = scheduler(slots=(1,), split_size=3)
     admit(s, 9)
     ((_, batch),) = bind_all(s)
-    assert [(chunk.start, chunk.stop) for chunk in batch.chunks] == [(0, 6)]  # a third piece of 3 does not fit in 8
+    assert [chunk[1:] for chunk in batch.chunks] == [(0, 6)]  # a third piece of 3 does not fit in 8
     assert batch.because == "full"
 
 
@@ -181,7 +181,7 @@ def test_discard_takes_rows_out_at_once():
         s.discard(call)
     assert (s.waiting_rows, s.waiting_calls) == (10, 10)
     ((_, batch),) = bind_all(s)
-    assert [chunk.call for chunk in batch.chunks] == calls[1:17:2]
+    assert [call for call, _, _ in batch.chunks] == calls[1:17:2]
     s.discard(calls[0])  # again
     s.discard(calls[1])  # bound: nothing of it waits
     assert s.waiting_rows == 2
@@ -325,9 +325,9 @@ class History:
             assert not idle or lane in idle, "idle lanes first"
             assert lane in idle or batch.because == "full", "a busy lane gets full batches only"
             assert s.in_flight(lane) <= self.slots[lane]
-            assert batch.rows == sum(c.stop - c.start for c in batch.chunks) > 0
+            assert batch.rows == sum(stop - start for _, start, stop in batch.chunks) > 0
             assert batch.rows <= max(limit, s.rules.split_size or 0) or len(batch.chunks) == 1
-            assert len({c.call.signature for c in batch.chunks}) == 1
+            assert len({call.signature for call, _, _ in batch.chunks}) == 1
             assert s.rules.packing or len(batch.chunks) == 1
             for call, start, stop in batch.chunks:
                 assert self.rows_bound.get(call, 0) == start < stop <= call.rows, "in order, none lost, none twice"

@@ -127,9 +127,8 @@ class SimulatedCore:
             rows = _rows(args, kwargs)
             if self._batch_size is not None and rows != self._batch_size:
                 raise ValueError(f"a batch of {rows} rows, on a core compiled for {self._batch_size}")
-            extra = sum(self._strike(fault) for fault in self._backend.faults)
-            with torch.inference_mode():
-                output = self._model(*args, **kwargs)
+            extra = sum([self._strike(fault) for fault in self._backend.faults])
+            output = self._model(*args, **kwargs)
             self._executions += 1
             rest = self._backend.service_time + self._backend.per_row * rows + extra - (time.monotonic() - begin)
             if rest > 0:
@@ -155,6 +154,8 @@ class SimulatedCore:
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """The first dimension of the first tensor."""
+    if args and isinstance(args[0], torch.Tensor):
+        return args[0].shape[0]
     leaves: list[Any] = []
     walk((args, kwargs), leaves, [], [])
     return int(leaves[0].shape[0])
