@@ -53,7 +53,7 @@ class Lane:
         self.ended = 0.0  # when the last execution did
         self._backend = backend
         self._depth = 1  # batches to hand to the threads: one to execute, one to follow it without a gap
-        self._copying: deque[float] = deque(maxlen=8)  # seconds of the last batches
+        self._slow_copies = 0  # batches in a row that took long to collate and scatter
         workers.grow(1)
 
     def load(self, load: "Load") -> None:
@@ -74,10 +74,10 @@ class Lane:
         """Note what the rows of a batch took to collate and scatter; have a second thread do it where it takes long.
 
         A second thread prepares the next batch while the first executes. With small rows the handing over of the
-        interpreter between the two costs more than it saves. The least of several counts: a busy machine only adds.
+        interpreter between the two costs more than it saves. Several in a row count: a busy machine slows one or two.
         """
-        self._copying.append(seconds)
-        if len(self._copying) == self._copying.maxlen and min(self._copying) > COPYING_PAYS:
+        self._slow_copies = self._slow_copies + 1 if seconds > COPYING_PAYS else 0
+        if self._slow_copies == 8:
             self.workers.grow(self._depth)
 
     def put(self, execution: Execution) -> None:
@@ -118,7 +118,7 @@ class Lanes:
         self._load = load
         self._counters = counters
         self._scheduler: Scheduler[Call] = Scheduler(rules)
-        self._outstanding = 0  # calls accepted and not ended
+        self._calls: set[Call] = set()  # accepted and not ended
         self._scheduled = False  # a dispatch is
         self._done: deque[Execution] = deque()  # filled by the workers
         self._posted = False  # a delivery is
@@ -188,18 +188,14 @@ class Lanes:
 
     def abort(self) -> None:
         """Fail what has not begun to execute, and let the threads end after what they execute."""
-        for call in self._calls(begun=False):
-            self._end(call, error=Closed("the model was closed before it ran this call"))
-        self.stop()
-
-    def _calls(self, *, begun: bool) -> list[Call]:
-        """The calls that have rows in the queue or bound to a lane; if `begun`, those that execute as well."""
         calls = self._scheduler.calls()
         for lane in self._lanes:
             executions = [lane.queue.get_nowait() for _ in range(lane.queue.qsize())]
-            executions += [execution for execution in lane.handed if begun or not execution.begun]
-            calls += [call for execution in executions for call, _, _ in execution.chunks]
-        return calls
+            executions += [execution for execution in lane.handed if not execution.begun]
+            calls += [call for execution in executions for call, _, _ in execution.batch.chunks]
+        for call in calls:
+            self._end(call, error=Closed("the model was closed before it ran this call"))
+        self.stop()
 
     def stop(self) -> None:
         """Let every lane's threads end."""
@@ -218,11 +214,11 @@ class Lanes:
             self._closed.set_result(None)
 
     def _check_idle(self) -> None:
-        if self._scheduler.draining and not self._outstanding and not self._idle.done():
+        if self._scheduler.draining and not self._calls and not self._idle.done():
             self._idle.set_result(None)
 
     def _log_slow_drain(self) -> None:
-        logger.warning("closing has taken %g s; %d calls have not ended", SLOW_DRAIN, self._outstanding)
+        logger.warning("closing has taken %g s; %d calls have not ended", SLOW_DRAIN, len(self._calls))
 
     # Calls in.
 
@@ -236,7 +232,7 @@ class Lanes:
         call.ended = call.future.done
         call.admitted = self._clock()
         self._scheduler.admit(call)
-        self._outstanding += 1
+        self._calls.add(call)
         self._counters.accepted += 1
         self._dispatch_soon()
         try:
@@ -305,7 +301,8 @@ class Lanes:
                 self._settle(execution, now)
         except Exception as error:
             self._crash(error)
-        self._dispatch_soon()
+        if self._scheduler.has_work:
+            self._dispatch_soon()
 
     def _settle(self, execution: Execution, now: float) -> None:
         """Free the slot, then end the calls that the batch has completed."""
@@ -389,14 +386,14 @@ class Lanes:
         # At once: the call itself may be in a queue for a while, or in the frames that an exception's traceback holds.
         call.leaves = call.template = call.parts = call.future = None
         call.ended = _yes
-        self._outstanding -= 1
+        self._calls.discard(call)
         if self._scheduler.draining:
             self._check_idle()
 
     def _crash(self, error: Exception) -> None:
         """A bug of ours must not leave anybody waiting."""
         logger.critical("the lanes failed and are closed; please report this", exc_info=error)
-        for call in self._calls(begun=True):
+        for call in list(self._calls):
             failure = Closed(f"the model is closed after an internal error: {text(error)}; please report this")
             failure.__cause__ = error
             self._end(call, error=failure)

@@ -184,7 +184,7 @@ class AsyncDataParallel:
     @num_workers.setter
     def num_workers(self, value: int) -> None:
         self._num_workers = _count("num_workers", value)
-        if self._lanes is not None and self._lanes.serving:
+        if self._lanes is not None and self.ready:
             self._lanes.loop.call_soon_threadsafe(self._resize)
 
     def _resize(self) -> None:

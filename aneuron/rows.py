@@ -266,7 +266,8 @@ def collate(parts: Sequence[Part], template: Any, size: int, dim: int) -> tuple[
                 pieces.append(_piece(leaf, start, stop, dim))
         if rows < size:
             last = pieces[-1]
-            pieces += [last.narrow(dim, last.shape[dim] - 1, 1)] * (size - rows)
+            row = last if last.shape[dim] == 1 else last.narrow(dim, last.shape[dim] - 1, 1)
+            pieces += [row] * (size - rows)
         joined.append(torch.cat(pieces, dim) if len(pieces) > 1 else _aligned(pieces[0]))
     if template is None:
         return (joined[0],), {}
@@ -305,7 +306,10 @@ class Output:
         self.leaves: list[torch.Tensor] = []
         self.structure: list[Any] = []
         constants: list[Any] = []
-        walk(value, self.leaves, self.structure, constants)
+        if type(value) is torch.Tensor:
+            self.leaves, self.structure = [value], [torch.Tensor]  # what the walk would find
+        else:
+            walk(value, self.leaves, self.structure, constants)
         self.leaves = [_checked_output(leaf, size, dim) for leaf in self.leaves]
         for constant in constants:
             if constant is not None:

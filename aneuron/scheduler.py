@@ -233,6 +233,11 @@ class Scheduler(Generic[C]):
 
     # The decision.
 
+    @property
+    def has_work(self) -> bool:
+        """Whether anything waits for a lane."""
+        return self.waiting_rows > 0 or bool(self._again)
+
     def bind(self) -> tuple[int, Batch[C]] | None:
         """The next batch and the lane that gets it, or None if no batch can start anywhere.
 
@@ -240,7 +245,7 @@ class Scheduler(Generic[C]):
         start, and only if it is full: rows wait in the queue, not behind a lane. Of several lanes the one that has
         been in its state for the longest gets the batch: among executing lanes it is expected to end first.
         """
-        lanes = next(filter(None, self._open), None)
+        lanes = next(filter(None, self._open), None) if self.has_work else None
         if lanes is None:
             return None
         busy = lanes is not self._open[0]

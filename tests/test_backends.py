@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import aneuron
-from aneuron import AsyncDataParallel, Backend, CoreFailed, CpuBackend, Fault, SimulatedBackend
+from aneuron import AsyncDataParallel, Backend, CoreFailed, CpuBackend, Fault, SimulatedBackend, lane
 from aneuron.backends import cpu, simulated
 from aneuron.backends.simulated import SimulatedFault
 from aneuron.testing import PuppetBackend, check_backend, run, settle
@@ -151,23 +151,30 @@ def test_a_backend_is_used_as_its_docstrings_say():
 
 
 @pytest.mark.parametrize("concurrent", [False, True])
-def test_one_thread_at_a_time_executes_unless_the_core_is_concurrent(concurrent):
+def test_one_thread_at_a_time_executes_unless_the_core_is_concurrent(concurrent, monkeypatch):
+    monkeypatch.setattr(lane, "COPYING_PAYS", -1.0, raising=False)  # so that a core has a second thread before long
     backend = Recording(cores=1, concurrent=concurrent)
     meeting = threading.Barrier(3 if concurrent else 2)
-    met = []
+    met, meet = [], threading.Event()
 
-    def wait(x):
+    def net(x):
         # Three are expected, and a long wait is for an error only; or the first looks a moment whether another comes.
-        with contextlib.suppress(threading.BrokenBarrierError):
-            met.append(meeting.wait(20.0 if concurrent else 0.2))
+        if meet.is_set():
+            with contextlib.suppress(threading.BrokenBarrierError):
+                met.append(meeting.wait(20.0 if concurrent else 0.2))
         return x
 
     async def main():
-        async with AsyncDataParallel(wait, backend=backend, batch_size=3, num_workers=3) as model:
-            results = await asyncio.gather(*(model(GOOD + index) for index in range(9)))
-            assert all(torch.equal(result, GOOD + index) for index, result in enumerate(results))
+        async with AsyncDataParallel(net, backend=backend, batch_size=3, num_workers=3) as model:
+            for turn in range(2):
+                results = await asyncio.gather(*(model(GOOD + index) for index in range(15)))
+                assert all(torch.equal(result, GOOD + index) for index, result in enumerate(results))
+                if not turn:
+                    backend.most = 0
+                    meet.set()
 
     asyncio.run(main())
+    assert len({entry[-2] for entry in backend.log}) == (3 if concurrent else 2)  # threads
     assert backend.most == (3 if concurrent else 1)
     assert bool(met) is concurrent
 

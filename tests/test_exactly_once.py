@@ -93,7 +93,7 @@ def check_nothing_left(model, lanes):
     calls = stats.calls
     assert calls.accepted == calls.completed + calls.failed + calls.cancelled
     assert (calls.waiting, calls.running, stats.waiting_rows) == (0, 0, 0)
-    assert lanes._outstanding == 0
+    assert not lanes._calls
     assert not lanes._scheduler._groups or not lanes._scheduler.waiting_rows
     assert all(lane.queue.empty() for lane in lanes._lanes)
 
