@@ -82,8 +82,11 @@ class Lane:
 
     def put(self, execution: Execution) -> None:
         """Bind a batch to this lane."""
-        self.queue.put_nowait(execution)
-        self.pump()
+        if len(self.handed) < self._depth:  # then none waits in the queue either
+            self.handed.append(execution)
+            self.workers.post(execution)
+        else:
+            self.queue.put_nowait(execution)
 
     def pump(self) -> None:
         """Hand batches to the threads that are free."""
@@ -112,6 +115,7 @@ class Lanes:
 
     def __init__(self, backend: Backend, core_ids: list[int], rules: Rules, load: Load, counters: Counters) -> None:
         self.loop = asyncio.get_running_loop()
+        self.thread = threading.get_ident()  # the loop's; to ask for the running loop costs a system call
         self.serving = False
         self.rules = rules
         self._backend = backend
@@ -222,24 +226,21 @@ class Lanes:
 
     # Calls in.
 
-    async def answer(self, call: Call) -> Any:
-        """Admit a call and wait for its result."""
+    def admit(self, call: Call) -> "asyncio.Future[Any]":
+        """Admit a call; its future. Who stops waiting for that before the call is settled must `withdraw` it."""
         if not self.serving:
             raise Closed("the model is closed or closing; start() opens it again")
         if self.rules.max_pending is not None:
             self._find_room(call.rows)
-        call.future = self.loop.create_future()
-        call.ended = call.future.done
+        call.future = future = self.loop.create_future()
+        call.ended = future.done
         call.admitted = self._clock()
         self._scheduler.admit(call)
         self._calls.add(call)
         self._counters.accepted += 1
-        self._dispatch_soon()
-        try:
-            return await call.future
-        finally:
-            if not call.settled:
-                self._withdraw(call)
+        if not self._scheduled:
+            self._dispatch_soon()
+        return future
 
     def _find_room(self, rows: int) -> None:
         if not self._scheduler.room(rows):
@@ -288,8 +289,10 @@ class Lanes:
             self._call_loop(self._deliver)
 
     def _call_loop(self, callback: Callable[[], None]) -> None:  # worker thread
-        with suppress(RuntimeError):  # the loop is closed, nobody waits
+        try:
             self.loop.call_soon_threadsafe(callback)
+        except RuntimeError:
+            logger.debug("the loop is closed, nobody waits")
 
     def _deliver(self) -> None:
         self._posted = False  # before the queue is emptied: what is posted from here on posts again
@@ -309,7 +312,8 @@ class Lanes:
         lane = self._lanes[execution.lane]
         lane.handed.remove(execution)
         self._scheduler.release(lane.index)
-        lane.pump()
+        if not lane.queue.empty():
+            lane.pump()
         if execution.begun:
             self._count(execution, lane, now)
         if execution.error is not None:
@@ -358,7 +362,7 @@ class Lanes:
                 self._end(call, error=Closed("the model was closed before it could run this call again"))
 
     def _end(self, call: Call, result: Any = None, error: BaseException | None = None) -> bool:
-        """The one function that ends a call; False if its caller has left, which `_withdraw` counts."""
+        """The one function that ends a call; False if its caller has left, which `withdraw` counts."""
         future = call.future
         if call.settled or future.done():
             return False
@@ -374,7 +378,7 @@ class Lanes:
         self._forget(call)
         return True
 
-    def _withdraw(self, call: Call) -> None:
+    def withdraw(self, call: Call) -> None:
         """The caller has left: its rows leave the queue, or their results will be dropped."""
         call.settled = True
         call.future.cancel()

@@ -9,6 +9,7 @@ import inspect
 import os
 import warnings
 from collections.abc import Iterable, Sequence
+from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
 
@@ -138,12 +139,18 @@ class AsyncDataParallel:
         if self._compiled is not None:
             self._compiled.check(call, inputs, kwargs)
         lanes = self._lanes
-        if lanes is None or lanes.loop is not asyncio.get_running_loop():
+        if lanes is None or lanes.thread != get_ident() or not lanes.loop.is_running():
             lanes = await self._started()
         rules = lanes.rules
         if rules.batch_size is None or rules.split_size is not None or not rules.packing:
             call.cut = self._cut(call, rules)
-        return await lanes.answer(call)
+        future = lanes.admit(call)
+        try:
+            return await future
+        finally:
+            if not call.settled:
+                lanes.withdraw(call)
+            del future  # an exception's traceback holds this frame
 
     def _cut(self, call: Call, rules: Rules) -> Cut:
         """How a call will be cut, where that is not anywhere."""

@@ -113,13 +113,14 @@ class Batch(Generic[C]):
 class _Group(Generic[C]):
     """The waiting calls of one signature, in order of coming. Calls that have no row left are skipped on the way."""
 
-    __slots__ = ("calls", "key", "live", "rows")
+    __slots__ = ("anywhere", "calls", "key", "live", "rows")
 
     def __init__(self, key: Hashable) -> None:
         self.key = key
         self.calls: deque[C] = deque()
         self.live = 0  # calls that still have rows to bind
         self.rows = 0  # rows that are not bound
+        self.anywhere = True  # all its calls may be cut anywhere
 
 
 class Scheduler(Generic[C]):
@@ -170,6 +171,8 @@ class Scheduler(Generic[C]):
         group.calls.append(call)
         group.live += 1
         group.rows += rows
+        if call.cut.piece:
+            group.anywhere = False
         self.waiting_calls += 1
         self.waiting_rows += rows
         if rows > self._limit:
@@ -281,60 +284,64 @@ class Scheduler(Generic[C]):
         `one_piece` of each call while other lanes are idle, so that a call's pieces spread over them.
         """
         group = self._head()
-        if group is None:
-            return None
-        calls, limit = group.calls, self._limit
-        shared = calls[0].cut.shared
-        if busy and shared and group.rows < limit:
-            return None
-        chunks: list[Chunk[C]] = []
-        rows, full, one_piece = 0, not shared, one_piece or not shared
-        while calls and rows < limit:
-            call = calls[0]
-            start, cut = call.bound, call.cut
-            left = call.rows - start
-            if not left:
-                calls.popleft()
-                continue
-            if cut.piece:
-                room = limit - rows if chunks else max(limit, cut.next(start, call.rows))
-                taken = cut.take(start, call.rows, room, one_piece)
-            else:
-                taken = min(left, limit - rows)
-            if taken:
-                calls.popleft()
-                chunks.append((call, start, start + taken))
-                rows += taken
-            if not shared:
-                break
-            if not taken or (taken < left and not one_piece):
-                full = True  # the next piece does not fit
-                break
-        full = full or rows >= limit
-        if busy and not full:
-            calls.extendleft(call for call, _, _ in reversed(chunks))
+        if group is None or (busy and group.rows < self._limit and group.calls[0].cut.shared):
             return None
         others = self.waiting_rows > group.rows
-        self._commit(group, chunks, rows)
-        idle = "drain" if self.draining else "signature" if others else "core_idle"
-        return Batch(chunks, rows, "full" if full else idle)
-
-    def _commit(self, group: _Group[C], chunks: list[Chunk[C]], rows: int) -> None:
-        """The chunks leave the queue; calls that have rows left go back to the front."""
-        unfinished: list[C] = []
-        group.rows -= rows
-        self.waiting_rows -= rows
+        chunks, full = self._take_rows(group) if group.anywhere else self._take_pieces(group, busy, one_piece)
+        if busy and not full:
+            return None
+        rows = large = 0
         for call, start, stop in chunks:
+            rows += stop - start
             call.bound = stop
             if not start:
                 self.waiting_calls -= 1
             if call.rows > self._limit:
-                self._large_rows -= stop - start
-            if stop < call.rows:
-                unfinished.append(call)
-        group.live -= len(chunks) - len(unfinished)
-        if unfinished:
-            group.calls.extendleft(reversed(unfinished))
+                large += stop - start
+            if stop == call.rows:
+                group.live -= 1
+        group.rows -= rows
+        self.waiting_rows -= rows
+        self._large_rows -= large
+        idle = "drain" if self.draining else "signature" if others else "core_idle"
+        return Batch(chunks, rows, "full" if full else idle)
+
+    def _take_rows(self, group: _Group[C]) -> tuple[list[Chunk[C]], bool]:
+        """Chunks from calls that may be cut anywhere, and whether they fill a batch."""
+        calls, room = group.calls, self._limit
+        chunks: list[Chunk[C]] = []
+        while calls and room:
+            call = calls[0]
+            start, stop = call.bound, call.rows
+            if stop - start > room:
+                chunks.append((call, start, start + room))  # and the call stays at the front
+                return chunks, True
+            calls.popleft()
+            if start < stop:
+                chunks.append((call, start, stop))
+                room -= stop - start
+        return chunks, not room
+
+    def _take_pieces(self, group: _Group[C], busy: bool, one_piece: bool) -> tuple[list[Chunk[C]], bool]:
+        """Chunks of whole pieces, and whether no further one fits; if `busy` and it would, the calls are left alone."""
+        calls, limit = group.calls, self._limit
+        shared = calls[0].cut.shared
+        chunks: list[Chunk[C]] = []
+        rows, full, one_piece = 0, not shared, one_piece or not shared
+        while calls and not (chunks and full):
+            call = calls.popleft()
+            start, cut = call.bound, call.cut
+            if start == call.rows:
+                continue
+            room = limit - rows if chunks else max(limit, cut.next(start, call.rows))
+            taken = cut.take(start, call.rows, room, one_piece)
+            chunks.append((call, start, start + taken))
+            rows += taken
+            # Nothing fits any more, not even the next piece of this call.
+            full = full or not taken or rows >= limit or (start + taken < call.rows and not one_piece)
+        keep = busy and not full
+        calls.extendleft(call for call, _, stop in reversed(chunks) if keep or stop < call.rows)
+        return [chunk for chunk in chunks if chunk[1] < chunk[2]], full
 
 
 def spread(slots: int, lanes: int) -> list[int]:
