@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -197,8 +197,7 @@ class Lanes:
             executions = [lane.queue.get_nowait() for _ in range(lane.queue.qsize())]
             executions += [execution for execution in lane.handed if not execution.begun]
             calls += [call for execution in executions for call, _, _ in execution.batch.chunks]
-        for call in calls:
-            self._end(call, error=Closed("the model was closed before it ran this call"))
+        self._end([(call, Closed("the model was closed before it ran this call")) for call in calls], failed=True)
         self.stop()
 
     def stop(self) -> None:
@@ -318,8 +317,7 @@ class Lanes:
             self._count(execution, lane, now)
         if execution.error is not None:
             self._failed(execution, lane, execution.error)
-        ended = [call for call, result in execution.finished if self._end(call, result)]
-        self._counters.total_seconds.add_all([now - call.admitted for call in ended])
+        self._end(execution.finished)
         # A traceback holds the worker's frames, and they the execution: no cycle, and nobody else's rows.
         execution.chunks, execution.error, execution.finished = (), None, []
         execution.batch.chunks = []
@@ -347,60 +345,66 @@ class Lanes:
         chunks = [(call, start, stop) for call, start, stop in execution.chunks if not call.ended()]
         if execution.fault is not Fault.INPUT:
             logger.warning("core %d failed: %s", lane.core_id, type(error).__name__, exc_info=error)
-            for call, _, _ in chunks:
-                failure = CoreFailed(f"core {lane.core_id} failed while it ran this call: {text(error)}", lane.core_id)
-                failure.__cause__ = error
-                self._end(call, error=failure)
+            self._end([(call, self._core_failed(lane, error)) for call, _, _ in chunks], failed=True)
         elif alone:
-            for call, start, stop in chunks:
-                note = f"aneuron: core {lane.core_id}, rows {start} to {stop - 1} of this call"
-                self._end(call, error=_own(error, note))
+            note = "aneuron: core {}, rows {} to {} of this call"
+            own = [(call, _own(error, note.format(lane.core_id, start, stop - 1))) for call, start, stop in chunks]
+            self._end(own, failed=True)
         elif not self._stopped:
             self._scheduler.rerun(chunks)
         else:
-            for call, _, _ in chunks:
-                self._end(call, error=Closed("the model was closed before it could run this call again"))
+            closed = "the model was closed before it could run this call again"
+            self._end([(call, Closed(closed)) for call, _, _ in chunks], failed=True)
 
-    def _end(self, call: Call, result: Any = None, error: BaseException | None = None) -> bool:
-        """The one function that ends a call; False if its caller has left, which `withdraw` counts."""
-        future = call.future
-        if call.settled or future.done():
-            return False
-        call.settled = True
-        if error is None:
-            future.set_result(result)
-            self._counters.completed += 1
+    def _core_failed(self, lane: Lane, error: BaseException) -> CoreFailed:
+        failure = CoreFailed(f"core {lane.core_id} failed while it ran this call: {text(error)}", lane.core_id)
+        failure.__cause__ = error
+        return failure
+
+    def _end(self, outcomes: Iterable[tuple[Call, Any]], failed: bool = False) -> None:
+        """The one function that ends calls, with a result or (`failed`) an exception each.
+
+        A call whose caller has left is left to `withdraw`.
+        """
+        now, seconds = self._clock(), []
+        for call, outcome in outcomes:
+            if call.settled or call.future.done():
+                continue
+            if failed:
+                call.future.set_exception(outcome)
+                self._scheduler.discard(call)
+            else:
+                call.future.set_result(outcome)
+            seconds.append(now - call.admitted)
+            self._forget(call)
+        if failed:
+            self._counters.failed += len(seconds)
         else:
-            future.set_exception(error)
-            self._counters.failed += 1
-            self._counters.total_seconds.add(self._clock() - call.admitted)
-            self._scheduler.discard(call)
-        self._forget(call)
-        return True
+            self._counters.completed += len(seconds)
+        self._counters.total_seconds.add_all(seconds)
+        if self._scheduler.draining:
+            self._check_idle()
 
     def withdraw(self, call: Call) -> None:
         """The caller has left: its rows leave the queue, or their results will be dropped."""
-        call.settled = True
         call.future.cancel()
-        self._counters.cancelled += 1
         self._scheduler.discard(call)
         self._forget(call)
+        self._counters.cancelled += 1
+        if self._scheduler.draining:
+            self._check_idle()
 
     def _forget(self, call: Call) -> None:
         # At once: the call itself may be in a queue for a while, or in the frames that an exception's traceback holds.
-        call.leaves = call.template = call.parts = call.future = None
-        call.ended = _yes
+        call.settled, call.ended = True, _yes
+        call.leaves = call.parts = call.future = None
         self._calls.discard(call)
-        if self._scheduler.draining:
-            self._check_idle()
 
     def _crash(self, error: Exception) -> None:
         """A bug of ours must not leave anybody waiting."""
         logger.critical("the lanes failed and are closed; please report this", exc_info=error)
-        for call in list(self._calls):
-            failure = Closed(f"the model is closed after an internal error: {text(error)}; please report this")
-            failure.__cause__ = error
-            self._end(call, error=failure)
+        why = f"the model is closed after an internal error: {text(error)}; please report this"
+        self._end([(call, Closed(why)) for call in self._calls], failed=True)
         self.stop()
 
     def statistics(self) -> Statistics:

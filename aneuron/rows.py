@@ -25,7 +25,7 @@ class Call(Waiting):
 
     __slots__ = ("admitted", "ended", "future", "leaves", "parts", "settled", "template")
 
-    # There is one a row in the worst case; what the lane sets on admission is only declared here.
+    # There may be one a row; what the lane sets on admission is only declared here.
     future: Any  # the lane alone touches it
     ended: Callable[[], bool]
     admitted: float
@@ -93,7 +93,6 @@ class Parts:
             )
 
 
-Part = tuple[Sequence[Any], int, int, int]  # the tensors of a call, how many rows they have, and which of them
 Finished = tuple[Call, Any]  # a call and its result
 
 
@@ -200,19 +199,14 @@ class Compiled:
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> None:
         self._dim = dim
-        self.args, self.kwargs = args, kwargs
-        call = measure(args, kwargs, dim)
-        self.rows, self.leaves, self._signature, self._template = (
-            call.rows,
-            call.leaves or (),
-            call.signature,
-            call.template,
-        )
+        self._call = measure(args, kwargs, dim)
+        self.rows = self._call.rows
+        self.leaves = self._call.leaves or ()
         self._names = _input_names(args, kwargs)
 
     def check(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise `ShapeError` unless the call's inputs have the compiled structure, shapes and dtypes."""
-        if call.signature == self._signature:
+        if call.signature == self._call.signature:
             return
         names = _input_names(args, kwargs)
         if sorted(names) != sorted(self._names):
@@ -236,8 +230,8 @@ class Compiled:
         """The example inputs, their rows repeated and cut to `rows` (None: as they are). Worker thread."""
         have = self.rows
         times, rest = divmod(rows or have, have)
-        parts = [(self.leaves, have, 0, have)] * times + [(self.leaves, have, 0, rest)] * bool(rest)
-        return collate(parts, self._template, rows or have, self._dim)
+        chunks = [(self._call, 0, have)] * times + [(self._call, 0, rest)] * bool(rest)
+        return collate(chunks, [self.leaves] * len(chunks), rows or have, self._dim)
 
 
 def _listed(names: list[str]) -> str:
@@ -247,20 +241,23 @@ def _listed(names: list[str]) -> str:
 # Collating and scattering: in worker threads.
 
 
-def collate(parts: Sequence[Part], template: Any, size: int, dim: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The model's arguments for a batch: the parts' rows one after the other, padded to `size` rows.
+def collate(
+    chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], size: int, dim: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The model's arguments for a batch: the chunks' rows one after the other, padded to `size` rows.
 
-    Padding repeats the last row: zeros can be outside the model's domain. The tensors are contiguous and aligned
-    whoever shares the batch, so that a row's result does not depend on how its neighbours lay in memory.
+    `inputs` are the calls' tensors. Padding repeats the last row: zeros can be outside the model's domain. The tensors
+    are contiguous and aligned whoever shares the batch, so that a row's result does not depend on how its neighbours
+    lay in memory.
     """
     joined = []
-    for index in range(len(parts[0][0])):
+    for index in range(len(inputs[0])):
         pieces = []
         rows = 0
-        for leaves, total, start, stop in parts:
+        for (call, start, stop), leaves in zip(chunks, inputs, strict=True):
             rows += stop - start
             leaf = leaves[index]
-            if stop - start == total and type(leaf) is torch.Tensor and leaf.is_contiguous():
+            if stop - start == call.rows and type(leaf) is torch.Tensor and leaf.is_contiguous():
                 pieces.append(leaf)
             else:
                 pieces.append(_piece(leaf, start, stop, dim))
@@ -269,6 +266,7 @@ def collate(parts: Sequence[Part], template: Any, size: int, dim: int) -> tuple[
             row = last if last.shape[dim] == 1 else last.narrow(dim, last.shape[dim] - 1, 1)
             pieces += [row] * (size - rows)
         joined.append(torch.cat(pieces, dim) if len(pieces) > 1 else _aligned(pieces[0]))
+    template = chunks[0][0].template
     if template is None:
         return (joined[0],), {}
     return fill(template, iter(joined))  # type: ignore[no-any-return]
@@ -353,16 +351,22 @@ def scatter(value: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, guar
     """
     if not chunks[0][0].cut.shared:
         return _keep_piece(value, chunks[0], dim, guard)
-    output = Output(value, size, dim)
-    sizes = [stop - start for _, start, stop in chunks]
+    sizes, spread = [], []
+    for chunk in chunks:
+        call, start, stop = chunk
+        sizes.append(stop - start)
+        if stop - start != call.rows:
+            spread.append(chunk)
     rows = sum(sizes)
-    spread = [(call, start, stop) for call, start, stop in chunks if stop - start != call.rows]
+    if type(value) is torch.Tensor and not spread:  # the short way, same results
+        leaf = _checked_output(value, size, dim)
+        copies = _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, False)
+        return list(zip([call for call, _, _ in chunks], copies, strict=True))
+    output = Output(value, size, dim)
     split = [
         _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, bool(spread))
         for leaf in output.leaves
     ]
-    if value is output.leaves[0] and not spread:
-        return [(call, part) for (call, _, _), part in zip(chunks, split[0], strict=True)]
     finished: list[Finished] = []
     for (call, start, stop), *leaves in zip(chunks, *split, strict=True):
         if stop - start == call.rows:

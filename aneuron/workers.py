@@ -93,17 +93,18 @@ class Execution:
     def prepare(self, clock: Callable[[], float]) -> None:
         """Collate the rows of the callers that are still there."""
         begin = clock()
-        chunks, parts, count = [], [], 0
-        for call, start, stop in self.chunks:
+        chunks, inputs, count = [], [], 0
+        for chunk in self.chunks:
+            call, start, stop = chunk
             leaves = call.leaves
             if leaves is not None and not call.ended():
-                chunks.append((call, start, stop))
-                parts.append((leaves, call.rows, start, stop))
+                chunks.append(chunk)
+                inputs.append(leaves)
                 count += stop - start
         self.chunks, self.rows = chunks, count
-        if parts:
+        if chunks:
             try:
-                self.prepared = rows.collate(parts, chunks[0][0].template, self.size or count, self.dim)
+                self.prepared = rows.collate(chunks, inputs, self.size or count, self.dim)
             except BaseException as error:
                 self._failed(error)
         self._collating = clock() - begin
