@@ -54,7 +54,6 @@ class Lane:
         self._backend = backend
         self._depth = 1  # batches to hand to the threads: one to execute, one to follow it without a gap
         self._slow_copies = 0  # batches in a row that took long to collate and scatter
-        workers.grow(1)
 
     def load(self, load: "Load") -> None:
         """Load the model and run the example twice. Blocking, in a worker thread."""
@@ -78,7 +77,8 @@ class Lane:
         """
         self._slow_copies = self._slow_copies + 1 if seconds > COPYING_PAYS else 0
         if self._slow_copies == 8:
-            self.workers.grow(self._depth)
+            with suppress(RuntimeError):  # no more threads to be had: then not
+                self.workers.grow(self._depth)
 
     def put(self, execution: Execution) -> None:
         """Bind a batch to this lane."""
@@ -117,6 +117,7 @@ class Lanes:
         self.loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()  # the loop's; to ask for the running loop costs a system call
         self.serving = False
+        self.why_closed = "the model is closed or closing; start() opens it again when aclose() has returned"
         self.rules = rules
         self._backend = backend
         self._load = load
@@ -146,14 +147,15 @@ class Lanes:
         """Load the cores one after the other. If one fails, or the caller is cancelled, those loaded are freed."""
         try:
             for lane in self._lanes:
-                lane.counters.state = "loading"
+                lane.counters.state, lane.counters.owner = "loading", self
+                lane.workers.grow(1)
                 await asyncio.wrap_future(lane.workers.submit(lane.load, self._load))
                 lane.counters.state = "ready"
         except BaseException as error:
             self.stop()
             if isinstance(error, Exception):
                 _note(error, f"aneuron: while loading core {lane.core_id} of the {self._backend.name} backend")
-                await self._closed
+                await asyncio.shield(self._closed)
                 self._join()
             raise
         self.serving = True
@@ -213,7 +215,8 @@ class Lanes:
         self._open_cores -= 1
         if not self._open_cores:
             for lane in self._lanes:
-                lane.counters.state, lane.counters.in_flight = "closed", 0
+                if lane.counters.owner is self:  # not another run of the model, on the same core
+                    lane.counters.state, lane.counters.in_flight = "closed", 0
             self._closed.set_result(None)
 
     def _check_idle(self) -> None:
@@ -228,7 +231,7 @@ class Lanes:
     def admit(self, call: Call) -> "asyncio.Future[Any]":
         """Admit a call; its future. Who stops waiting for that before the call is settled must `withdraw` it."""
         if not self.serving:
-            raise Closed("the model is closed or closing; start() opens it again")
+            raise Closed(self.why_closed)
         if self.rules.max_pending is not None:
             self._find_room(call.rows)
         call.future = future = self.loop.create_future()
@@ -305,6 +308,8 @@ class Lanes:
             self._crash(error)
         if self._scheduler.has_work:
             self._dispatch_soon()
+        else:
+            self._counters.relaxed()
 
     def _settle(self, execution: Execution, now: float) -> None:
         """Free the slot, then end the calls that the batch has completed."""
@@ -387,23 +392,27 @@ class Lanes:
 
     def withdraw(self, call: Call) -> None:
         """The caller has left: its rows leave the queue, or their results will be dropped."""
-        call.future.cancel()
+        future = call.future
         self._scheduler.discard(call)
         self._forget(call)
         self._counters.cancelled += 1
+        with suppress(RuntimeError):  # the loop is closed
+            future.cancel()
         if self._scheduler.draining:
             self._check_idle()
 
     def _forget(self, call: Call) -> None:
         # At once: the call itself may be in a queue for a while, or in the frames that an exception's traceback holds.
         call.settled, call.ended = True, _yes
-        call.leaves = call.parts = call.future = None
+        call.leaves = None
+        call.template = call.parts = call.future = None
         self._calls.discard(call)
 
     def _crash(self, error: Exception) -> None:
         """A bug of ours must not leave anybody waiting."""
         logger.critical("the lanes failed and are closed; please report this", exc_info=error)
-        why = f"the model is closed after an internal error: {text(error)}; please report this"
+        why = f"the model was closed by an internal error ({text(error)}); please report it. aclose(), then start()"
+        self.why_closed = why
         self._end([(call, Closed(why)) for call in self._calls], failed=True)
         self.stop()
 

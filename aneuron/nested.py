@@ -9,7 +9,7 @@ list as leaves. Hence the short walk below. Hugging Face's outputs are dicts.
 import copy
 import sys
 from collections import UserDict
-from collections.abc import Container, Hashable, Iterator
+from collections.abc import Container, Hashable, Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -26,7 +26,8 @@ class _Opened(NamedTuple):
 def _open(value: Any) -> _Opened | None:
     """What is in a container; None for a leaf.
 
-    Attributes that an object has beside its items or fields count if they hold tensors: those have rows as well.
+    Attributes that an object has beside its items or fields count too: they may hold tensors, which have rows, or tell
+    one call from another. Private ones of a UserDict do not: Hugging Face's encodings keep the text there.
     """
     items: list[tuple[Any, Any]] = []
     attributes: list[tuple[str, Any]] = []
@@ -35,21 +36,37 @@ def _open(value: Any) -> _Opened | None:
         items = list(enumerate(value))
     elif isinstance(value, (dict, UserDict)):
         items = list(value.items())
-        known = {"data", *value}  # UserDict keeps its items in `data`, Hugging Face's outputs have them as attributes
+        known = set(value)  # Hugging Face's outputs have their items as attributes, too
     elif is_dataclass(value) and not isinstance(value, type):
-        set_fields = [field.name for field in fields(value) if hasattr(value, field.name)]
-        attributes = [(name, getattr(value, name)) for name in set_fields]
+        attributes = [(field.name, getattr(value, field.name)) for field in fields(value) if hasattr(value, field.name)]
         known = {name for name, _ in attributes}
     else:
         return None
-    for name, child in getattr(value, "__dict__", {}).items():
-        if name not in known and has_tensors(child):
-            attributes.append((name, child))
+    if type(value) not in (tuple, list, dict):
+        private = isinstance(value, UserDict)
+        for name, child in _attributes(value).items():
+            if name not in known and not (private and (name == "data" or name.startswith("_"))):
+                attributes.append((name, child))
     return _Opened(items, attributes)
 
 
-def walk(value: Any, leaves: list[Any], key: list[Any], constants: list[Any]) -> None:
-    """Collect the tensors of a structure, its other leaves, and a hashable description of what is around them."""
+def _attributes(value: Any) -> dict[str, Any]:
+    """The attributes of an object, in its dictionary or in slots."""
+    slots = [name for kind in type(value).__mro__ for name in _names(kind.__dict__.get("__slots__", ()))]
+    found = {name: getattr(value, name) for name in slots if name != "__dict__" and hasattr(value, name)}
+    return found | getattr(value, "__dict__", {})
+
+
+def _names(slots: Any) -> Iterable[str]:
+    return (slots,) if isinstance(slots, str) else slots
+
+
+def walk(value: Any, leaves: list[Any], key: list[Any], constants: list[Any], by_name: bool = False) -> None:
+    """Collect the tensors of a structure, its other leaves, and a hashable description of what is around them.
+
+    `by_name`, named tuples are described by their name and fields, not by their class: TorchScript makes a class anew
+    for each one that it returns.
+    """
     if isinstance(value, torch.Tensor) or is_array(value):
         leaves.append(value)
         key.append(torch.Tensor)
@@ -60,19 +77,12 @@ def walk(value: Any, leaves: list[Any], key: list[Any], constants: list[Any]) ->
         key.append(_constant_key(value))
         return
     kind: Any = type(value)
-    if hasattr(kind, "_fields"):
-        kind = (kind.__name__, kind._fields)  # TorchScript makes a class anew for each named tuple that it returns
+    if by_name and hasattr(kind, "_fields"):
+        kind = (kind.__name__, kind._fields)
     key.append((kind, *(name for name, _ in opened.items), "", *(name for name, _ in opened.attributes)))
     for children in opened:
         for _, child in children:
-            walk(child, leaves, key, constants)
-
-
-def has_tensors(value: Any) -> bool:
-    """Whether there is a tensor or an array in a structure."""
-    leaves: list[Any] = []
-    walk(value, leaves, [], [])
-    return bool(leaves)
+            walk(child, leaves, key, constants, by_name)
 
 
 def fill(template: Any, values: Iterator[Any]) -> Any:
@@ -121,6 +131,7 @@ def _constant_key(value: Any) -> Hashable:
     kind = type(value)
     if value is None or kind in (int, bool, str, bytes, torch.dtype, torch.device):
         return (kind, value)
-    if kind in (float, complex) or kind.__module__ == "numpy":
+    numpy = sys.modules.get("numpy")
+    if kind in (float, complex) or (numpy is not None and isinstance(value, numpy.generic)):
         return (kind, repr(value))
     return (kind, id(value))

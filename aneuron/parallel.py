@@ -25,6 +25,19 @@ from aneuron.stats import Counters, Statistics
 Model = Any  # nn.Module | ScriptModule | callable | path of a TorchScript file
 
 
+class _Start:
+    """A start in progress, and how many wait for it."""
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[Lanes] | None = None
+        self.waiters = 0
+
+    @property
+    def over(self) -> bool:
+        """Whether there is nothing to wait for: a task that is cancelled before its first step cannot say so itself."""
+        return self.task is None or self.task.done()
+
+
 class AsyncDataParallel:
     """A model on every core of this process, to be awaited.
 
@@ -34,7 +47,7 @@ class AsyncDataParallel:
     tensor, in order; its tensors are ordinary, detached, on the CPU, and share memory with nothing.
 
     Calls that wait are packed into batches with other callers' rows if their tensors agree in shape (but for the
-    rows) and dtype and their other arguments are equal; a call may be spread over several batches and cores.
+    rows) and dtype and their other arguments are the same; a call may be spread over several batches and cores.
     Cancelling an awaiting task takes its rows out of the queue; rows that a core is executing are finished and dropped.
 
     Parameters (the first four as in `torch_neuronx.DataParallel`,
@@ -92,8 +105,7 @@ class AsyncDataParallel:
         max_pending: int | None = None,
     ) -> None:
         self._lanes: Lanes | None = None
-        self._starting: asyncio.Task[Lanes] | None = None
-        self._starters = 0  # who waits for the start
+        self._starting: _Start | None = None
         self._closed = False
         self._closings = 0  # how often it has been
         self._model = _checked_model(model)
@@ -227,7 +239,7 @@ class AsyncDataParallel:
         freed. A closed model may be started again, also on another loop. Raises what loading raises.
         """
         if self._lanes is not None and not self._lanes.serving and not self._lanes.loop.is_closed():
-            raise Closed("the model is closing; start it when aclose() has returned")
+            raise Closed(self._lanes.why_closed)
         self._closed = False
         await self._started()
 
@@ -240,26 +252,29 @@ class AsyncDataParallel:
                 return self._lanes
             if self._closed or self._closings != closings:
                 raise Closed("the model is closed; start() opens it again")
-            if self._starting is None:
-                self._starting = asyncio.create_task(self._start(), name="aneuron start")
-            starting = self._starting
-            self._starters += 1
+            start = self._starting
+            if start is None or start.over:
+                start = self._starting = _Start()
+                start.task = asyncio.create_task(self._start(start), name="aneuron start")
+            task = start.task
+            assert task is not None
+            start.waiters += 1
             try:
-                await asyncio.wait({starting})
+                await asyncio.wait({task})
             finally:
-                self._starters -= 1
-                if not self._starters and not starting.done():
-                    starting.cancel()
-            if not starting.cancelled():
-                return starting.result()
+                start.waiters -= 1
+                if not start.waiters and not task.done():
+                    task.cancel()
+            if not task.cancelled():
+                return task.result()
             # By a close, or because all who waited had left when we came.
 
     def _check_loop(self) -> None:
         """An instance belongs to the loop that started it, until it is closed or that loop is."""
         if self._lanes is not None:
             owner = self._lanes.loop
-        elif self._starting is not None:
-            owner = self._starting.get_loop()
+        elif self._starting is not None and self._starting.task is not None and not self._starting.over:
+            owner = self._starting.task.get_loop()
         else:
             return
         if owner is asyncio.get_running_loop():
@@ -272,9 +287,8 @@ class AsyncDataParallel:
         if self._lanes is not None:
             self._lanes.stop()  # its loop has gone without closing it
         self._lanes = self._starting = None
-        self._starters = 0
 
-    async def _start(self) -> Lanes:
+    async def _start(self, start: _Start) -> Lanes:
         try:
             ids = choose_cores(self._backend, self._ids)
             rules = Rules(
@@ -290,10 +304,12 @@ class AsyncDataParallel:
             lanes = Lanes(self._backend, ids, rules, load, self._counters)
             await lanes.start(self._num_workers or 2 * len(ids))
             lanes.change(split_size=self._split_size, packing=self._packing)  # as set while it loaded
+            lanes.resize(self._num_workers or 2 * len(ids))
             self._lanes = lanes
             return lanes
         finally:
-            self._starting = None
+            if self._starting is start:
+                self._starting = None
 
     async def aclose(self) -> None:
         """Refuse new calls, finish the accepted ones, free cores and threads. If cancelled, `abort()` instead."""
@@ -322,8 +338,8 @@ class AsyncDataParallel:
     def _close_door(self) -> None:
         self._closed = True
         self._closings += 1
-        if self._starting is not None:
-            self._starting.cancel()
+        if self._starting is not None and self._starting.task is not None:
+            self._starting.task.cancel()
 
     async def __aenter__(self) -> Self:
         await self.start()

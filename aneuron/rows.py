@@ -17,8 +17,6 @@ from aneuron.scheduler import ANYWHERE, Chunk, Waiting
 
 Guard = AbstractContextManager[Any]
 
-_ALIGNMENT = 64  # bytes, as torch's CPU allocator aligns; MKL's results depend on it in the last bit
-
 
 class Call(Waiting):
     """One `await model(...)`: its inputs, and its result where that grows in parts."""
@@ -151,7 +149,7 @@ def _dtype(dtype: Any) -> torch.dtype:
     """The torch dtype of a tensor's or an array's dtype."""
     if type(dtype) is torch.dtype:
         return dtype
-    equal = getattr(torch, dtype.name, None)
+    equal = getattr(torch, dtype.name, None) if dtype.kind in "biufc" else None
     if not isinstance(equal, torch.dtype):
         raise ShapeError(
             f"a NumPy array of dtype {dtype} cannot become a tensor; convert it first, for example with "
@@ -231,7 +229,7 @@ class Compiled:
         have = self.rows
         times, rest = divmod(rows or have, have)
         chunks = [(self._call, 0, have)] * times + [(self._call, 0, rest)] * bool(rest)
-        return collate(chunks, [self.leaves] * len(chunks), rows or have, self._dim)
+        return collate(chunks, [self.leaves] * len(chunks), self._call.template, rows or have, self._dim)
 
 
 def _listed(names: list[str]) -> str:
@@ -242,13 +240,14 @@ def _listed(names: list[str]) -> str:
 
 
 def collate(
-    chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], size: int, dim: int
+    chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], template: Any, size: int, dim: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The model's arguments for a batch: the chunks' rows one after the other, padded to `size` rows.
 
-    `inputs` are the calls' tensors. Padding repeats the last row: zeros can be outside the model's domain. The tensors
-    are contiguous and aligned whoever shares the batch, so that a row's result does not depend on how its neighbours
-    lay in memory.
+    `inputs` are the calls' tensors, `template` is what they stand in. Padding repeats the last row: zeros can be
+    outside the model's domain. The tensors are the batch's own, contiguous and aligned, whoever shares it: a row's
+    result does not depend on how its neighbours lay in memory, and a model that writes to its input writes to no
+    caller's.
     """
     joined = []
     for index in range(len(inputs[0])):
@@ -265,18 +264,18 @@ def collate(
             last = pieces[-1]
             row = last if last.shape[dim] == 1 else last.narrow(dim, last.shape[dim] - 1, 1)
             pieces += [row] * (size - rows)
-        joined.append(torch.cat(pieces, dim) if len(pieces) > 1 else _aligned(pieces[0]))
-    template = chunks[0][0].template
+        joined.append(torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].clone())
     if template is None:
         return (joined[0],), {}
     return fill(template, iter(joined))  # type: ignore[no-any-return]
 
 
 def _piece(leaf: Any, start: int, stop: int, dim: int) -> torch.Tensor:
-    tensor: torch.Tensor = leaf if isinstance(leaf, torch.Tensor) else _tensor(leaf)
-    if type(tensor) is not torch.Tensor:
-        tensor = tensor.as_subclass(torch.Tensor)  # or one caller's subclass would be its batch-mates' as well
-    return tensor.narrow(dim, start, stop - start).contiguous()
+    """Rows of a tensor or an array, as a plain and contiguous tensor."""
+    if not isinstance(leaf, torch.Tensor):
+        return _tensor(leaf[(slice(None),) * (dim % leaf.ndim) + (slice(start, stop),)]).contiguous()
+    plain: torch.Tensor = leaf.as_subclass(torch.Tensor)  # or one caller's subclass would be its batch-mates' as well
+    return plain.narrow(dim, start, stop - start).contiguous()
 
 
 def _tensor(array: Any) -> torch.Tensor:
@@ -286,10 +285,6 @@ def _tensor(array: Any) -> torch.Tensor:
     shareable = aligned and array.flags.writeable and array.dtype.isnative
     native = array if shareable else numpy.array(array, dtype=array.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(native)
-
-
-def _aligned(piece: torch.Tensor) -> torch.Tensor:
-    return piece.clone() if piece.data_ptr() % _ALIGNMENT else piece
 
 
 class Output:
@@ -307,7 +302,7 @@ class Output:
         if type(value) is torch.Tensor:
             self.leaves, self.structure = [value], [torch.Tensor]  # what the walk would find
         else:
-            walk(value, self.leaves, self.structure, constants)
+            walk(value, self.leaves, self.structure, constants, by_name=True)
         self.leaves = [_checked_output(leaf, size, dim) for leaf in self.leaves]
         for constant in constants:
             if constant is not None:

@@ -191,7 +191,9 @@ class Scheduler(Generic[C]):
         group = self._groups[call.signature]
         group.rows -= left
         group.live -= 1
-        if len(group.calls) > 2 * group.live + 16:
+        if not group.live:
+            group.calls.clear()
+        elif len(group.calls) > 2 * group.live + 16:
             group.calls = deque(other for other in group.calls if other.bound < other.rows)
 
     def rerun(self, chunks: Sequence[Chunk[C]]) -> None:
@@ -248,7 +250,11 @@ class Scheduler(Generic[C]):
         start, and only if it is full: rows wait in the queue, not behind a lane. Of several lanes the one that has
         been in its state for the longest gets the batch: among executing lanes it is expected to end first.
         """
-        lanes = next(filter(None, self._open), None) if self.has_work else None
+        if not self.has_work:
+            if len(self._order) > 16:
+                self._head()  # let go of the groups that have run empty
+            return None
+        lanes = next(filter(None, self._open), None)
         if lanes is None:
             return None
         busy = lanes is not self._open[0]

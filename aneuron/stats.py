@@ -112,6 +112,7 @@ class CoreCounters:
     def __init__(self, core_id: int) -> None:
         self.core_id = core_id
         self.state = "loading"
+        self.owner: object = None  # whose state it is: a run of the model may outlast the start of the next
         self.in_flight = 0
         self.batches = self.rows = self.padded_rows = self.errors = 0
         self.busy_seconds = 0.0
@@ -157,6 +158,11 @@ class Counters:
     def drained(self, rows: int, now: float) -> None:
         """Count rows that have left the device."""
         self._drained.append((now, rows))
+
+    def relaxed(self) -> None:
+        """Nothing waits: the time from here to the next rows says nothing about how fast they can leave."""
+        if len(self._drained) > 1:
+            self._drained.clear()
 
     def drain_seconds(self, rows: int) -> float | None:
         """How long `rows` rows take to leave at the rate of the last batches; None while that is unknown."""

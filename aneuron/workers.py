@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import CancelledError, Executor, Future
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, ParamSpec, TypeVar
 
@@ -34,7 +34,7 @@ def carried(error: BaseException) -> Exception:
     A future cannot carry StopIteration; CancelledError, SystemExit and KeyboardInterrupt would be taken for the
     caller's own cancellation, or end its loop.
     """
-    if isinstance(error, Exception) and not isinstance(error, StopIteration):
+    if isinstance(error, Exception) and not isinstance(error, (StopIteration, CancelledError)):
         return error
     wrapped = RuntimeError(f"the model raised {text(error)}")
     wrapped.__cause__ = error
@@ -93,18 +93,19 @@ class Execution:
     def prepare(self, clock: Callable[[], float]) -> None:
         """Collate the rows of the callers that are still there."""
         begin = clock()
-        chunks, inputs, count = [], [], 0
+        chunks, inputs, templates, count = [], [], [], 0
         for chunk in self.chunks:
             call, start, stop = chunk
-            leaves = call.leaves
+            template, leaves = call.template, call.leaves  # in this order: the loop lets go of the leaves first
             if leaves is not None and not call.ended():
                 chunks.append(chunk)
                 inputs.append(leaves)
+                templates.append(template)
                 count += stop - start
         self.chunks, self.rows = chunks, count
         if chunks:
             try:
-                self.prepared = rows.collate(chunks, inputs, self.size or count, self.dim)
+                self.prepared = rows.collate(chunks, inputs, templates[0], self.size or count, self.dim)
             except BaseException as error:
                 self._failed(error)
         self._collating = clock() - begin
@@ -187,10 +188,10 @@ class Workers(Executor):
     def grow(self, threads: int) -> None:
         """Have `threads` threads at least."""
         while self._alive < threads and not self._stopping:
+            thread = threading.Thread(target=self._work, name=f"{self._name}/{self._alive + 1}", daemon=True)
+            thread.start()  # may fail, and then nothing has changed
             self._alive += 1
-            thread = threading.Thread(target=self._work, name=f"{self._name}/{self._alive}", daemon=True)
             self._threads.append(thread)
-            thread.start()
 
     def post(self, execution: Execution) -> None:
         """Have a batch executed; it posts itself back."""
@@ -246,6 +247,7 @@ class Workers(Executor):
                 with self._turn:
                     if job.begin(clock):
                         job.execute(clock)
+                torch.set_grad_enabled(False)  # whatever the model has left behind
                 job.finish(clock)
             else:
                 job()

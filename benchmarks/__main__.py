@@ -20,15 +20,18 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a look of about 20 s; its numbers are not worth quoting")
     parser.add_argument("--only", choices=("w1", "w4"), help="one group of rows")
-    parser.add_argument("--seconds", type=float, help="of one contender's turn (0.4; quick: 0.15)")
-    parser.add_argument("--repetitions", type=int, help="turns of each contender in each row (5; quick: 2)")
+    parser.add_argument("--seconds", type=float, help="of one contender's turn (0.25; quick: 0.1)")
+    parser.add_argument("--turns", type=int, help="of each contender in a repetition (3; quick: 1)")
+    parser.add_argument("--repetitions", type=int, help="of each row (5; quick: 3)")
     parser.add_argument("--loop", choices=("asyncio", "uvloop"), help="event loop; uvloop if it is installed")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE as well")
     parser.add_argument("--pinned-to", type=int, metavar="CPU", help=argparse.SUPPRESS)  # W4 in a process of its own
     args = parser.parse_args()
-    args.seconds = args.seconds or (0.15 if args.quick else 0.4)
-    args.repetitions = args.repetitions or (2 if args.quick else 5)
+    args.seconds = args.seconds or (0.1 if args.quick else 0.25)
+    args.turns = args.turns or (1 if args.quick else 3)
+    args.repetitions = args.repetitions or (3 if args.quick else 5)
     args.loop = args.loop or ("uvloop" if installed("uvloop") else "asyncio")
+    args.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return args
 
 
@@ -59,7 +62,7 @@ def measure(args: argparse.Namespace) -> list[Any]:
 
     gc.collect()
     gc.freeze()  # as a server would: what the imports made is not searched for garbage again
-    effort = workloads.Effort(args.seconds, args.repetitions)
+    effort = workloads.Effort(args.seconds, args.repetitions, args.turns)
     rows: list[workloads.Row] = []
     with asyncio.Runner(loop_factory=loop_factory(args.loop)) as runner:
         if args.pinned_to is not None:
@@ -83,7 +86,7 @@ def pinned(args: argparse.Namespace) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "rows.json")
         command = [sys.executable, "-m", "benchmarks", "--loop", args.loop, "--json", str(file)]
-        command += ["--seconds", str(args.seconds), "--repetitions", str(args.repetitions)]
+        command += ["--seconds", str(args.seconds), "--repetitions", str(args.repetitions), "--turns", str(args.turns)]
         command += ["--pinned-to", str(max(os.sched_getaffinity(0)))]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
         return [Row.from_json(row) for row in json.loads(file.read_text())["rows"]]
@@ -95,6 +98,7 @@ def report(args: argparse.Namespace, rows: list[Any]) -> str:
     sleep = workloads.sleep_length(workloads.SERVICE) * 1e3
     caveats = table.CAVEATS.format(
         repetitions=args.repetitions,
+        turns=args.turns,
         seconds=args.seconds,
         service=workloads.SERVICE * 1e3,
         sleep=sleep,
@@ -113,6 +117,7 @@ def versions(args: argparse.Namespace) -> dict[str, str]:
         "torch": torch.__version__,
         "uvloop": f"{installed('uvloop') or 'not installed'}{' (not used)' * (args.loop == 'asyncio')}",
         "CPUs": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "load before": f"{args.load:.1f}",
     }
 
 
@@ -123,7 +128,7 @@ def main() -> None:
     rows = measure(args)
     print(report(args, rows))
     if args.json is not None:
-        settings = {"seconds": args.seconds, "repetitions": args.repetitions, "loop": args.loop}
+        settings = {name: getattr(args, name) for name in ("seconds", "turns", "repetitions", "loop")}
         data = {"versions": versions(args), "settings": settings, "rows": [row.as_json() for row in rows]}
         args.json.write_text(json.dumps(data, indent=1) + "\n")
 

@@ -29,7 +29,8 @@ def model(x: torch.Tensor) -> torch.Tensor:
 class Contender(Protocol):
     """What the workloads drive."""
 
-    call: Callable[[torch.Tensor], Awaitable[torch.Tensor]]
+    @property
+    def call(self) -> Callable[[torch.Tensor], Awaitable[torch.Tensor]]: ...
 
     async def start(self, cores: int, seconds: float, batch: int) -> None: ...
 

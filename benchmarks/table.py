@@ -9,16 +9,16 @@ HEADER = ("", "", "floor", "fair floor", "aneuron", "of the floor", "of the fair
           "p50 / p99 ms", "floor's", "must", "met")  # fmt: skip
 
 CAVEATS = """
-How to read it. Values are medians of {repetitions} repetitions of {seconds:g} s; after each comparison comes its range
-over the repetitions. The contenders take turns within one process, and comparisons hold within this run only: on a
-machine with neighbours the same code may run at twice the speed a minute later, and the values themselves say little.
-The floors are loops without features (no limits, cancellation, deadlines, statistics, signatures, isolation of errors).
-The cores are simulated: a core of W1 sleeps without the GIL for {service:g} ms, the model's own time included, for all
-contenders alike; a core of W4 takes no time, which no real one does, so that W4 shows nothing but the cost of the
-runtime, and most of that is handing the GIL from thread to thread. The ideal is the rows that the cores could do at
-this machine's measured length of that sleep ({sleep:.2f} ms at the end of this run). CPU a row is that of the whole
-process, callers included. Every caller compares every {every}th of its answers with the right one, whoever answers; a
-wrong one ends the run.
+How to read it. Values are medians of {repetitions} repetitions, each the median of {turns} turns of {seconds:g} s;
+after each comparison comes its range over the repetitions. The contenders take turns within one process, and
+comparisons hold within this run only: on a machine with neighbours the same code may run at twice the speed a minute
+later, and the values themselves say little. The floors are loops without features (no limits, cancellation,
+deadlines, statistics, signatures, isolation of errors). The cores are simulated: a core of W1 sleeps without the GIL
+for {service:g} ms, the model's own time included, for all contenders alike; a core of W4 takes no time, which no real
+one does, so that W4 shows nothing but the cost of the runtime, and most of that is handing the GIL from thread to
+thread. The ideal is the rows that the cores could do at this machine's measured length of that sleep ({sleep:.2f} ms
+at the end of this run). CPU a row is that of the whole process, callers included. Every caller compares every
+{every}th of its answers with the right one, whoever answers; a wrong one ends the run.
 """
 
 

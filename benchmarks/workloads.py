@@ -81,13 +81,14 @@ class Row:
 class Effort:
     """How long to look."""
 
-    seconds: float = 0.4  # of one turn, not counting its start and end
+    seconds: float = 0.25  # of one turn, not counting its start and end
     repetitions: int = 5
+    turns: int = 3  # of each contender in a repetition, of which the median counts: a neighbour may spoil one
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What one contender did in one turn."""
+    """What one contender did in one turn, or in those of a repetition."""
 
     rows_per_second: float
     cpu_per_row: float  # seconds of CPU, of the whole process
@@ -153,20 +154,35 @@ async def started(seconds: float) -> AsyncIterator[dict[str, Contender]]:
 
 
 async def rounds(
-    contenders: dict[str, Contender], callers: int, effort: Effort, before: Callable[[], None] = lambda: None
+    contenders: dict[str, Contender], callers: int, effort: Effort, sleeps: list[float] | None = None
 ) -> dict[str, list[Turn]]:
-    """A turn for each contender, as often as asked for; each repetition starts with another one."""
-    turns: dict[str, list[Turn]] = {name: [] for name in contenders}
-    names = list(contenders)
+    """What each contender did in each repetition. They take turns, in another order each time.
+
+    `sleeps`, if given, gets the length of the service time's sleep in each repetition.
+    """
+    found: dict[str, list[Turn]] = {name: [] for name in contenders}
     for repetition in range(effort.repetitions):
-        before()
-        first = repetition % len(names)
-        for name in names[first:] + names[:first]:
-            turns[name].append(await take_turn(contenders[name].call, callers, effort.seconds))
-    return turns
+        if sleeps is not None:
+            sleeps.append(sleep_length(SERVICE))
+        turns: dict[str, list[Turn]] = {name: [] for name in contenders}
+        for turn in range(effort.turns):
+            first = (repetition + turn) % len(contenders)
+            for name in (*list(contenders)[first:], *list(contenders)[:first]):
+                turns[name].append(await take_turn(contenders[name].call, callers, effort.seconds))
+        for name, own in turns.items():
+            found[name].append(_middle(own))
+    return found
 
 
-def sleep_length(seconds: float, times: int = 40) -> float:
+def _middle(turns: list[Turn]) -> Turn:
+    return Turn(
+        median(turn.rows_per_second for turn in turns),
+        median(turn.cpu_per_row for turn in turns),
+        [seconds for turn in turns for seconds in turn.latencies],
+    )
+
+
+def sleep_length(seconds: float, times: int = 20) -> float:
     """How long this machine takes for that sleep: the ideal service time."""
     lengths = []
     for _ in range(times):
@@ -183,9 +199,7 @@ async def w1(effort: Effort, say: Callable[[str], None]) -> list[Row]:
         for callers in (1, 16, 64, 256, 1024):
             say(f"W1, {callers} callers")
             sleeps: list[float] = []
-            turns = await rounds(
-                contenders, callers, effort, lambda sleeps=sleeps: sleeps.append(sleep_length(SERVICE))
-            )
+            turns = await rounds(contenders, callers, effort, sleeps)
             name = f"W1 {callers:>5,} callers"
             if callers == 1:
                 row = Row(name, "ms over service", Must(0.2, at_least=False, difference=True))

@@ -5,7 +5,7 @@ import enum
 import math
 from collections import OrderedDict, UserDict, defaultdict, namedtuple
 from contextlib import nullcontext
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import InitVar, dataclass, field, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -775,3 +775,80 @@ def test_so_it_is_on_real_threads(node, rows):
 
     for call, result in zip(calls, asyncio.run(main()), strict=True):
         assert_same(result, bump(as_tensors(call)))
+
+
+# What tells one call from another.
+
+
+def test_calls_that_differ_in_an_attribute_only_do_not_share_a_batch():
+    class Scaled(dict):
+        pass
+
+    class Slotted(list):
+        __slots__ = ("scale",)
+
+    @dataclass
+    class Record:
+        x: torch.Tensor
+        start: InitVar[float] = 1.0
+
+        def __post_init__(self, start):
+            self.scale = start  # no field
+
+    def scaled(factor):
+        made = Scaled(x=column(1, 1.0))
+        made.scale = factor
+        return made
+
+    def slotted(factor):
+        made = Slotted([column(1, 1.0)])
+        made.scale = factor
+        return made
+
+    for make, tensor in (
+        (scaled, lambda value: value["x"]),
+        (slotted, lambda value: value[0]),
+        (lambda factor: Record(column(1, 1.0), factor), lambda value: value.x),
+    ):
+        results, _ = answers(
+            lambda value, tensor=tensor: tensor(value) * value.scale,
+            ((make(2.0),), {}),
+            ((make(3.0),), {}),
+            batch_size=8,
+        )
+        assert [result[0, 0].item() for result in results] == [2.0, 3.0]
+
+
+def test_named_tuples_of_different_classes_do_not_share_a_batch():
+    Twice = namedtuple("Pair", ["x"])
+    Thrice = namedtuple("Pair", ["x"])
+    results, _ = answers(
+        lambda pair: pair.x * (2 if type(pair) is Twice else 3),
+        ((Twice(column(1, 1.0)),), {}),
+        ((Thrice(column(1, 1.0)),), {}),
+        batch_size=8,
+    )
+    assert [result[0, 0].item() for result in results] == [2.0, 3.0]
+
+
+def test_attributes_nested_deeply_are_looked_through_once():
+    class Deep(dict):
+        pass
+
+    value = Deep(x=column(1))
+    for _ in range(40):  # doubling with each level, this would never end
+        outer = Deep()
+        outer.inner = value
+        value = outer
+    assert answer(lambda v: torch.zeros(1, 1), value).shape == (1, 1)
+
+
+@pytest.mark.parametrize("rows", [1000, 4000])
+def test_only_the_rows_of_a_chunk_are_copied_from_a_read_only_array(rows, monkeypatch):
+    copied = []
+    real = np.array
+    monkeypatch.setattr(np, "array", lambda array, **how: copied.append(len(array)) or real(array, **how))
+    array = np.ones((rows, 2), "f4")
+    array.flags.writeable = False
+    assert torch.equal(answer(lambda x: x * 2, array, batch_size=8), torch.full((rows, 2), 2.0))
+    assert sum(copied) == rows

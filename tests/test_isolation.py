@@ -502,3 +502,47 @@ def test_padding_repeats_a_real_row_and_reaches_nobody():
     assert torch.equal(two, row(2.0, 2).log())
     (batch,) = seen
     assert torch.equal(batch, torch.cat([row(1.0), row(2.0, 2), row(2.0, 2)[1:].expand(5, WIDTH)]))
+
+
+def test_a_model_that_writes_to_its_input_writes_to_nobody_s():
+    def net(x):
+        x -= 1
+        return x * 1
+
+    example = torch.zeros(8, WIDTH)
+
+    async def main():
+        async with AsyncDataParallel(net, backend=CpuBackend(cores=2), batch_size=8, example_inputs=example) as model:
+            x = torch.ones(16, WIDTH)
+            assert torch.equal(await model(x), torch.zeros(16, WIDTH))
+            assert torch.equal(x, torch.ones(16, WIDTH))
+            results = await asyncio.gather(*(model(x[:8]) for _ in range(4)))
+            assert all(torch.equal(result, torch.zeros(8, WIDTH)) for result in results)
+
+    asyncio.run(main())
+    assert torch.equal(example, torch.zeros(8, WIDTH))
+
+
+def test_cancelled_calls_leave_no_inputs_behind_on_an_idle_model():
+    async def main():
+        backend = PuppetBackend(cores=1)
+        seen = []
+        async with AsyncDataParallel(lambda x, y: x, backend=backend, batch_size=8) as model:
+            first = asyncio.ensure_future(model(row(), row()))
+            await settle()
+            for width in range(1, 100):
+                x = torch.zeros(1, width)
+                seen.append(weakref.ref(x))
+                call = asyncio.ensure_future(model(x, x))
+                del x
+                await settle()
+                call.cancel()
+                await settle()
+                del call
+            assert [ref for ref in seen if ref() is not None] == []
+            backend[0].release()
+            await first
+            await settle()
+            assert len(model._lanes._scheduler._groups) <= 17
+
+    run(main())

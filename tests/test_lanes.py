@@ -318,6 +318,23 @@ async def test_a_full_queue_refuses_and_says_when_to_come_back():
 
 
 @scenario
+async def test_idle_time_says_nothing_about_the_rate_of_leaving():
+    backend = PuppetBackend(1, service_time=1.0)
+    async with AsyncDataParallel(torch.neg, backend=backend, batch_size=4, max_pending=8) as model:
+        for _ in range(2):
+            await model(row(0))
+            await asyncio.sleep(1000)
+        calls = [call(model, n) for n in range(16)]
+        await asyncio.sleep(2.5)
+        calls += [call(model, n) for n in range(8)]
+        await settle()
+        with pytest.raises(QueueFull) as caught:
+            await model(row(0))
+        assert caught.value.retry_after == pytest.approx(0.25)
+        await asyncio.gather(*calls)
+
+
+@scenario
 async def test_what_idle_cores_can_take_does_not_count_as_waiting():
     backend, model = puppets(cores=2, max_pending=1)
     async with model:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 import warnings
 
 import pytest
@@ -290,3 +291,113 @@ def test_virtual_time_passes_at_once():
     loop.run_until_complete(asyncio.sleep(3600))
     assert loop.time() == pytest.approx(3600)
     loop.close()
+
+
+async def test_a_start_that_is_closed_before_its_first_step_can_be_repeated():
+    model = AsyncDataParallel(net(), backend=CpuBackend(cores=1))
+    early = asyncio.ensure_future(model(torch.ones(1, 16)))
+    await asyncio.sleep(0)
+    await model.aclose()
+    async with asyncio.timeout(20):
+        await model.start()
+        assert (await model(torch.ones(1, 16))).shape == (1, 16)
+        with pytest.raises(Closed):
+            await early
+        await model.aclose()
+
+
+async def test_settings_made_while_the_model_loads_hold():
+    gate = Gate()
+    model = AsyncDataParallel(net(), backend=gate)
+    start = asyncio.ensure_future(model.start())
+    await until(gate.reached.is_set)
+    model.num_workers, model.split_size = 1, 3
+    gate.open.set()
+    await start
+    assert model._lanes._scheduler._slots == [1, 0]
+    assert model._lanes.rules.split_size == 3
+    await model.aclose()
+
+
+async def test_the_end_of_an_aborted_run_says_nothing_about_the_next():
+    model = AsyncDataParallel(torch.neg, backend=SimulatedBackend(cores=1, service_time=0.2))
+    await model.start()
+    call = asyncio.ensure_future(model(torch.ones(1, 4)))
+    await asyncio.sleep(0.02)
+    old = model._lanes
+    await model.abort()
+    await model.start()
+    await asyncio.shield(old._closed)
+    assert [core.state for core in model.statistics().cores] == ["ready"]
+    await call
+    await model.aclose()
+    assert [core.state for core in model.statistics().cores] == ["closed"]
+
+
+@pytest.mark.parametrize("which", [0, 2])
+async def test_a_thread_that_cannot_be_started_fails_the_start_and_leaves_none(monkeypatch, which):
+    real, started = threading.Thread.start, []
+
+    def start(thread):
+        if thread.name.startswith("aneuron-core"):
+            started.append(thread)
+            if len(started) == which + 1:
+                raise RuntimeError("can't start new thread")
+        real(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    model = AsyncDataParallel(net(), backend=CpuBackend(cores=4))
+    with pytest.raises(RuntimeError, match="new thread"):
+        await model.start()
+    assert not threads()
+    await model.aclose()
+
+
+async def test_a_second_thread_that_cannot_be_started_is_done_without(monkeypatch):
+    monkeypatch.setattr("aneuron.lane.COPYING_PAYS", -1.0)
+    async with AsyncDataParallel(torch.neg, backend=SimulatedBackend(cores=1, service_time=0.0)) as model:
+        monkeypatch.setattr(threading.Thread, "start", lambda thread: exec("raise RuntimeError('no more')"))
+        for _ in range(20):
+            await model(torch.ones(1, 4))
+
+
+def test_calls_that_a_closed_loop_leaves_behind_are_counted_as_cancelled():
+    model = AsyncDataParallel(torch.neg, backend=SimulatedBackend(cores=1, service_time=0.2))
+    loop = asyncio.new_event_loop()
+
+    async def main():
+        await model.start()
+        calls = [model(torch.ones(1, 4)) for _ in range(5)]
+        for each in calls:
+            each.send(None)  # admitted, and never run again
+        return calls
+
+    calls = loop.run_until_complete(main())
+    loop.close()
+    del calls
+    gc.collect()
+    counts = model.statistics().calls
+    assert (counts.accepted, counts.cancelled, counts.running) == (5, 5, 0)
+    model._lanes.stop()
+    for thread in threads():
+        thread.join(5)
+    model._lanes = None
+
+
+async def test_a_failing_start_that_is_cancelled_while_it_cleans_up_ends_quietly():
+    class Slow(Gate):
+        def load(self, model, core_id, batch_size):
+            core = super().load(model, core_id, batch_size)
+            core.close = lambda: time.sleep(0.3)
+            return core
+
+    gate, failures = Slow(cores=2, fail=1), []
+    gate.open.set()
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: failures.append(context))
+    model = AsyncDataParallel(net(), backend=gate)
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await model.start()
+    await until(lambda: not threads())
+    await asyncio.sleep(0.05)
+    assert failures == []

@@ -24,20 +24,22 @@ class PlannedFault:
     """One line of a plan of faults: what goes wrong, on which core (None: any), and when.
 
     At the core's `execution`-th one (from 0; the two of the warm-up count), each time with `probability`, or always
-    where neither is given. `seconds` is what "hang" and "slow" add.
+    where neither is given. `seconds` is what "hang" (None: 3600) and "slow" (None: 1) add.
     """
 
     kind: str
     core: int | None = None
     execution: int | None = None
     probability: float | None = None
-    seconds: float = 3600.0
+    seconds: float | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ValueError(f"kind={self.kind!r}: expected one of {', '.join(_KINDS)}")
         if self.probability is not None and not 0.0 <= self.probability <= 1.0:
             raise ValueError(f"probability={self.probability!r}: expected a number from 0 to 1")
+        if self.seconds is None:
+            object.__setattr__(self, "seconds", 3600.0 if self.kind == "hang" else 1.0)
 
 
 class SimulatedFault(RuntimeError):
@@ -143,7 +145,7 @@ class SimulatedCore:
         if self._executions != fault.execution and self._random.random() >= probability:
             return 0.0
         if fault.kind in ("hang", "slow"):
-            return fault.seconds
+            return fault.seconds or 0.0
         self._executions += 1
         raise SimulatedFault(f"simulated {fault.kind} fault on core {self._core_id}", Fault(fault.kind))
 
