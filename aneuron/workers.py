@@ -112,9 +112,12 @@ class Execution:
 
     def begin(self, clock: Callable[[], float]) -> bool:
         """With the core's turn in hand: whether there is still something to execute."""
-        if self.prepared is not None and any(call.ended() for call, _, _ in self.chunks):
-            self.prepared = None
-            self.prepare(clock)
+        if self.prepared is not None:
+            for call, _, _ in self.chunks:
+                if call.ended():
+                    self.prepared = None
+                    self.prepare(clock)
+                    break
         self.started = clock()
         self.begun = self.prepared is not None
         return self.begun
@@ -247,7 +250,8 @@ class Workers(Executor):
                 with self._turn:
                     if job.begin(clock):
                         job.execute(clock)
-                torch.set_grad_enabled(False)  # whatever the model has left behind
+                if torch.is_grad_enabled():  # the model has left them on
+                    torch.set_grad_enabled(False)
                 job.finish(clock)
             else:
                 job()

@@ -546,3 +546,15 @@ def test_cancelled_calls_leave_no_inputs_behind_on_an_idle_model():
             assert len(model._lanes._scheduler._groups) <= 17
 
     run(main())
+
+
+def test_gradients_that_a_model_leaves_on_do_not_reach_the_results():
+    weight = torch.ones(WIDTH, requires_grad=True)
+
+    def net(x):
+        torch.set_grad_enabled(True)
+        return x * weight
+
+    for rows in (1, 8, 20):
+        for result in gather(net, row(0.0, rows), backend=SimulatedBackend(cores=1, service_time=0.0), batch_size=8):
+            assert not result.requires_grad
