@@ -17,7 +17,8 @@ from typing import Any
 
 from aneuron.backends import Backend, Core, Fault
 from aneuron.errors import Closed, CoreFailed, QueueFull
-from aneuron.rows import Call, Compiled
+from aneuron.measure import Compiled
+from aneuron.rows import Call
 from aneuron.scheduler import Batch, Rules, Scheduler, spread
 from aneuron.stats import CoreCounters, Counters, Statistics
 from aneuron.workers import Execution, Workers, carried, text, warm_up

@@ -18,7 +18,8 @@ import torch
 from aneuron.backends import Backend, choose_backend, choose_cores, parse_device_ids
 from aneuron.errors import Closed, ShapeError
 from aneuron.lane import Lanes, Load
-from aneuron.rows import Call, Compiled, measure
+from aneuron.measure import Compiled, measure
+from aneuron.rows import Call
 from aneuron.scheduler import Cut, Rules
 from aneuron.stats import Counters, Statistics
 

@@ -19,6 +19,7 @@ import torch
 
 from aneuron import rows
 from aneuron.backends import Backend, Core, Fault
+from aneuron.measure import Compiled
 from aneuron.rows import Call, Finished
 from aneuron.scheduler import Batch, Chunk
 
@@ -153,7 +154,7 @@ class Execution:
             logger.exception("the %s backend could not classify an error", self.backend.name)
 
 
-def warm_up(core: Core, compiled: rows.Compiled, size: int | None, dim: int, packing: bool) -> None:
+def warm_up(core: Core, compiled: Compiled, size: int | None, dim: int, packing: bool) -> None:
     """Run the example twice, padded to `size` rows (throughput climbs over the first runs, and a fault of a compiled
     model can show in the second), and see whether the output can be handed out.
     """

@@ -37,7 +37,7 @@ ERRORS = {
 
 # Design § 13: a file may import those above it.
 ORDER = [
-    "errors", "scheduler", "health", "buckets", "nested", "rows", "stats", "backends", "backends.cpu",
+    "errors", "scheduler", "health", "buckets", "nested", "rows", "measure", "stats", "backends", "backends.cpu",
     "backends.simulated", "backends.neuron", "backends.cuda", "workers", "lane", "parallel", "bulk", "testing", "web",
     "cli",
 ]  # fmt: skip
