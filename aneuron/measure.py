@@ -50,7 +50,10 @@ def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
     leaves: list[Any] = []
     key: list[Any] = []
     ordered = dict(sorted(kwargs.items()))
-    walk((args, ordered), leaves, key, [])
+    try:
+        walk((args, ordered), leaves, key, [])
+    except RecursionError:
+        raise ShapeError("the inputs are nested too deeply, or contain themselves; pass a flatter structure") from None
     if not leaves:
         raise ShapeError(
             "the call has no tensor among its inputs, so it has no rows; pass at least one tensor or NumPy array "

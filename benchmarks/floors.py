@@ -222,7 +222,9 @@ class _TwoLines:
         self.small: deque[_Item] = deque()
         self.ring: deque[deque[_Item]] = deque()
         self.turn = False
-        self.append = self.small.append
+
+    def append(self, item: _Item) -> None:
+        self.small.append(item)
 
     def __len__(self) -> int:  # as rows: a turn of the ring is a full batch
         return len(self.small) + 8 * len(self.ring)

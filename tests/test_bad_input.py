@@ -1014,3 +1014,16 @@ def test_a_model_is_not_to_be_pickled_into_another_process():
     except (TypeError, AttributeError, pickle.PicklingError):
         return
     assert not twin.ready
+
+
+def test_inputs_that_contain_themselves_are_refused():
+    endless = [GOOD]
+    endless.append(endless)
+
+    async def main():
+        async with AsyncDataParallel(torch.neg, backend=PuppetBackend(cores=1, service_time=0.01)) as model:
+            with pytest.raises(ShapeError, match="nested too deeply"):
+                await model(endless)
+            assert torch.equal(await model(GOOD), -GOOD)
+
+    run(main())
