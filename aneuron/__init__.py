@@ -6,9 +6,18 @@ This is the front door; what is not exported here may move.
 from aneuron.backends import Backend, Core, Fault
 from aneuron.backends.cpu import CpuBackend
 from aneuron.backends.simulated import SimulatedBackend
-from aneuron.errors import AneuronError, Closed, CoreFailed, DeviceError, OutputError, QueueFull, ShapeError
+from aneuron.errors import (
+    AneuronError,
+    Closed,
+    CoreFailed,
+    DeadlineExceeded,
+    DeviceError,
+    OutputError,
+    QueueFull,
+    ShapeError,
+)
 from aneuron.parallel import AsyncDataParallel
-from aneuron.stats import Statistics
+from aneuron.stats import Statistics, Timing
 
 __all__ = [
     "AneuronError",
@@ -18,6 +27,7 @@ __all__ = [
     "Core",
     "CoreFailed",
     "CpuBackend",
+    "DeadlineExceeded",
     "DeviceError",
     "Fault",
     "OutputError",
@@ -25,6 +35,7 @@ __all__ = [
     "ShapeError",
     "SimulatedBackend",
     "Statistics",
+    "Timing",
 ]
 
 for _name in __all__:

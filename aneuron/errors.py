@@ -7,6 +7,7 @@ Lives here: the tree below. Must not be here: an import, a status code of any we
     ├── DeviceError   (ValueError)    the cores asked for cannot be had: mend the configuration
     ├── OutputError   (RuntimeError)  the model's output cannot be handed out: mend the model
     ├── QueueFull                     no room: come back after `retry_after` seconds
+    ├── DeadlineExceeded (TimeoutError)  too late: ask with more time, or less often
     ├── Closed        (RuntimeError)  the model is closed or closing: go elsewhere
     └── CoreFailed    (RuntimeError)  the core failed, not the input: try again
 
@@ -43,6 +44,13 @@ class QueueFull(AneuronError):
     def __init__(self, message: str, retry_after: float | None = None) -> None:
         super().__init__(message)
         self.retry_after = retry_after
+
+
+class DeadlineExceeded(AneuronError, TimeoutError):
+    """The call's `timeout` has passed, or what is known of the cores says that it cannot be met.
+
+    In the second case it is raised before the time is over, and the cores have done nothing for the call.
+    """
 
 
 class Closed(AneuronError, RuntimeError):

@@ -8,7 +8,8 @@ import asyncio
 import inspect
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
+from math import isfinite
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
@@ -16,12 +17,15 @@ from typing import Any, Self
 import torch
 
 from aneuron.backends import Backend, choose_backend, choose_cores, parse_device_ids
+from aneuron.buckets import Cover
 from aneuron.errors import Closed, ShapeError
-from aneuron.lane import Lanes, Load
+from aneuron.lane import Load
+from aneuron.lanes import Lanes
 from aneuron.measure import Compiled, measure
 from aneuron.rows import Call
-from aneuron.scheduler import Cut, Rules
-from aneuron.stats import Counters, Statistics
+from aneuron.scheduler import Rules, Sizes
+from aneuron.stats import Counters, Statistics, Timing, Trace
+from aneuron.waiting import Cut, Terms
 
 Model = Any  # nn.Module | ScriptModule | callable | path of a TorchScript file
 
@@ -68,6 +72,8 @@ class AsyncDataParallel:
     split_size: rows of the pieces that a call is cut into; None: up to `batch_size`, or `max(1, rows // cores)` where
         any number will do. Settable at any time.
     max_pending: rows that may wait before calls are refused with `QueueFull`; None: no bound.
+    max_delay: seconds that a batch which is not full may be held back for company, from its oldest row on, and only
+        while another core works. None: one core's share of the service time, where so many rows come that it pays.
 
     Raises, from the call: `ShapeError` for inputs that do not fit, `QueueFull`, `Closed`, `CoreFailed`, `OutputError`
     for outputs that cannot be handed out, `RuntimeError` when used from a second event loop, and whatever the model
@@ -104,6 +110,7 @@ class AsyncDataParallel:
         num_workers: int | None = None,
         split_size: int | None = None,
         max_pending: int | None = None,
+        max_delay: float | None = 0.0,
     ) -> None:
         self._lanes: Lanes | None = None
         self._starting: _Start | None = None
@@ -117,6 +124,7 @@ class AsyncDataParallel:
         self._backend = choose_backend(backend)
         self._batch_size = _count("batch_size", batch_size)
         self._max_pending = _count("max_pending", max_pending)
+        self._max_delay = None if max_delay is None else seconds("max_delay", max_delay)
         self._num_workers = _count("num_workers", num_workers)
         self._split_size = _count("split_size", split_size)
         self._packing = bool(set_dynamic_batching) and dim == 0
@@ -148,6 +156,47 @@ class AsyncDataParallel:
 
     async def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model on the inputs' rows; see the class."""
+        return await self._run(inputs, kwargs)
+
+    async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
+        """The same, and how the call was run."""
+        return await self._timed(inputs, kwargs)
+
+    def options(self, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None) -> "View":
+        """The model on other terms: a cheap object to be called like this one, with `timed` and `map`.
+
+        timeout: seconds, 0 or more, from the call to its result; None: no bound. Then `DeadlineExceeded`, at once if
+            what is known of the cores says that it cannot be met; a call that becomes hopeless while it waits is
+            dropped before it costs a core anything. It does not change the order.
+        priority: any finite number. Batches start with the call of the highest level: its priority plus one for each
+            second that it has waited.
+        tenant: who asks; anything hashable. Tenants take turns, row by row, however many calls one of them makes.
+            Calls without one are one tenant.
+
+            >>> import asyncio, torch, aneuron
+            >>> async def main():
+            ...     async with aneuron.AsyncDataParallel(torch.nn.ReLU().eval()) as model:
+            ...         return await model.options(timeout=10.0, tenant="acme")(torch.tensor([[-1.0, 2.0]]))
+            >>> asyncio.run(main())
+            tensor([[0., 2.]])
+        """
+        return View(self, timeout, priority, tenant)
+
+    async def _timed(
+        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None = None, timeout: float | None = None
+    ) -> tuple[Any, Timing]:
+        trace = Trace()
+        result = await self._run(inputs, kwargs, terms, timeout, trace)
+        return result, trace.timing()
+
+    async def _run(
+        self,
+        inputs: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        terms: Terms | None = None,
+        timeout: float | None = None,
+        trace: Trace | None = None,
+    ) -> Any:
         call = measure(inputs, kwargs, self._dim)
         if self._compiled is not None:
             self._compiled.check(call, inputs, kwargs)
@@ -157,7 +206,8 @@ class AsyncDataParallel:
         rules = lanes.rules
         if rules.batch_size is None or rules.split_size is not None or not rules.packing:
             call.cut = self._cut(call, rules)
-        future = lanes.admit(call)
+        call.terms, call.trace = terms, trace
+        future = lanes.admit(call, timeout)
         try:
             return await future
         finally:
@@ -299,10 +349,12 @@ class AsyncDataParallel:
                 split_size=self._split_size,
                 packing=self._packing,
                 max_pending=self._max_pending,
+                max_delay=self._max_delay,
             )
             size = self._batch_size if self._dim == 0 else None
-            load = Load(self._model, size, self._dim, self._example, self._packing)
-            lanes = Lanes(self._backend, ids, rules, load, self._counters)
+            sizes: dict[int, Sizes] = {0: Cover([size])} if size else {}
+            load = Load({(size, 0): self._model}, self._dim, self._example, self._packing)
+            lanes = Lanes(self._backend, ids, rules, load, sizes, self._counters)
             await lanes.start(self._num_workers or 2 * len(ids))
             lanes.change(split_size=self._split_size, packing=self._packing)  # as set while it loaded
             lanes.resize(self._num_workers or 2 * len(ids))
@@ -366,6 +418,37 @@ class AsyncDataParallel:
         return f"<AsyncDataParallel {state}, {self._backend!r}, batch_size={self._batch_size}>"
 
 
+class View:
+    """A model on other terms; what `AsyncDataParallel.options` returns."""
+
+    __slots__ = ("_model", "_terms", "_timeout")
+
+    def __init__(
+        self, model: AsyncDataParallel, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None
+    ) -> None:
+        self._model = model
+        self._timeout = None if timeout is None else seconds("timeout", timeout)
+        if isinstance(priority, bool) or not isinstance(priority, (int, float)) or not isfinite(priority):
+            raise ValueError(f"priority={priority!r}: expected a finite number; 0 is usual, negative is background")
+        try:
+            hash(tenant)
+        except TypeError:
+            raise TypeError(f"tenant={tenant!r:.80} is not hashable; pass a name, a number or a tuple") from None
+        self._terms = Terms(float(priority), tenant) if priority or tenant is not None else None
+
+    async def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the model on the inputs' rows."""
+        return await self._model._run(inputs, kwargs, self._terms, self._timeout)
+
+    async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
+        """The same, and how the call was run."""
+        return await self._model._timed(inputs, kwargs, self._terms, self._timeout)
+
+    def __repr__(self) -> str:
+        priority, tenant = self._terms or Terms()
+        return f"{self._model!r}.options(timeout={self._timeout}, priority={priority:g}, tenant={tenant!r})"
+
+
 AsyncDataParallel.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     AsyncDataParallel.__init__
 ).replace(parameters=list(inspect.signature(AsyncDataParallel.__init__).parameters.values())[1:])
@@ -375,6 +458,13 @@ def _count(name: str, value: int | None) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ValueError(f"{name}={value!r}: expected an int of at least 1, or None to leave it to aneuron")
     return value
+
+
+def seconds(name: str, value: float) -> float:
+    """A checked number of seconds."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or value < 0:
+        raise ValueError(f"{name}={value!r}: expected seconds, 0 or more and finite")
+    return float(value)
 
 
 def _checked_model(model: Model) -> Model:

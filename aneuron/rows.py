@@ -13,7 +13,7 @@ import torch
 
 from aneuron.errors import OutputError
 from aneuron.nested import fill, walk
-from aneuron.scheduler import ANYWHERE, Chunk, Waiting
+from aneuron.waiting import ANYWHERE, NEVER, Chunk, Waiting
 
 Guard = AbstractContextManager[Any]
 
@@ -21,23 +21,26 @@ Guard = AbstractContextManager[Any]
 class Call(Waiting):
     """One `await model(...)`: its inputs, and its result where that grows in parts."""
 
-    __slots__ = ("admitted", "ended", "future", "leaves", "parts", "settled", "template")
+    __slots__ = ("ended", "future", "leaves", "parts", "settled", "template", "timer", "trace")
 
     # There may be one a row; what the lane sets on admission is only declared here.
-    future: Any  # the lane alone touches it
+    future: Any  # the lane alone touches it, and the timer
     ended: Callable[[], bool]
-    admitted: float
+    timer: Any  # that ends a call with a deadline
 
     def __init__(self, rows: int, signature: Hashable, leaves: Sequence[Any], template: Any) -> None:
         self.rows = rows
         self.signature = signature  # equal for calls that may share a batch
         self.cut = ANYWHERE
-        self.bound = self.sequence = 0
+        self.bound = self.sequence = self.bucket = 0
+        self.terms = None
+        self.deadline = NEVER
         self.leaves: Sequence[Any] | None = (
             leaves  # tensors and NumPy arrays, in the order of the walk; None at the end
         )
         self.template = template  # (args, kwargs); None for a single tensor
         self.parts: Parts | None = None
+        self.trace: Any = None  # where the lane notes how the call was run, if anybody asks
         self.settled = False
 
 

@@ -1,56 +1,23 @@
-"""Which rows form the next batch, and for which lane.
+"""Which rows form the next batch, for which lane, and when.
 
-Lives here: the queue of waiting calls, cutting and packing, the lanes' slots, the arithmetic of backpressure.
-Must not be here: asyncio, threads, torch, a clock. Decisions come back as data; the effects are the lane's.
+Lives here: packing, the lanes' slots, deadlines, holding back, the arithmetic of backpressure. Who goes first is
+`order.py`'s. Must not be here: asyncio, threads, torch, a clock: `now` is an argument. Decisions come back as data;
+the effects are the lane's.
 
 Late binding is the rule that carries this file: rows stay in the queue, where they can be cancelled and joined by
 others, until a lane has a free slot. They are cut when the batch is formed, so a call of ten million rows is one
 entry.
 """
 
-import heapq
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, Protocol
 
+from aneuron.order import Flow, Kind, Order, Taken, first
+from aneuron.waiting import ANYWHERE, C, Chunk, Cut
 
-class Cut(NamedTuple):
-    """How a call may be cut: in pieces of `piece` rows, the pieces within the first `longer` rows one row longer.
-
-    `piece == 0` means anywhere. `shared` says whether the pieces may share a batch with other calls.
-    """
-
-    piece: int = 0
-    longer: int = 0
-    shared: bool = True
-
-    def take(self, bound: int, rows: int, room: int, one_piece: bool) -> int:
-        """Rows of the next chunk, 0 if no piece fits; `bound` of the call's `rows` are gone already."""
-        left = rows - bound
-        if not self.piece:
-            return min(left, room)
-        taken = size = self.next(bound, rows)
-        while not one_piece and size and taken <= room:
-            size = self.next(bound + taken, rows)
-            if taken + size > room:
-                break
-            taken += size
-        return taken if taken <= room else 0
-
-    def next(self, bound: int, rows: int) -> int:
-        """Rows of the piece that starts at row `bound`."""
-        return min(self.piece + (bound < self.longer), rows - bound)
-
-    def count(self, rows: int) -> int:
-        """The number of pieces of a call of `rows` rows, each as short as it can get."""
-        if not self.piece:
-            return 1
-        longer = self.longer // (self.piece + 1)
-        return longer - (self.longer - rows) // self.piece
-
-
-ANYWHERE = Cut()
+COMPANY = 1.5  # rows that must be expected during a learned hold to make it worth while
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +25,12 @@ class Rules:
     """What decides how calls are cut and packed; replaced whole when a setting changes at run time."""
 
     cores: int
-    batch_size: int | None  # rows of one execution, as compiled; None = any number
+    batch_size: int | None  # rows of the largest execution, as compiled; None = any number
     preferred: int  # rows to pack up to where any number will do
     split_size: int | None
     packing: bool  # dynamic batching
     max_pending: int | None
-
-    @property
-    def limit(self) -> int:
-        """Rows that a shared batch may hold."""
-        return self.batch_size or self.preferred
+    max_delay: float | None = 0.0  # seconds; None = learned
 
     def cut(self, rows: int) -> Cut:
         """The pieces of a call of `rows` rows (design: `split_size`, else `max(1, rows // cores)` a piece)."""
@@ -83,22 +46,19 @@ class Rules:
         return Cut(piece, extra * (piece + 1), self.packing)
 
 
-class Waiting:
-    """A call as the scheduler sees it. `bound` of its `rows` belong to a batch already."""
+class Sizes(Protocol):
+    """The compiled sizes of one bucket."""
 
-    __slots__ = ("bound", "cut", "rows", "sequence", "signature")
+    limit: int  # the largest
 
-    def __init__(self, rows: int, signature: Hashable, cut: Cut = ANYWHERE) -> None:
-        self.rows = rows
-        self.signature = signature
-        self.cut = cut
-        self.bound = 0
-        self.sequence = 0
+    def pick(self, rows: int) -> int:
+        """The one to execute now if `rows` rows wait."""
 
+    def fit(self, rows: int) -> int:
+        """The smallest that holds `rows` rows."""
 
-C = TypeVar("C", bound=Waiting)
-
-Chunk = tuple[C, int, int]  # rows `start` to `stop` of a call, which travel together; a bare tuple: there is one a row
+    def learn(self, size: int, seconds: float) -> None:
+        """Note what an execution took."""
 
 
 @dataclass(slots=True, eq=False)
@@ -107,247 +67,318 @@ class Batch(Generic[C]):
 
     chunks: list[Chunk[C]]
     rows: int
-    because: str  # "full" | "core_idle" | "signature" | "drain" | "rerun"
+    because: str  # "full" | "core_idle" | "delay" | "signature" | "drain" | "rerun"
+    size: int | None = None  # rows to execute, as compiled; None = as many as there are
+    bucket: int = 0
+    expected: float = 0.0  # seconds that it will take, as far as is known
+    due: float = 0.0  # when it should have ended
 
 
-class _Group(Generic[C]):
-    """The waiting calls of one signature, in order of coming. Calls that have no row left are skipped on the way."""
-
-    __slots__ = ("anywhere", "calls", "key", "live", "rows")
-
-    def __init__(self, key: Hashable) -> None:
-        self.key = key
-        self.calls: deque[C] = deque()
-        self.live = 0  # calls that still have rows to bind
-        self.rows = 0  # rows that are not bound
-        self.anywhere = True  # all its calls may be cut anywhere
+Estimate = Callable[[int, int, int], float]  # seconds that a lane takes for a shape, (rows, bucket); 0 = unknown
 
 
 class Scheduler(Generic[C]):
     """The one queue of all waiting calls, and the slots that they wait for."""
 
-    def __init__(self, rules: Rules) -> None:
+    def __init__(
+        self,
+        rules: Rules,
+        sizes: Mapping[int, Sizes] | None = None,
+        estimate: Estimate = lambda lane, rows, bucket: 0.0,
+    ) -> None:
         self.rules = rules
         self.draining = False
-        self._limit = rules.limit  # as compiled: no setting changes it
-        self.waiting_calls = 0  # calls of which no row is bound
-        self.waiting_rows = 0  # rows that belong to no batch yet
-        self._large_rows = 0  # those of them that belong to calls of more than one batch
-        self._groups: dict[Hashable, _Group[C]] = {}
-        self._order: list[tuple[int, _Group[C]]] = []  # heap of groups by their first call; keys may lag behind
-        self._sequence = 0
+        self.late: list[C] = []  # calls dropped because they cannot meet their deadline; whoever binds ends them
+        self.slack = 0.0  # seconds to allow for beyond what was estimated, when deadlines are judged
+        self.due: float | None = None  # when to ask again, if nothing else happens before
+        self._order: Order[C] = Order()
+        self._sizes = sizes or {}
+        self._buckets = sorted(self._sizes, reverse=True)
+        self._estimate = estimate
+        self._preferred = rules.batch_size or rules.preferred  # as compiled: no setting changes it
         self._again: deque[Batch[C]] = deque()
         self._slots: list[int] = []
         self._in_flight: list[int] = []
-        self._open: list[dict[int, None]] = [{}]  # [n]: lanes with n batches in flight and a free slot, oldest first
+        self._ends: list[float] = []  # when what is in flight should have ended
+        self._lead: list[float | None] = []  # how long before that the loop may bind another batch; None: never
+        self.staging = False  # whether any lane has a lead
+        self._idle: dict[int, None] = {}  # lanes with nothing in flight and a slot, longest idle first
+        self._arrivals: deque[C] = deque()  # kept while batches may be held back
+        self._hold = 0.0  # seconds, as last decided
+        self._rate = 0.0  # rows a second, lately
+        self._arrived, self._since = 0, 0.0  # rows that came since then
+        self._full: dict[Hashable, Kind[C]] = {}  # kinds with a full batch, kept likewise
 
     # Calls in, calls out.
 
-    def room(self, rows: int) -> bool:
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that belong to no batch yet."""
+        return self._order.rows
+
+    @property
+    def waiting_calls(self) -> int:
+        """Calls of which no row belongs to a batch."""
+        return self._order.fresh
+
+    def room(self, rows: int, bucket: int = 0) -> bool:
         """Whether `max_pending` admits a call of `rows` rows now.
 
         Calls of at most one batch and larger ones have that much room each, so that neither shuts the other out;
         a call larger than the room is admitted when none of its kind waits.
         """
-        waiting = self._ahead(rows)
+        waiting = self._ahead(rows, bucket)
         return self.rules.max_pending is None or not waiting or waiting + rows <= self.rules.max_pending
 
-    def excess(self, rows: int) -> int:
+    def excess(self, rows: int, bucket: int = 0) -> int:
         """Rows that must leave before `room(rows)` holds."""
-        return self._ahead(rows) + rows - (self.rules.max_pending or 0)
+        return self._ahead(rows, bucket) + rows - (self.rules.max_pending or 0)
 
-    def _ahead(self, rows: int) -> int:
+    def _ahead(self, rows: int, bucket: int) -> int:
         """Waiting rows that count for a call of `rows` rows."""
-        return self._large_rows if rows > self._limit else self.waiting_rows - self._large_rows
+        large = self._order.large_rows
+        return large if rows > self._limit(bucket) else self._order.rows - large
+
+    def _limit(self, bucket: int) -> int:
+        """Rows that a batch may hold."""
+        sizes = self._sizes.get(bucket)
+        return self._preferred if sizes is None else sizes.limit
+
+    def _shape(self, bucket: int, rows: int) -> int:
+        """Rows of the execution that so many rows take: the compiled ones, or rounded up to a power of two."""
+        sizes = self._sizes.get(bucket)
+        return rounded(rows) if sizes is None else sizes.fit(rows)
+
+    def hopeless(self, call: C, now: float) -> bool:
+        """Whether a call cannot meet its deadline even alone, on cores that wait for it."""
+        limit = self._limit(call.bucket)
+        rounds = -(-call.rows // (limit * max(1, self.rules.cores)))
+        rows = self._shape(call.bucket, min(call.rows, limit))
+        quickest = min((self._estimate(lane, rows, call.bucket) for lane in self._lanes()), default=0.0)
+        return call.deadline < now + rounds * quickest
+
+    def _lanes(self) -> Iterator[int]:
+        return (lane for lane, slots in enumerate(self._slots) if slots)
 
     def admit(self, call: C) -> None:
         """Queue a call."""
-        rows = call.rows
-        group = self._groups.get(call.signature)
-        self._sequence = call.sequence = self._sequence + 1
-        if group is None:
-            group = self._groups[call.signature] = _Group(call.signature)
-            heapq.heappush(self._order, (call.sequence, group))
-        group.calls.append(call)
-        group.live += 1
-        group.rows += rows
-        if call.cut.piece:
-            group.anywhere = False
-        self.waiting_calls += 1
-        self.waiting_rows += rows
-        if rows > self._limit:
-            self._large_rows += rows
+        self._order.push(call, self._limit(call.bucket))
+        if self.rules.max_delay != 0.0:
+            self._note(call)
 
     def discard(self, call: C) -> None:
         """Take a call's waiting rows out of the queue; does nothing if none waits."""
-        left = call.rows - call.bound
-        if not left:
-            return
-        self.waiting_calls -= call.bound == 0
-        self.waiting_rows -= left
-        if call.rows > self._limit:
-            self._large_rows -= left
-        call.bound = call.rows
-        group = self._groups[call.signature]
-        group.rows -= left
-        group.live -= 1
-        if not group.live:
-            group.calls.clear()
-        elif len(group.calls) > 2 * group.live + 16:
-            group.calls = deque(other for other in group.calls if other.bound < other.rows)
+        self._order.discard(call)
 
-    def rerun(self, chunks: Sequence[Chunk[C]]) -> None:
+    def rerun(self, batch: Batch[C], chunks: Sequence[Chunk[C]]) -> None:
         """Queue the two halves of a failed batch ahead of everything else; they are not packed with others."""
         half = (len(chunks) + 1) // 2
         for part in filter(None, (chunks[:half], chunks[half:])):
-            self._again.append(Batch(list(part), sum(stop - start for _, start, stop in part), "rerun"))
+            rows = sum(stop - start for _, start, stop in part)
+            self._again.append(Batch(list(part), rows, "rerun", batch.size, batch.bucket, batch.expected))
 
     def calls(self) -> list[C]:
         """The calls that have rows here: waiting, or to be run again."""
-        waiting = [call for group in self._groups.values() for call in group.calls if call.bound < call.rows]
-        return waiting + [call for batch in self._again for call, _, _ in batch.chunks]
+        return [*self._order.calls(), *(call for batch in self._again for call, _, _ in batch.chunks)]
 
     # Slots.
 
-    def resize(self, slots: Sequence[int]) -> None:
-        """Give lane i `slots[i]` slots. Batches in flight beyond them finish; their slots do not come back."""
-        lanes = [lane for level in self._open for lane in level]
-        lanes += sorted(set(range(len(slots))) - set(lanes))
-        self._slots = list(slots)
-        self._in_flight += [0] * (len(slots) - len(self._in_flight))
-        self._open = [{} for _ in range(max(1, *slots))]
-        for lane in lanes:
-            self._reopen(lane)
+    def resize(self, slots: Sequence[int], leads: Sequence[float | None] | None = None) -> None:
+        """Give lane i `slots[i]` slots. Batches in flight beyond them finish; their slots do not come back.
 
-    def release(self, lane: int) -> None:
+        While a lane executes, the loop may bind its next batch `leads[i]` seconds before it should have ended.
+        """
+        more = len(slots) - len(self._slots)
+        self._slots = list(slots)
+        self._lead = list(leads) if leads is not None else [None] * len(slots)
+        self.staging = any(lead is not None for lead in self._lead)
+        self._in_flight += [0] * more
+        self._ends += [0.0] * more
+        lanes = (*self._idle, *range(len(slots)))
+        self._idle = {lane: None for lane in lanes if slots[lane] and not self._in_flight[lane]}
+
+    def lead(self, lane: int, seconds: float | None) -> None:
+        """Change a lane's lead."""
+        self._lead[lane] = seconds
+        self.staging = self.staging or seconds is not None
+
+    def release(self, lane: int, now: float) -> None:
         """Lane `lane` has a batch less in flight."""
-        in_flight = self._in_flight[lane]
-        if in_flight < self._slots[lane]:
-            del self._open[in_flight][lane]
-        self._in_flight[lane] = in_flight - 1
-        self._reopen(lane)
+        self._in_flight[lane] -= 1
+        self._ends[lane] = max(now, self._ends[lane]) if self._in_flight[lane] else now
+        if not self._in_flight[lane] and self._slots[lane]:
+            self._idle[lane] = None
+
+    def move(self, batch: Batch[C], lane: int, to: int, now: float) -> None:
+        """A batch that was bound to a lane is taken over by another."""
+        self.release(lane, now)
+        self._occupy(to, batch, now)
 
     def in_flight(self, lane: int) -> int:
         """Batches that are bound to a lane or executing on it."""
         return self._in_flight[lane]
 
-    def _reopen(self, lane: int) -> None:
-        in_flight = self._in_flight[lane]
-        if in_flight < self._slots[lane]:
-            self._open[in_flight][lane] = None
+    def _occupy(self, lane: int, batch: Batch[C], now: float) -> None:
+        self._in_flight[lane] += 1
+        self._ends[lane] = batch.due = max(now, self._ends[lane]) + batch.expected
+        self._idle.pop(lane, None)
 
     # The decision.
 
     @property
     def has_work(self) -> bool:
         """Whether anything waits for a lane."""
-        return self.waiting_rows > 0 or bool(self._again)
+        return self._order.rows > 0 or bool(self._again)
 
-    def bind(self) -> tuple[int, Batch[C]] | None:
-        """The next batch and the lane that gets it, or None if no batch can start anywhere.
+    def bind(self, now: float) -> tuple[int, Batch[C]] | None:
+        """The next batch and the lane that gets it, or None if none can start anywhere: ask again when a call comes, a
+        lane is free, or it is `due`.
 
-        An idle lane takes what is there. A lane that is executing takes the batch that the head of the order would
-        start, and only if it is full: rows wait in the queue, not behind a lane. Of several lanes the one that has
-        been in its state for the longest gets the batch: among executing lanes it is expected to end first.
+        An idle lane takes what is there; of several the one that has been idle for the longest. A lane that is
+        executing takes the batch that the head of the order would start, only if it is full, and as late as useful:
+        rows wait in the queue, not behind a lane. Of several the one that should end first.
         """
-        if not self.has_work:
-            if len(self._order) > 16:
-                self._head()  # let go of the groups that have run empty
-            return None
-        lanes = next(filter(None, self._open), None)
-        if lanes is None:
-            return None
-        busy = lanes is not self._open[0]
-        batch = self._again.popleft() if self._again else self._form(busy, not busy and len(lanes) > 1)
-        if batch is None:
-            return None
-        lane = next(iter(lanes))
-        del lanes[lane]
-        self._in_flight[lane] += 1
-        self._reopen(lane)
-        return lane, batch
+        self.due = None
+        lane = next(iter(self._idle), None)
+        if lane is None and self.staging and (self._again or self._order.has_full()):
+            lane = self._next_to_end(now)
+        batch = None if lane is None else self.pull(lane, now)
+        return None if lane is None or batch is None else (lane, batch)
 
-    def _head(self) -> _Group[C] | None:
-        """The group whose first call came first."""
-        order = self._order
-        while order:
-            key, group = order[0]
-            calls = group.calls
-            while calls and calls[0].bound == calls[0].rows:
-                calls.popleft()
-            if not calls:
-                heapq.heappop(order)
-                del self._groups[group.key]
-            elif calls[0].sequence != key:
-                heapq.heapreplace(order, (calls[0].sequence, group))
-            else:
-                return group
-        return None
+    def _next_to_end(self, now: float) -> int | None:
+        """The executing lane that another batch may be bound to now."""
+        best = None
+        for lane, lead in enumerate(self._lead):
+            if lead is not None and self._in_flight[lane] < self._slots[lane]:
+                due = self._ends[lane] - lead
+                if due > now:
+                    self.due = min(due, self.due or due)
+                elif best is None or self._ends[lane] < self._ends[best]:
+                    best = lane
+        return best
 
-    def _form(self, busy: bool, one_piece: bool) -> Batch[C] | None:
+    def pull(self, lane: int, now: float) -> Batch[C] | None:
+        """The next batch of a lane that has a free slot, by the rules of `bind`."""
+        busy = self._in_flight[lane]
+        if busy >= self._slots[lane]:
+            return None
+        batch = self._again.popleft() if self._again else self._form(lane, busy > 0, now)
+        if batch is not None:
+            self._occupy(lane, batch, now)
+        return batch
+
+    def _form(self, lane: int, busy: bool, now: float) -> Batch[C] | None:
         """A batch that starts with the head of the order; None if nothing waits, or `busy` and it would not be full.
 
-        `one_piece` of each call while other lanes are idle, so that a call's pieces spread over them.
+        Calls that cannot meet their deadline are dropped on the way; a busy lane's batch may be short of their rows.
         """
-        group = self._head()
-        if group is None or (busy and group.rows < self._limit and group.calls[0].cut.shared):
-            return None
-        others = self.waiting_rows > group.rows
-        chunks, full = self._take_rows(group) if group.anywhere else self._take_pieces(group, busy, one_piece)
-        if busy and not full:
-            return None
-        rows = large = 0
-        for call, start, stop in chunks:
-            rows += stop - start
-            call.bound = stop
-            if not start:
-                self.waiting_calls -= 1
-            if call.rows > self._limit:
-                large += stop - start
-            if stop == call.rows:
-                group.live -= 1
-        group.rows -= rows
-        self.waiting_rows -= rows
-        self._large_rows -= large
-        idle = "drain" if self.draining else "signature" if others else "core_idle"
-        return Batch(chunks, rows, "full" if full else idle)
+        while (head := self._order.head()) is not None:
+            kind = head.kind
+            if kind.rows < kind.limit and head.calls[0].cut.shared:
+                if busy:
+                    return None
+                if self.rules.max_delay != 0.0 and self._is_held(lane, kind, now):
+                    other = self._a_full_batch()
+                    if other is None:
+                        return None
+                    head, kind = other, other.kind
+            batch = self._take(head, kind, lane, busy, now)
+            if batch is not None:
+                return batch
+        return None
 
-    def _take_rows(self, group: _Group[C]) -> tuple[list[Chunk[C]], bool]:
-        """Chunks from calls that may be cut anywhere, and whether they fill a batch."""
-        calls, room = group.calls, self._limit
-        chunks: list[Chunk[C]] = []
-        while calls and room:
-            call = calls[0]
-            start, stop = call.bound, call.rows
-            if stop - start > room:
-                chunks.append((call, start, start + room))  # and the call stays at the front
-                return chunks, True
-            calls.popleft()
-            if start < stop:
-                chunks.append((call, start, stop))
-                room -= stop - start
-        return chunks, not room
+    def _take(self, head: Flow[C], kind: Kind[C], lane: int, busy: bool, now: float) -> Batch[C] | None:
+        """A batch that starts with `head`; None if all its calls were late."""
+        sizes = self._sizes.get(kind.bucket)
+        size = sizes.pick(min(kind.rows, kind.limit)) if sizes is not None and kind.anywhere else kind.limit
+        expected = self._estimate(lane, self._shape(kind.bucket, min(kind.rows, size)), kind.bucket)
+        pace = expected / max(1, self.rules.cores)
+        taken: Taken[C] = Taken(size, kind.limit, max(now, self._ends[lane]) + expected + self.slack, pace)
+        kinds = (kind,) if busy or sizes is None else (kind, *self._shorter_kinds(kind))
+        self._order.take(head, kinds, taken, one_piece=not busy and len(self._idle) > 1)
+        self.late += taken.late
+        if not taken.chunks:
+            return None
+        rows = sum(own for _, _, _, own in taken.parts)
+        if sizes is not None:
+            size = self._shape(kind.bucket, rows)
+            if rows < size and self._order.rows:
+                self._order.charge(taken, size - rows)
+        if kind.rows < kind.limit:
+            self._full.pop(kind.signature, None)
+        because = "full" if taken.full else self._reason(taken.chunks[0][0], kind, now)
+        return Batch(taken.chunks, rows, because, size if sizes is not None else None, kind.bucket, expected)
 
-    def _take_pieces(self, group: _Group[C], busy: bool, one_piece: bool) -> tuple[list[Chunk[C]], bool]:
-        """Chunks of whole pieces, and whether no further one fits; if `busy` and it would, the calls are left alone."""
-        calls, limit = group.calls, self._limit
-        shared = calls[0].cut.shared
-        chunks: list[Chunk[C]] = []
-        rows, full, one_piece = 0, not shared, one_piece or not shared
-        while calls and not (chunks and full):
-            call = calls.popleft()
-            start, cut = call.bound, call.cut
-            if start == call.rows:
-                continue
-            room = limit - rows if chunks else max(limit, cut.next(start, call.rows))
-            taken = cut.take(start, call.rows, room, one_piece)
-            chunks.append((call, start, start + taken))
-            rows += taken
-            # Nothing fits any more, not even the next piece of this call.
-            full = full or not taken or rows >= limit or (start + taken < call.rows and not one_piece)
-        keep = busy and not full
-        calls.extendleft(call for call, _, stop in reversed(chunks) if keep or stop < call.rows)
-        return [chunk for chunk in chunks if chunk[1] < chunk[2]], full
+    def _reason(self, first: C, kind: Kind[C], now: float) -> str:
+        """Why a batch that is not full starts."""
+        if self.draining:
+            return "drain"
+        if self._hold and now - first.admitted >= self._hold:
+            return "delay"
+        return "signature" if self._order.rows > kind.rows else "core_idle"
+
+    def _shorter_kinds(self, kind: Kind[C]) -> Iterator[Kind[C]]:
+        """The same kind of calls in shorter buckets: they may fill up an execution that would be padded anyway."""
+        if kind.bucket and isinstance(kind.signature, tuple):
+            for bucket in self._buckets:
+                if bucket < kind.bucket:
+                    shorter = self._order.kinds.get((kind.signature[0], bucket))
+                    if shorter is not None and shorter.rows:
+                        yield shorter
+
+    # Holding back.
+
+    def _note(self, call: C) -> None:
+        """Keep what is needed to decide on holding back."""
+        arrivals = self._arrivals
+        arrivals.append(call)
+        if len(arrivals) > 2 * self._order.live + 16:
+            self._arrivals = deque(other for other in arrivals if other.bound < other.rows)
+        kind = self._order.kinds[call.signature]
+        if kind.rows >= kind.limit:
+            self._full[kind.signature] = kind
+        self._arrived += call.rows
+
+    def _is_held(self, lane: int, kind: Kind[C], now: float) -> bool:
+        """Whether a batch that is not full is held back for company: while another lane executes, and no row has
+        waited too long.
+        """
+        self._hold = 0.0
+        if self.draining or sum(self._in_flight) == self._in_flight[lane]:
+            return False
+        self._hold = self.rules.max_delay if self.rules.max_delay is not None else self._learned_hold(lane, kind, now)
+        arrivals = self._arrivals
+        while arrivals and arrivals[0].bound == arrivals[0].rows:
+            arrivals.popleft()
+        until = arrivals[0].admitted + self._hold if arrivals else now
+        if until <= now:
+            return False
+        self.due = min(until, self.due or until)
+        return True
+
+    def _learned_hold(self, lane: int, kind: Kind[C], now: float) -> float:
+        """What one core's share of a service time is, where that many rows are on their way that it pays.
+
+        Until then one of the cores will have ended, on average.
+        """
+        service = self._estimate(lane, self._shape(kind.bucket, kind.limit), kind.bucket)
+        if now - self._since > 4 * service:
+            self._rate, self._since, self._arrived = self._arrived / (now - self._since), now, 0
+        hold = service / max(1, self.rules.cores)
+        return hold if self._rate * hold >= COMPANY else 0.0
+
+    def _a_full_batch(self) -> Any:
+        """Who starts a full batch, while the head is held back."""
+        for kind in self._full.values():
+            for heap in kind.heaps.values():
+                if (flow := first(heap, filling=True)) is not None:
+                    return flow
+        return None
+
+
+def rounded(rows: int) -> int:
+    """A power of two that is not smaller: service times are learned for these where any number of rows will do."""
+    return 1 << (rows - 1).bit_length()
 
 
 def spread(slots: int, lanes: int) -> list[int]:

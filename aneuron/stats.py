@@ -3,11 +3,10 @@
 Lives here: numbers. Must not be here: who counts when (the lanes do, on the loop), exporters, a clock.
 """
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from statistics import median
 from types import MappingProxyType
 
 SECONDS = tuple(step * 10.0**power for power in range(-5, 2) for step in (1.0, 2.5, 5.0))
@@ -45,7 +44,9 @@ class CoreStatistics:
 
     `id` counts within the cores that this process sees, `global_id` within the machine's. `batches` counts
     executions, re-runs included; `rows` are callers' rows, `padded_rows` those added to fill the compiled size.
-    `service_seconds` is the median of the last executions, None before the first.
+    `service_seconds` is the median of the last executions, None before the first; `services` has it for each shape,
+    (rows, bucket): rows as compiled or, where any number will do, rounded up to a power of two; bucket 0 without
+    buckets. The warm-up counts there.
     """
 
     id: int
@@ -57,6 +58,7 @@ class CoreStatistics:
     padded_rows: int
     busy_seconds: float
     service_seconds: float | None
+    services: Mapping[tuple[int, int], float]
     errors: int
 
 
@@ -77,6 +79,53 @@ class Statistics:
     device_seconds: Histogram
     total_seconds: Histogram
     loop_lag_seconds: Histogram
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """How a call was run; what `model.timed()` returns beside the result.
+
+    `queued`: seconds from the call to the beginning of its first execution; `device`: from there to the end of its
+    last; `total`: until the result was there. The rest is about the execution that ended last: its core's id, the
+    rows of all callers in it, those added to fill the compiled size, and why it was not made larger (the keys of
+    `Statistics.closed_because`, or "rerun" after another call's error).
+    """
+
+    queued: float
+    device: float
+    total: float
+    core: int
+    batch_rows: int
+    padded_rows: int
+    why: str
+
+
+class Trace:
+    """Where the executions of a call are noted, for its `Timing`."""
+
+    __slots__ = ("admitted", "clock", "core", "ended", "padded", "rows", "started", "why")
+
+    admitted: float
+    clock: Callable[[], float]
+
+    def __init__(self) -> None:
+        self.started: float | None = None
+        self.ended = 0.0
+        self.core = self.rows = self.padded = 0
+        self.why = ""
+
+    def note(self, core: int, started: float, ended: float, rows: int, padded: int, why: str) -> None:
+        """Note an execution."""
+        self.started = started if self.started is None else min(self.started, started)
+        if ended >= self.ended:
+            self.core, self.ended, self.rows, self.padded, self.why = core, ended, rows, padded, why
+
+    def timing(self) -> Timing:
+        """What there is to say about a call that has its result, now."""
+        now, admitted = self.clock(), self.admitted
+        started = self.started if self.started is not None else now
+        device = max(0.0, self.ended - started)
+        return Timing(started - admitted, device, now - admitted, self.core, self.rows, self.padded, self.why)
 
 
 class Tally:
@@ -106,6 +155,27 @@ class Tally:
         return Histogram(self._bounds, tuple(self._counts), self._sum)
 
 
+class Recent:
+    """The last observations: their median, and what few of them exceed (`high`)."""
+
+    __slots__ = ("_ring", "_sorted", "high", "median")
+
+    def __init__(self) -> None:
+        self._ring: deque[float] = deque()
+        self._sorted: list[float] = []
+        self.median = self.high = 0.0
+
+    def add(self, value: float) -> None:
+        """Count one observation; the one before the last 31 is forgotten."""
+        ring, ordered = self._ring, self._sorted
+        ring.append(value)
+        insort(ordered, value)
+        if len(ring) > 31:
+            del ordered[bisect_left(ordered, ring.popleft())]
+        self.median = ordered[len(ordered) // 2]
+        self.high = ordered[-1 - len(ordered) // 16]
+
+
 class CoreCounters:
     """The running numbers of one core."""
 
@@ -116,23 +186,35 @@ class CoreCounters:
         self.in_flight = 0
         self.batches = self.rows = self.padded_rows = self.errors = 0
         self.busy_seconds = 0.0
-        self._recent: deque[float] = deque(maxlen=31)
+        self.services: dict[tuple[int, int], Recent] = {}  # seconds, by shape
+        self._recent = Recent()
 
-    def executed(self, rows: int, size: int, seconds: float) -> None:
-        """Count one execution of `size` rows, `rows` of them callers'."""
+    def executed(self, rows: int, padded: int, seconds: float) -> None:
+        """Count one execution of `rows` rows of callers."""
         self.batches += 1
         self.rows += rows
-        self.padded_rows += size - rows
+        self.padded_rows += padded
         self.busy_seconds += seconds
-        self._recent.append(seconds)
+        self._recent.add(seconds)
+
+    def learn(self, shape: tuple[int, int], seconds: float) -> None:
+        """Note what an execution of that shape, (rows, bucket), took."""
+        recent = self.services.get(shape)
+        if recent is None:
+            recent = self.services[shape] = Recent()
+        recent.add(seconds)
+
+    def service(self, shape: tuple[int, int]) -> float:
+        """Seconds that an execution of that shape takes; 0 if none was seen."""
+        recent = self.services.get(shape)
+        return recent.median if recent is not None else 0.0
 
     def snapshot(self) -> CoreStatistics:
         """The frozen state of now."""
-        recent = list(self._recent)  # at once: exporters read from other threads
-        service = median(recent) if recent else None
+        services = {key: recent.median for key, recent in list(self.services.items())}  # exporters are other threads
         return CoreStatistics(
             self.core_id, self.core_id, self.state, self.in_flight, self.batches, self.rows, self.padded_rows,
-            self.busy_seconds, service, self.errors,
+            self.busy_seconds, self._recent.median if self.batches else None, MappingProxyType(services), self.errors,
         )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from aneuron.backends import Backend, Core, Fault
-from aneuron.workers import Execution, carried
+from aneuron.workers import Execution, Take, carried
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -89,9 +89,8 @@ class PuppetCore:
     batch that has begun, or None.
     """
 
-    concurrent = False
-
-    def __init__(self, model: Any, core_id: int) -> None:
+    def __init__(self, model: Any, core_id: int, concurrent: bool = False) -> None:
+        self.concurrent = concurrent
         self._model = model
         self.core_id = core_id
         self.executed: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -131,7 +130,8 @@ class PuppetWorkers:
 
     def __init__(self, service_time: Callable[[int], float] | None = None) -> None:
         self.current: Execution | None = None
-        self.waiting: deque[Execution] = deque()
+        self._wakes: deque[Take] = deque()
+        self._take: Take | None = None
         self._service_time = service_time
         self._last_words: Callable[[], None] | None = None
         self._stopping = False
@@ -159,14 +159,21 @@ class PuppetWorkers:
             future.set_exception(carried(error))
         return future
 
-    def post(self, execution: Execution) -> None:
-        """Queue a batch; it begins when none is executing."""
-        self.waiting.append(execution)
-        self._begin_next()
+    def wake(self, take: Take) -> None:
+        """Take executions until there is none, one at a time."""
+        self._wakes.append(take)
+        self._go_on()
 
-    def _begin_next(self) -> None:
-        while self.current is None and self.waiting:
-            execution = self.waiting.popleft()
+    def _go_on(self) -> None:
+        while self.current is None and self._wakes:
+            self._take = self._wakes.popleft()
+            self._begin(self._take(None))
+        if self.current is None and self._stopping and self._last_words is not None:
+            last_words, self._last_words = self._last_words, None
+            last_words()
+
+    def _begin(self, execution: Execution | None) -> None:
+        while execution is not None:
             execution.prepare(self.clock)
             if execution.begin(self.clock):
                 self.current = execution
@@ -176,26 +183,27 @@ class PuppetWorkers:
                     asyncio.get_running_loop().call_later(
                         self._service_time(execution.size or execution.rows), self.advance
                     )
-            else:
-                execution.finish(self.clock)
-        if self.current is None and self._stopping and self._last_words is not None:
-            last_words, self._last_words = self._last_words, None
-            last_words()
+                return
+            execution.finish(self.clock)
+            assert self._take is not None
+            execution = self._take(execution)
 
     def advance(self) -> None:
         """Execute the batch that has begun, and begin the next."""
         execution, self.current = self.current, None
         assert execution is not None
+        assert self._take is not None
         with torch.no_grad():
             execution.execute(self.clock)
             execution.finish(self.clock)
-        self._begin_next()
+        self._begin(self._take(execution))
+        self._go_on()
 
     def stop(self, last_words: Callable[[], None] | None = None) -> None:
         """End when what was posted has been executed."""
         if not self._stopping:
             self._stopping, self._last_words = True, last_words
-            self._begin_next()
+            self._go_on()
 
 
 class PuppetBackend:
@@ -203,7 +211,8 @@ class PuppetBackend:
 
     With `service_time` (seconds, or a function of the rows of a batch) they release themselves after that time, on
     the clock of the loop. Errors that a puppet is released with are classified by `faults`, the first type that fits;
-    anything else is an input fault. With `load_error`, loading the core with that id raises it.
+    anything else is an input fault. With `load_error`, loading the core with that id raises it. `concurrent` ones say
+    that they can be given several batches at once: full batches are then bound to them, and wait, while one executes.
     """
 
     name = "puppet"
@@ -216,11 +225,13 @@ class PuppetBackend:
         service_time: float | Callable[[int], float] | None = None,
         faults: dict[type[BaseException], Fault] | None = None,
         load_error: tuple[int, BaseException] | None = None,
+        concurrent: bool = False,
     ) -> None:
         self._cores = cores
         self._service_time = service_time
         self._faults = faults or {}
         self._load_error = load_error
+        self._concurrent = concurrent
         self.loaded: dict[int, PuppetCore] = {}
 
     def __getitem__(self, core_id: int) -> PuppetCore:
@@ -239,7 +250,7 @@ class PuppetBackend:
         """A new puppet."""
         if self._load_error is not None and self._load_error[0] == core_id:
             raise self._load_error[1]
-        self.loaded[core_id] = PuppetCore(model, core_id)
+        self.loaded[core_id] = PuppetCore(model, core_id, self._concurrent)
         return self.loaded[core_id]
 
     def classify(self, error: BaseException) -> Fault:

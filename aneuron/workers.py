@@ -13,7 +13,8 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ParamSpec, TypeVar
+from functools import partial
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
@@ -21,7 +22,8 @@ from aneuron import rows
 from aneuron.backends import Backend, Core, Fault
 from aneuron.measure import Compiled
 from aneuron.rows import Call, Finished
-from aneuron.scheduler import Batch, Chunk
+from aneuron.scheduler import Batch
+from aneuron.waiting import Chunk
 
 logger = logging.getLogger("aneuron")
 
@@ -50,6 +52,19 @@ def text(error: BaseException) -> str:
         return type(error).__name__
 
 
+class Staged(Protocol):
+    """A claim to an execution that is prepared while another one runs: others may take it over meanwhile."""
+
+    def park(self) -> None:
+        """It is prepared."""
+
+    def claim(self) -> bool:
+        """The core is free: whether it is still there."""
+
+
+Take = Callable[["Execution | None"], "Execution | None"]  # the one that has ended, to the one that comes next
+
+
 class Execution:
     """One batch on its way through a core: `prepare`, `begin`, `execute`, `finish`, in this order, on one thread.
 
@@ -57,8 +72,8 @@ class Execution:
     """
 
     __slots__ = (
-        "_collating", "backend", "batch", "begun", "chunks", "core", "dim", "ended", "error", "fault", "finished",
-        "guard", "lane", "output", "post", "posted", "prepared", "rows", "size", "started",
+        "_collating", "backend", "batch", "begun", "chunks", "core", "dim", "ended", "error", "failed", "fault",
+        "finished", "guard", "lane", "output", "post", "posted", "prepared", "rows", "size", "staged", "started",
     )  # fmt: skip
 
     def __init__(
@@ -80,7 +95,8 @@ class Execution:
         self.backend, self.core, self.lane, self.guard, self.post = backend, core, lane, guard, post
         self.prepared: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.output: Any = None
-        self.begun = False
+        self.begun = self.failed = False
+        self.staged: Staged | None = None  # if it was bound while another was executing
         self.started = self.ended = self.posted = self._collating = 0.0
         self.error: BaseException | None = None
         self.fault = Fault.INPUT
@@ -93,6 +109,8 @@ class Execution:
 
     def prepare(self, clock: Callable[[], float]) -> None:
         """Collate the rows of the callers that are still there."""
+        if self.prepared is not None:  # by a lane that another has taken it over from
+            return
         begin = clock()
         chunks, inputs, templates, count = [], [], [], 0
         for chunk in self.chunks:
@@ -108,7 +126,7 @@ class Execution:
             try:
                 self.prepared = rows.collate(chunks, inputs, templates[0], self.size or count, self.dim)
             except BaseException as error:
-                self._failed(error)
+                self._fail(error)
         self._collating = clock() - begin
 
     def begin(self, clock: Callable[[], float]) -> bool:
@@ -131,7 +149,7 @@ class Execution:
         try:
             self.output = self.core.execute(args, kwargs)
         except BaseException as error:
-            self._failed(error)
+            self._fail(error)
         self.ended = clock()
 
     def finish(self, clock: Callable[[], float]) -> None:
@@ -141,28 +159,31 @@ class Execution:
                 size = self.size or self.rows
                 self.finished = rows.scatter(self.output, self.chunks, size, self.dim, self.guard)
             except BaseException as error:
-                self._failed(error)
+                self._fail(error)
         self.output = None
         self.posted = clock()
         self.post(self)
 
-    def _failed(self, error: BaseException) -> None:
-        self.error = error
+    def _fail(self, error: BaseException) -> None:
+        self.error, self.failed = error, True  # the loop takes the error away, in time
         try:
             self.fault = self.backend.classify(error) if self.begun else Fault.INPUT
         except BaseException:
             logger.exception("the %s backend could not classify an error", self.backend.name)
 
 
-def warm_up(core: Core, compiled: Compiled, size: int | None, dim: int, packing: bool) -> None:
+def warm_up(core: Core, compiled: Compiled, size: int | None, bucket: int, dim: int, packing: bool) -> float:
     """Run the example twice, padded to `size` rows (throughput climbs over the first runs, and a fault of a compiled
-    model can show in the second), and see whether the output can be handed out.
+    model can show in the second), and see whether the output can be handed out. Seconds that the second run took.
     """
     args, kwargs = compiled.example(size)
-    for _ in range(2):
-        output = core.execute(args, kwargs)
+    core.execute(args, kwargs)
+    begin = time.monotonic()
+    output = core.execute(args, kwargs)
+    seconds = time.monotonic() - begin
     if packing:
         rows.Output(output, size or compiled.rows, dim)
+    return seconds
 
 
 class Workers(Executor):
@@ -176,7 +197,7 @@ class Workers(Executor):
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._inbox: queue.SimpleQueue[Callable[[], None] | Execution | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._alive = 0
@@ -197,9 +218,9 @@ class Workers(Executor):
             self._alive += 1
             self._threads.append(thread)
 
-    def post(self, execution: Execution) -> None:
-        """Have a batch executed; it posts itself back."""
-        self._inbox.put(execution)
+    def wake(self, take: Take) -> None:
+        """Have a thread take executions until there is none; each posts itself back."""
+        self._inbox.put(partial(self._serve, take))
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run a function in one of the threads."""
@@ -244,24 +265,32 @@ class Workers(Executor):
 
     def _work(self) -> None:
         torch.set_grad_enabled(False)  # of this thread only
-        clock = self.clock
         while (job := self._inbox.get()) is not None:
-            if isinstance(job, Execution):
-                job.prepare(clock)
-                with self._turn:
-                    if job.begin(clock):
-                        job.execute(clock)
-                if torch.is_grad_enabled():  # the model has left them on
-                    torch.set_grad_enabled(False)
-                job.finish(clock)
-            else:
-                job()
+            job()
             del job
         with self._lock:
             self._alive -= 1
             last = self._alive == 0
         if last and self._last_words is not None:
             self._last_words()
+
+    def _serve(self, take: Take) -> None:
+        clock = self.clock
+        execution = take(None)
+        while execution is not None:
+            execution.prepare(clock)
+            staged = execution.staged
+            if staged is not None:
+                staged.park()
+            with self._turn:
+                mine = staged is None or staged.claim()
+                if mine and execution.begin(clock):
+                    execution.execute(clock)
+            if torch.is_grad_enabled():  # the model has left them on
+                torch.set_grad_enabled(False)
+            if mine:
+                execution.finish(clock)
+            execution = take(execution if mine else None)
 
 
 _all: "weakref.WeakSet[Workers]" = weakref.WeakSet()

@@ -303,15 +303,15 @@ def torn(x):
 
 
 def test_a_call_whose_parts_do_not_fit_together_harms_no_call_that_shared_a_batch_with_it():
-    # The first call ends in the batch where the second begins; the output of that batch does not fit the rest of
-    # the second, which is known by then. The first call's rows must count once, however often the batch is run.
+    # Both calls end in one batch; its output does not fit the rest of the second, which is known by then. The first
+    # call's rows must count once, however often the batch is run.
     async def main():
         backend = PuppetBackend(cores=3)
         async with AsyncDataParallel(torn, backend=backend, batch_size=8) as model:
             first = asyncio.ensure_future(model(torch.arange(12.0).reshape(12, 1)))
-            second = asyncio.ensure_future(model(torch.arange(20.0, 32.0).reshape(12, 1)))
+            second = asyncio.ensure_future(model(torch.arange(20.0, 32.0).flip(0).reshape(12, 1)))
             await settle()
-            await released(backend, 0, 2, 1)
+            await released(backend, 0, 1, 2)
             one, two = outcome(first), outcome(second)
             assert isinstance(one, torch.Tensor), one
             assert torch.equal(one, torch.arange(12.0).reshape(12, 1))

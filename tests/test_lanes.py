@@ -41,8 +41,8 @@ def scenario(test):
     return wrapper
 
 
-def puppets(cores=1, **settings):
-    backend = PuppetBackend(cores, faults={OSError: Fault.CORE})
+def puppets(cores=1, concurrent=False, **settings):
+    backend = PuppetBackend(cores, faults={OSError: Fault.CORE}, concurrent=concurrent)
     settings.setdefault("batch_size", 4)
     return backend, AsyncDataParallel(torch.neg, backend=backend, **settings)
 
@@ -79,6 +79,7 @@ async def test_while_the_core_is_busy_the_queue_is_the_batching_window():
         await settle()
         assert check_sum(model).waiting == 2
         late.append(call(model, 3))
+        await settle()
         backend[0].release()
         await settle()
         assert values(backend[0].executing) == [1, 2, 3, 3]
@@ -99,7 +100,7 @@ async def test_one_big_call_runs_on_every_core_and_comes_back_in_order():
 
 @scenario
 async def test_a_queued_call_that_is_cancelled_costs_nothing():
-    backend, model = puppets()
+    backend, model = puppets(concurrent=True)
     async with model:
         calls = [call(model, n) for n in range(12)]  # two batches bound, the third waits
         await settle()
@@ -302,13 +303,15 @@ async def test_a_core_fault_is_not_blamed_on_the_input(caplog):
 async def test_a_full_queue_refuses_and_says_when_to_come_back():
     backend = PuppetBackend(1, service_time=1.0)
     async with AsyncDataParallel(torch.neg, backend=backend, batch_size=4, max_pending=8) as model:
-        calls = [call(model, n) for n in range(4 + 4 + 8)]  # executing, staged, waiting
+        calls = [call(model, n) for n in range(4 + 8)]  # executing, waiting
         await settle()
         with pytest.raises(QueueFull, match="max_pending=8") as caught:
             await model(row(0))
         assert caught.value.retry_after is None  # no rate measured yet
-        await asyncio.sleep(2.5)
-        calls += [call(model, n) for n in range(8)]
+        await asyncio.sleep(1.5)
+        calls += [call(model, n) for n in range(4)]
+        await asyncio.sleep(1)
+        calls += [call(model, n) for n in range(4)]
         await settle()
         with pytest.raises(QueueFull) as caught:
             await model(row(0))
@@ -324,9 +327,11 @@ async def test_idle_time_says_nothing_about_the_rate_of_leaving():
         for _ in range(2):
             await model(row(0))
             await asyncio.sleep(1000)
-        calls = [call(model, n) for n in range(16)]
-        await asyncio.sleep(2.5)
-        calls += [call(model, n) for n in range(8)]
+        calls = []
+        for rows in (12, 4, 4):
+            calls += [call(model, n) for n in range(rows)]
+            await asyncio.sleep(1.1)
+        calls += [call(model, n) for n in range(4)]
         await settle()
         with pytest.raises(QueueFull) as caught:
             await model(row(0))
@@ -361,7 +366,7 @@ async def test_a_cancelled_call_makes_room():
 
 @scenario
 async def test_num_workers_changes_while_batches_are_in_flight():
-    backend, model = puppets(cores=2)
+    backend, model = puppets(cores=2, concurrent=True)
     assert model.num_workers is None
     async with model:
         assert model.num_workers == 4
@@ -384,14 +389,14 @@ async def test_num_workers_changes_while_batches_are_in_flight():
 
 
 @scenario
-async def test_batches_beyond_the_threads_wait_in_the_lanes_queue_and_can_be_revoked():
-    backend, model = puppets(num_workers=4)
+async def test_bound_batches_wait_in_the_lanes_queue_and_can_be_revoked():
+    backend, model = puppets(num_workers=4, concurrent=True)
     async with model:
         calls = [call(model, n) for n in range(16)]
         await settle()
         (lane,) = model._lanes._lanes
         assert isinstance(lane.queue, asyncio.Queue)
-        assert (lane.queue.qsize(), len(lane.handed)) == (2, 2)
+        assert (lane.queue.qsize(), len(lane.in_flight)) == (3, 1)
         for c in calls[12:]:
             c.cancel()
         await settle()
@@ -587,7 +592,7 @@ async def test_an_internal_error_leaves_nobody_waiting(caplog, monkeypatch, wher
 
 @scenario
 async def test_statistics_are_frozen_and_add_up():
-    backend, model = puppets(cores=2)
+    backend, model = puppets(cores=2, concurrent=True)
     assert model.statistics().cores == ()
     async with model:
         calls = [call(model, n) for n in range(21)]

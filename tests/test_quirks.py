@@ -184,7 +184,7 @@ def test_the_model_is_not_copied():
 def test_there_are_two_workers_for_each_core_by_default(ids):
     # "Code: `2 * len(loaded_modules)`. On the consecutive/default path that is **2, for any number of cores**"
     async def main():
-        async with AsyncDataParallel(torch.neg, ids, backend=PuppetBackend(cores=12)) as model:
+        async with AsyncDataParallel(torch.neg, ids, backend=PuppetBackend(cores=12, concurrent=True)) as model:
             cores = len(ids or range(12))
             assert model.num_workers == 2 * cores
             calls = [asyncio.ensure_future(model(column(32))) for _ in range(100)]
@@ -528,7 +528,7 @@ def test_calls_run_in_the_same_few_threads():
 def test_callers_share_one_bound_on_the_batches_in_flight():
     # "no shared bound across callers (k concurrent calls = k x num_workers threads on the same cores)"
     async def main():
-        backend = PuppetBackend(cores=4)
+        backend = PuppetBackend(cores=4, concurrent=True)
         async with AsyncDataParallel(torch.neg, backend=backend, batch_size=1, num_workers=5) as model:
             calls = [asyncio.ensure_future(model(column(10))) for _ in range(30)]
             await settle()

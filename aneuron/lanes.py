@@ -1,0 +1,552 @@
+"""All lanes of one run of a model, on one loop: calls in, batches out, results back.
+
+Lives here: everything that touches a caller's future, all of it on the loop thread, and the one function that ends a
+call; the lock around the scheduler, which the loop and the workers ask in turn. Must not be here: tensors, decisions
+(ask the scheduler), blocking.
+
+Lanes are driven by callbacks, not by tasks: `asyncio.run` cancels every task before a drain in `finally` gets its turn.
+A worker that ends an execution takes its lane's next batch itself (`_take`): rows are bound when the core is free for
+them, not before, and the way round by the loop is saved.
+"""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from aneuron.backends import Backend, Fault
+from aneuron.errors import Closed, CoreFailed, DeadlineExceeded, QueueFull
+from aneuron.lane import TICK, Lane, Load
+from aneuron.rows import Call
+from aneuron.scheduler import Batch, Rules, Scheduler, Sizes, rounded, spread
+from aneuron.stats import CoreCounters, Counters, Recent, Statistics
+from aneuron.waiting import NEVER
+from aneuron.workers import Execution, Workers, carried, text
+
+logger = logging.getLogger("aneuron")
+
+SLOW_DRAIN = 10.0  # seconds after which a drain that goes on is logged
+
+
+class Lanes:
+    """All lanes of one run of a model, from its start to its close, on one loop."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        core_ids: list[int],
+        rules: Rules,
+        load: Load,
+        sizes: Mapping[int, Sizes],
+        counters: Counters,
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.thread = threading.get_ident()  # the loop's; to ask for the running loop costs a system call
+        self.serving = False
+        self.why_closed = "the model is closed or closing; start() opens it again when aclose() has returned"
+        self.rules = rules
+        self._backend = backend
+        self._load = load
+        self._sizes = sizes
+        self._counters = counters
+        self._lock = threading.Lock()  # around the scheduler, the lanes' queues and what they have in flight
+        self._scheduler: Scheduler[Call] = Scheduler(rules, sizes, self._estimate)
+        self._calls: set[Call] = set()  # accepted and not ended
+        self._arrivals: list[Call] = []  # of this iteration of the loop
+        self._scheduled = False  # a dispatch is
+        self._timer: asyncio.TimerHandle | None = None  # a dispatch that is due later
+        self._done: deque[Execution] = deque()  # filled by the workers
+        self._posted = False  # a delivery is
+        self._timed = self._traced = False  # whether any call has had a deadline, or was asked how it was run
+        self._late_by = Recent()  # seconds from when batches should have ended to their delivery
+        self._stopped = False
+        self._guard = threading.Lock()
+        self._idle = self.loop.create_future()  # done when draining and no call is left
+        self._closed = self.loop.create_future()  # done when the last core is closed
+        make = getattr(backend, "workers", Workers)  # aneuron.testing has threadless ones
+        for core_id in core_ids:
+            counters.cores.setdefault(core_id, CoreCounters(core_id))
+        self._lanes = [
+            Lane(index, core_id, backend, make(f"aneuron-core-{core_id}"), counters.cores[core_id])
+            for index, core_id in enumerate(core_ids)
+        ]
+        self._open_cores = len(self._lanes)
+        self.clock = self._lanes[0].workers.clock
+
+    # Lifecycle.
+
+    async def start(self, num_workers: int) -> None:
+        """Load the cores one after the other. If one fails, or the caller is cancelled, those loaded are freed."""
+        try:
+            for lane in self._lanes:
+                lane.counters.state, lane.counters.owner = "loading", self
+                lane.workers.grow(1)
+                await asyncio.wrap_future(lane.workers.submit(lane.load, self._load))
+                lane.counters.state = "ready"
+        except BaseException as error:
+            self.stop()
+            if isinstance(error, Exception):
+                _note(error, f"aneuron: while loading core {lane.core_id} of the {self._backend.name} backend")
+                await asyncio.shield(self._closed)
+                self._join()
+            raise
+        for core in self._counters.cores.values():
+            for (rows, bucket), recent in core.services.items():
+                if bucket in self._sizes:
+                    self._sizes[bucket].learn(rows, recent.median)
+        self.serving = True
+        self.resize(num_workers)
+
+    def resize(self, num_workers: int) -> None:
+        """Spread `num_workers` slots over the lanes; batches in flight are left alone."""
+        slots = spread(num_workers, len(self._lanes))
+        leads = [lane.widen(own) for lane, own in zip(self._lanes, slots, strict=True)]
+        with self._lock:
+            self._scheduler.resize(slots, leads)
+        self._dispatch_soon()
+
+    def change(self, **settings: Any) -> None:
+        """Replace rules for the calls that come from now on."""
+        with self._lock:
+            self.rules = self._scheduler.rules = replace(self.rules, **settings)
+
+    async def drain(self) -> None:
+        """Refuse new calls, finish those accepted, free the cores."""
+        self.serving = False
+        self._scheduler.draining = True
+        self._dispatch_soon()  # nothing is held back any more
+        self._check_idle()
+        slow = self.loop.call_later(SLOW_DRAIN, self._log_slow_drain)
+        try:
+            await asyncio.shield(self._idle)
+            self.stop()
+            await asyncio.shield(self._closed)
+            self._join()
+        finally:
+            slow.cancel()
+
+    def _join(self) -> None:
+        """See the threads end; they have said their last words."""
+        for lane in self._lanes:
+            lane.workers.join(1.0)
+
+    def abort(self) -> None:
+        """Fail what has not begun to execute, and let the threads end after what they execute."""
+        with self._lock:
+            self._stopped = True
+            calls = self._arrivals + self._scheduler.calls()
+            for lane in self._lanes:
+                batches = [lane.queue.get_nowait() for _ in range(lane.queue.qsize())]
+                batches += [execution.batch for execution in lane.in_flight if not execution.begun]
+                calls += [call for batch in batches for call, _, _ in batch.chunks]
+        self._end([(call, Closed("the model was closed before it ran this call")) for call in calls], failed=True)
+        self.stop()
+
+    def stop(self) -> None:
+        """Let every lane's threads end."""
+        self.serving, self._stopped = False, True
+        if self._timer is not None:
+            self._timer.cancel()
+        for lane in self._lanes:
+            lane.stop(self._lane_closed)
+
+    def _lane_closed(self) -> None:  # worker thread
+        self._call_loop(self._count_closed)
+
+    def _count_closed(self) -> None:
+        self._open_cores -= 1
+        if not self._open_cores:
+            for lane in self._lanes:
+                if lane.counters.owner is self:  # not another run of the model, on the same core
+                    lane.counters.state, lane.counters.in_flight = "closed", 0
+            self._closed.set_result(None)
+
+    def _check_idle(self) -> None:
+        if self._scheduler.draining and not self._calls and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _log_slow_drain(self) -> None:
+        logger.warning("closing has taken %g s; %d calls have not ended", SLOW_DRAIN, len(self._calls))
+
+    # Calls in.
+
+    def admit(self, call: Call, timeout: float | None = None) -> "asyncio.Future[Any]":
+        """Admit a call; its future. Who stops waiting for that before the call is settled must `withdraw` it."""
+        if not self.serving:
+            raise Closed(self.why_closed)
+        if self.rules.max_pending is not None:
+            self._find_room(call)
+        call.future = future = self.loop.create_future()
+        call.ended = future.done
+        call.admitted = self.clock()
+        self._calls.add(call)
+        self._counters.accepted += 1
+        if timeout is not None and self._is_hopeless(call, timeout):
+            return future
+        if call.trace is not None:
+            self._traced = True
+            call.trace.admitted, call.trace.clock = call.admitted, self.clock
+        self._arrivals.append(call)
+        if not self._scheduled:
+            self._dispatch_soon()
+        return future
+
+    def _is_hopeless(self, call: Call, timeout: float) -> bool:
+        """Give a call its deadline, and end it if that cannot be met."""
+        self._timed = True
+        call.deadline = call.admitted + timeout
+        call.timer = self.loop.call_later(timeout, self._expire, call, timeout)
+        with self._lock:
+            hopeless = self._scheduler.hopeless(call, call.admitted)
+        if hopeless:
+            call.bound = call.rows
+            self._expire(call, timeout)
+        return hopeless
+
+    def _expire(self, call: Call, timeout: float | None = None) -> None:
+        """The deadline has passed, or cannot be met."""
+        now = self.clock()
+        timeout = timeout if timeout is not None else call.deadline - call.admitted
+        if now < call.deadline:
+            why = (
+                f"timeout={timeout:g} s cannot be met: {now - call.admitted:.3g} s have passed, and the cores need more"
+            )
+            why += " than the rest for what is before this call and its own rows"
+        else:
+            why = f"timeout={timeout:g} s has passed"
+        self._end([(call, DeadlineExceeded(f"{why}; allow more time, or send less"))], failed=True)
+
+    def _find_room(self, call: Call) -> None:
+        with self._lock:
+            self._flush()
+            room = self._scheduler.room(call.rows, call.bucket)
+        if not room:
+            self._dispatch()  # what idle cores can take does not wait
+            if not self._scheduler.room(call.rows, call.bucket):
+                raise self._refusal(call)
+
+    def _refusal(self, call: Call) -> QueueFull:
+        self._counters.refused += 1
+        retry_after = self._counters.drain_seconds(self._scheduler.excess(call.rows, call.bucket))
+        return QueueFull(
+            f"no room for {call.rows} rows: {self._scheduler.waiting_rows} wait and "
+            f"max_pending={self.rules.max_pending}; try again later, or raise max_pending",
+            retry_after,
+        )
+
+    # Batches out.
+
+    def _dispatch_soon(self) -> None:
+        """Dispatch at the end of this iteration of the loop, so that calls made in the same one are packed together."""
+        if not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self._dispatch)
+
+    def _dispatch(self) -> None:
+        """Queue what has come, and wake the lanes that can begin with it."""
+        self._scheduled = False
+        woken: list[Lane] = []
+        try:
+            with self._lock:
+                self._flush()
+                now = self.clock()
+                while not self._stopped and (bound := self._scheduler.bind(now)) is not None:
+                    lane = self._lanes[bound[0]]
+                    lane.queue.put_nowait(bound[1])
+                    woken.append(lane)
+                due = self._scheduler.due
+            for lane in woken:
+                lane.workers.wake(partial(self._take, lane))
+            if due is not None and not self._stopped:
+                self._dispatch_at(due, now)
+            self._end_late()
+        except Exception as error:
+            self._crash(error)
+
+    def _flush(self) -> None:
+        """With the lock: let the scheduler have the calls of this iteration."""
+        if self._arrivals:
+            for call in self._arrivals:
+                if not call.bound:  # or it has left again
+                    self._scheduler.admit(call)
+            self._arrivals = []
+
+    def _dispatch_at(self, due: float, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(max(due - now, TICK), self._dispatch)
+
+    def _end_late(self) -> None:
+        late, self._scheduler.late = self._scheduler.late, []
+        for call in late:
+            if not call.settled:
+                self._expire(call)
+
+    def _take(self, lane: Lane, ended: Execution | None) -> Execution | None:
+        """The next execution of a lane whose last one has `ended`. Worker thread."""
+        try:
+            with self._lock:
+                now = self.clock()
+                if ended is not None:
+                    lane.in_flight.remove(ended)
+                    self._scheduler.release(lane.index, now)
+                execution = None
+                if not self._stopped and (ended is None or not ended.failed):
+                    execution = self._next(lane, now)
+                asks = (execution is None and self._scheduler.has_work) or bool(self._scheduler.late)
+            if asks:  # held back, or for the loop to decide
+                self._call_loop(self._dispatch_soon)
+            return execution
+        except Exception as error:
+            self._call_loop(partial(self._crash, error))
+            return None
+
+    def _next(self, lane: Lane, now: float) -> Execution | None:
+        """With the lock: from the lane's queue, or from the scheduler, or from a lane that is late."""
+        staged = bool(lane.in_flight)
+        if not lane.queue.empty():
+            batch = lane.queue.get_nowait()
+        else:
+            pulled = self._scheduler.pull(lane.index, now)
+            if pulled is None:
+                return None if staged else self._take_over(lane, now)
+            batch = pulled
+        execution = self._execution(lane, batch)
+        if staged:
+            execution.staged = Staged(self._lock, lane, execution)
+        lane.in_flight.append(execution)
+        return execution
+
+    def _execution(self, lane: Lane, batch: Batch[Call]) -> Execution:
+        size = batch.size if batch.chunks[0][0].cut.shared else None  # to pad to
+        core = lane.core(batch.size, batch.bucket)
+        return Execution(batch, size, self._load.dim, self._backend, core, lane.index, self._guard, self._post)
+
+    def _take_over(self, lane: Lane, now: float) -> Execution | None:
+        """With the lock: a batch that is bound to another lane and has not begun, for one that has nothing to do."""
+        for other in self._lanes if self._scheduler.staging else ():
+            if other.staged:
+                execution = other.staged.pop(0)
+                other.in_flight.remove(execution)
+                execution.lane, execution.staged = lane.index, None
+                execution.core = lane.core(execution.batch.size, execution.batch.bucket)
+            elif other.in_flight and not other.queue.empty():
+                execution = self._execution(lane, other.queue.get_nowait())
+            else:
+                continue
+            self._scheduler.move(execution.batch, other.index, lane.index, now)
+            lane.in_flight.append(execution)
+            return execution
+        return None
+
+    def _estimate(self, lane: int, rows: int, bucket: int) -> float:
+        """Seconds that a lane takes for an execution of that shape; 0 while that is not known."""
+        return self._lanes[lane].counters.service((rows, bucket))
+
+    # Results back.
+
+    def _post(self, execution: Execution) -> None:  # worker thread
+        self._done.append(execution)
+        if not self._posted:
+            self._posted = True
+            self._call_loop(self._deliver)
+
+    def _call_loop(self, callback: Callable[[], None]) -> None:  # worker thread
+        try:
+            self.loop.call_soon_threadsafe(callback)
+        except RuntimeError:
+            logger.debug("the loop is closed, nobody waits")
+
+    def _deliver(self) -> None:
+        self._posted = False  # before the queue is emptied: what is posted from here on posts again
+        now = self.clock()
+        try:
+            while self._done:
+                execution = self._done.popleft()
+                self._counters.loop_lag_seconds.add(now - execution.posted)
+                self._settle(execution, now)
+        except Exception as error:
+            self._crash(error)
+        if not self._scheduler.has_work:
+            self._counters.relaxed()
+        elif self._scheduler.staging:
+            self._dispatch_soon()
+
+    def _settle(self, execution: Execution, now: float) -> None:
+        """End the calls that the batch has completed."""
+        lane = self._lanes[execution.lane]
+        if execution.begun:
+            self._count(execution, lane, now)
+        if execution.error is not None:
+            self._failed(execution, lane, execution.error)
+        self._end(execution.finished)
+        # A traceback holds the worker's frames, and they the execution: no cycle, and nobody else's rows.
+        execution.chunks, execution.error, execution.finished = (), None, []
+        execution.batch.chunks = []
+
+    def _count(self, execution: Execution, lane: Lane, now: float) -> None:
+        counters, batch, rows = self._counters, execution.batch, execution.rows
+        service = max(0.0, execution.ended - max(execution.started, lane.ended))
+        lane.ended = execution.ended
+        padded = (execution.size or rows) - rows
+        lane.counters.executed(rows, padded, service)
+        lane.counters.learn((batch.size or rounded(rows), batch.bucket), service)
+        if batch.size is not None:
+            with self._lock:
+                self._sizes[batch.bucket].learn(batch.size, service)
+        if lane.copied(execution.copying):
+            self._scheduler.lead(lane.index, lane.lead)
+        counters.drained(rows, now)
+        counters.device_seconds.add(execution.ended - execution.started)
+        if self._timed and batch.expected:
+            self._late_by.add(now - batch.due)
+            self._scheduler.slack = max(0.0, self._late_by.high)
+        if batch.because != "rerun":
+            counters.closed_because[batch.because] += 1
+            counters.batch_rows.add(rows)
+            started = execution.started
+            counters.queue_seconds.add_all(
+                [started - call.admitted for call, start, _ in execution.chunks if not start]
+            )
+        if self._traced:
+            for call, _, _ in execution.chunks:
+                if call.trace is not None:
+                    call.trace.note(lane.core_id, execution.started, execution.ended, rows, padded, batch.because)
+
+    def _failed(self, execution: Execution, lane: Lane, error: BaseException) -> None:
+        """Give the error to the call that caused it: a batch of several runs again in halves until it stands alone."""
+        lane.counters.errors += 1
+        alone = len(execution.chunks) == 1  # a caller who has left since may be the one to blame, so: of those executed
+        chunks = [(call, start, stop) for call, start, stop in execution.chunks if not call.ended()]
+        if execution.fault is not Fault.INPUT:
+            logger.warning("core %d failed: %s", lane.core_id, type(error).__name__, exc_info=error)
+            self._end([(call, self._core_failed(lane, error)) for call, _, _ in chunks], failed=True)
+        elif alone:
+            note = "aneuron: core {}, rows {} to {} of this call"
+            own = [(call, _own(error, note.format(lane.core_id, start, stop - 1))) for call, start, stop in chunks]
+            self._end(own, failed=True)
+        elif not self._stopped:
+            with self._lock:
+                self._scheduler.rerun(execution.batch, chunks)
+            self._dispatch_soon()
+        else:
+            closed = "the model was closed before it could run this call again"
+            self._end([(call, Closed(closed)) for call, _, _ in chunks], failed=True)
+
+    def _core_failed(self, lane: Lane, error: BaseException) -> CoreFailed:
+        failure = CoreFailed(f"core {lane.core_id} failed while it ran this call: {text(error)}", lane.core_id)
+        failure.__cause__ = error
+        return failure
+
+    def _end(self, outcomes: Iterable[tuple[Call, Any]], failed: bool = False) -> None:
+        """The one function that ends calls, with a result or (`failed`) an exception each.
+
+        A call whose caller has left is left to `withdraw`.
+        """
+        now, seconds = self.clock(), []
+        for call, outcome in outcomes:
+            if call.settled or call.future.done():
+                continue
+            if failed:
+                call.future.set_exception(outcome)
+                self._discard(call)
+            else:
+                call.future.set_result(outcome)
+            seconds.append(now - call.admitted)
+            self._forget(call)
+        if failed:
+            self._counters.failed += len(seconds)
+        else:
+            self._counters.completed += len(seconds)
+        self._counters.total_seconds.add_all(seconds)
+        if self._scheduler.draining:
+            self._check_idle()
+
+    def withdraw(self, call: Call) -> None:
+        """The caller has left: its rows leave the queue, or their results will be dropped."""
+        future = call.future
+        self._discard(call)
+        self._forget(call)
+        self._counters.cancelled += 1
+        with suppress(RuntimeError):  # the loop is closed
+            future.cancel()
+        if self._scheduler.draining:
+            self._check_idle()
+
+    def _discard(self, call: Call) -> None:
+        """Take a call's waiting rows out of the queue."""
+        if call.sequence:
+            with self._lock:
+                self._scheduler.discard(call)
+        else:
+            call.bound = call.rows  # it has not got there yet
+
+    def _forget(self, call: Call) -> None:
+        # At once: the call itself may be in a queue for a while, or in the frames that an exception's traceback holds.
+        if call.deadline is not NEVER:
+            call.timer.cancel()
+        call.settled, call.ended = True, _yes
+        call.leaves = None
+        call.template = call.parts = call.future = None
+        self._calls.discard(call)
+
+    def _crash(self, error: Exception) -> None:
+        """A bug of ours must not leave anybody waiting."""
+        logger.critical("the lanes failed and are closed; please report this", exc_info=error)
+        why = f"the model was closed by an internal error ({text(error)}); please report it. aclose(), then start()"
+        self.why_closed = why
+        self._stopped = True
+        self._end([(call, Closed(why)) for call in list(self._calls)], failed=True)
+        self.stop()
+
+    def statistics(self) -> Statistics:
+        """The frozen snapshot of now."""
+        with self._lock:
+            self._flush()
+            for lane in self._lanes:
+                lane.counters.in_flight = self._scheduler.in_flight(lane.index)
+            waiting = self._scheduler.waiting_calls, self._scheduler.waiting_rows
+        return self._counters.snapshot(*waiting)
+
+
+class Staged:
+    """A batch that a lane's second thread has prepared, and that waits for the core, or for whoever is free sooner."""
+
+    def __init__(self, lock: threading.Lock, lane: Lane, execution: Execution) -> None:
+        self._lock, self._lane, self._execution = lock, lane, execution
+
+    def park(self) -> None:
+        """It is prepared."""
+        with self._lock:
+            self._lane.staged.append(self._execution)
+
+    def claim(self) -> bool:
+        """The core is free: whether the batch is still this lane's."""
+        with self._lock:
+            if self._execution.lane != self._lane.index:
+                return False
+            self._lane.staged.remove(self._execution)
+            return True
+
+
+def _yes() -> bool:
+    return True
+
+
+def _own(error: BaseException, note: str) -> Exception:
+    """The model's exception as it reaches its caller."""
+    own = carried(error)
+    _note(own, note)
+    return own
+
+
+def _note(error: Exception, note: str) -> None:
+    """Add a note, once, unless the exception will not have it."""
+    with suppress(Exception):
+        if note not in getattr(error, "__notes__", ()):
+            error.add_note(note)

@@ -1,0 +1,83 @@
+"""A waiting call as data: its rows, how they may be cut, and on what terms they wait.
+
+Must not be here: anything that decides.
+"""
+
+from collections.abc import Hashable
+from typing import NamedTuple, TypeVar
+
+
+class Terms(NamedTuple):
+    """What a caller asks for beside the rows."""
+
+    priority: float = 0.0
+    tenant: Hashable = None
+
+
+class Cut(NamedTuple):
+    """How a call may be cut: in pieces of `piece` rows, the pieces within the first `longer` rows one row longer.
+
+    `piece == 0` means anywhere. `shared` says whether the pieces may share a batch with other calls.
+    """
+
+    piece: int = 0
+    longer: int = 0
+    shared: bool = True
+
+    def take(self, bound: int, rows: int, room: int, one_piece: bool) -> int:
+        """Rows of the next chunk, 0 if no piece fits; `bound` of the call's `rows` are gone already."""
+        left = rows - bound
+        if not self.piece:
+            return min(left, room)
+        taken = size = self.next(bound, rows)
+        while not one_piece and size and taken <= room:
+            size = self.next(bound + taken, rows)
+            if taken + size > room:
+                break
+            taken += size
+        return taken if taken <= room else 0
+
+    def next(self, bound: int, rows: int) -> int:
+        """Rows of the piece that starts at row `bound`."""
+        return min(self.piece + (bound < self.longer), rows - bound)
+
+    def count(self, rows: int) -> int:
+        """The number of pieces of a call of `rows` rows, each as short as it can get."""
+        if not self.piece:
+            return 1
+        longer = self.longer // (self.piece + 1)
+        return longer - (self.longer - rows) // self.piece
+
+
+ANYWHERE = Cut()
+NEVER = float("inf")
+
+
+class Waiting:
+    """A call as the scheduler sees it. `bound` of its `rows` belong to a batch already, or will never."""
+
+    __slots__ = ("admitted", "bound", "bucket", "cut", "deadline", "rows", "sequence", "signature", "terms")
+
+    def __init__(
+        self,
+        rows: int,
+        signature: Hashable,
+        cut: Cut = ANYWHERE,
+        terms: Terms | None = None,
+        admitted: float = 0.0,
+        deadline: float = NEVER,
+        bucket: int = 0,
+    ) -> None:
+        self.rows = rows
+        self.signature = signature  # equal for calls that may share a batch
+        self.cut = cut
+        self.terms = terms  # None: the usual ones
+        self.admitted = admitted
+        self.deadline = deadline
+        self.bucket = bucket
+        self.bound = self.sequence = 0
+
+
+C = TypeVar("C", bound=Waiting)
+
+Chunk = tuple[C, int, int]  # rows `start` to `stop` of a call, which travel together; a bare tuple: there is one a row
