@@ -4,7 +4,6 @@ Lives here: a call as data, collate and scatter, which run in worker threads. Mu
 decisions about who runs when.
 """
 
-import sys
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -12,7 +11,10 @@ from typing import Any
 import torch
 
 from aneuron.errors import OutputError
-from aneuron.nested import fill, walk
+from aneuron.lengths import Pads, padded
+from aneuron.nested import fill
+from aneuron.outputs import Carried, checked, tensor
+from aneuron.outputs import Output as Output  # noqa: PLC0414  workers.py knows it as rows.Output
 from aneuron.scheduler import ANYWHERE, Chunk, Waiting
 
 Guard = AbstractContextManager[Any]
@@ -28,6 +30,11 @@ class Call(Waiting):
     ended: Callable[[], bool]
     admitted: float
 
+    # Without buckets; see `BucketCall`.
+    bucket = 0
+    length = 0
+    pads: Pads | None = None
+
     def __init__(self, rows: int, signature: Hashable, leaves: Sequence[Any], template: Any) -> None:
         self.rows = rows
         self.signature = signature  # equal for calls that may share a batch
@@ -41,13 +48,30 @@ class Call(Waiting):
         self.settled = False
 
 
+class BucketCall(Call):
+    """A call to a model with buckets: `bucket` is the smallest that holds its `length`, `pads` what brings it there.
+
+    Its signature is `(base, bucket)`; the base is the same in all buckets.
+    """
+
+    __slots__ = ("bucket", "length", "pads")
+
+    def __init__(
+        self, rows: int, base: Hashable, leaves: Sequence[Any], template: Any, bucket: int, length: int, pads: Pads
+    ) -> None:
+        super().__init__(rows, (base, bucket), leaves, template)
+        self.bucket = bucket
+        self.length = length
+        self.pads = pads
+
+
 class Parts:
     """The result of a call that is spread over several batches, as it grows.
 
     Two workers may be here for one call: `guard` is held while they agree, not while rows are copied.
     """
 
-    def __init__(self, rows: int, output: "Output") -> None:
+    def __init__(self, rows: int, output: Output) -> None:
         self._rows = self._missing = rows
         self._dim = output.dim
         self._structure = output.structure
@@ -55,7 +79,7 @@ class Parts:
         self._whole: list[torch.Tensor] | None = None
         self.result: Any = None
 
-    def place(self, start: int, output: "Output", leaves: list[torch.Tensor], guard: Guard) -> None:
+    def place(self, start: int, output: Output, leaves: list[torch.Tensor], guard: Guard) -> None:
         """Copy output rows to their place in the result, from row `start` on."""
         with guard:
             if self._whole is None:
@@ -67,12 +91,12 @@ class Parts:
         for whole_leaf, leaf in zip(self._whole, leaves, strict=True):
             whole_leaf.narrow(self._dim, start, leaf.shape[self._dim]).copy_(leaf)
 
-    def append(self, start: int, output: "Output") -> None:
+    def append(self, start: int, output: Output) -> None:
         """Keep the output of a piece, whatever its size, for `join`."""
         self._check_structure(output)
         self._pieces[start] = [leaf.clone(memory_format=torch.contiguous_format) for leaf in output.leaves]
 
-    def join(self, output: "Output") -> None:
+    def join(self, output: Output) -> None:
         """Join the pieces along `dim`, as they came."""
         pieces = [piece for _, piece in sorted(self._pieces.items())]
         _check_alike(pieces, self._dim)
@@ -84,7 +108,7 @@ class Parts:
             self._missing -= rows
             return not self._missing
 
-    def _check_structure(self, output: "Output") -> None:
+    def _check_structure(self, output: Output) -> None:
         if output.structure != self._structure:
             raise OutputError(
                 "the model returned different structures for the parts of one call; they cannot be joined"
@@ -95,16 +119,18 @@ Finished = tuple[Call, Any]  # a call and its result
 
 
 def collate(
-    chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], template: Any, size: int, dim: int
+    chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], template: Any, size: int, dim: int, bucket: int = 0
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The model's arguments for a batch: the chunks' rows one after the other, padded to `size` rows.
 
     `inputs` are the calls' tensors, `template` is what they stand in. Padding repeats the last row: zeros can be
-    outside the model's domain. The tensors are the batch's own, contiguous and aligned, whoever shares it: a row's
+    outside the model's domain. With `bucket`, inputs that have a length are padded to it (or cut, to see what a model
+    makes of a shorter one). The tensors are the batch's own, contiguous and aligned, whoever shares it: a row's
     result does not depend on how its neighbours lay in memory, and a model that writes to its input writes to no
     caller's.
     """
     joined = []
+    pads = chunks[0][0].pads if bucket else None
     for index in range(len(inputs[0])):
         pieces = []
         rows = 0
@@ -115,6 +141,8 @@ def collate(
                 pieces.append(leaf)
             else:
                 pieces.append(_piece(leaf, start, stop, dim))
+        if pads is not None and (value := pads.values[index]) is not None:
+            pieces = [padded(piece, pads.dim, bucket, value) for piece in pieces]
         if rows < size:
             last = pieces[-1]
             row = last if last.shape[dim] == 1 else last.narrow(dim, last.shape[dim] - 1, 1)
@@ -128,79 +156,22 @@ def collate(
 def _piece(leaf: Any, start: int, stop: int, dim: int) -> torch.Tensor:
     """Rows of a tensor or an array, as a plain and contiguous tensor."""
     if not isinstance(leaf, torch.Tensor):
-        return _tensor(leaf[(slice(None),) * (dim % leaf.ndim) + (slice(start, stop),)]).contiguous()
+        return tensor(leaf[(slice(None),) * (dim % leaf.ndim) + (slice(start, stop),)]).contiguous()
     plain: torch.Tensor = leaf.as_subclass(torch.Tensor)  # or one caller's subclass would be its batch-mates' as well
     return plain.narrow(dim, start, stop - start).contiguous()
 
 
-def _tensor(array: Any) -> torch.Tensor:
-    """A tensor over an array's memory, or over a copy where torch cannot share it."""
-    numpy = sys.modules["numpy"]
-    aligned = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
-    shareable = aligned and array.flags.writeable and array.dtype.isnative
-    native = array if shareable else numpy.array(array, dtype=array.dtype.newbyteorder("="), order="C")
-    return torch.from_numpy(native)
-
-
-class Output:
-    """What the model returned for a batch, looked through: every tensor must have the batch's rows along `dim`.
-
-    `size` is the number of rows of the batch, None where any number will do. Raises `OutputError`.
-    """
-
-    def __init__(self, value: Any, size: int | None, dim: int) -> None:
-        self.value = value
-        self.dim = dim
-        self.leaves: list[torch.Tensor] = []
-        self.structure: list[Any] = []
-        constants: list[Any] = []
-        if type(value) is torch.Tensor:
-            self.leaves, self.structure = [value], [torch.Tensor]  # what the walk would find
-        else:
-            walk(value, self.leaves, self.structure, constants, by_name=True)
-        self.leaves = [_checked_output(leaf, size, dim) for leaf in self.leaves]
-        for constant in constants:
-            if constant is not None:
-                raise OutputError(
-                    f"the model returned a {type(constant).__name__} ({constant!r:.60}); only tensors with the batch's "
-                    "rows can be handed out to the calls that shared the batch: return tensors, and None where there "
-                    "is nothing"
-                )
-        if not self.leaves and size is not None:
-            raise OutputError("the model returned no tensor; every call needs its rows of at least one")
-
-
-def _checked_output(leaf: Any, size: int | None, dim: int) -> torch.Tensor:
-    """One tensor of an output, on the host."""
-    if not isinstance(leaf, torch.Tensor):
-        try:
-            leaf = _tensor(leaf)
-        except TypeError:
-            raise OutputError(
-                f"the model returned a NumPy array of dtype {leaf.dtype} (objects, one a row?), which cannot become a "
-                "tensor; return tensors"
-            ) from None
-    if leaf.layout is not torch.strided or leaf.is_nested or leaf.is_meta:
-        kind = leaf.layout if leaf.layout is not torch.strided else "nested" if leaf.is_nested else "meta"
-        raise OutputError(f"the model returned a {kind} tensor, which cannot be cut into rows; return a dense one")
-    if size is not None and (not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != size):
-        raise OutputError(
-            f"the model returned a tensor of shape {tuple(leaf.shape)} for a batch of {size} rows; every output tensor "
-            f"needs that many along dim {dim}, so that each call can be given its own (a value for the whole batch, or "
-            "a list with an object a row, needs disable_dynamic_batching())"
-        )
-    tensor: torch.Tensor = leaf if leaf.is_cpu else leaf.cpu()
-    return tensor
-
-
-def scatter(value: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, guard: Guard) -> list[Finished]:
+def scatter(
+    value: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, guard: Guard, cut: Carried | None = None
+) -> list[Finished]:
     """Hand the rows of a batch's output to its calls, each in storage of its own; the calls that are complete now.
 
-    Raises `OutputError` if the output does not have the batch's rows. Rows count as handed out when all of the batch
+    With `cut`, what has the length of the batch's bucket is cut back to each call's own. Raises `OutputError` if the
+    output does not have the batch's rows. Rows count as handed out when all of the batch
     are: if one call's cannot be, the batch will run again in parts.
     """
     if not chunks[0][0].cut.shared:
-        return _keep_piece(value, chunks[0], dim, guard)
+        return _keep_piece(value, chunks[0], dim, guard, cut)
     sizes, spread = [], []
     for chunk in chunks:
         call, start, stop = chunk
@@ -209,13 +180,13 @@ def scatter(value: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, guar
             spread.append(chunk)
     rows = sum(sizes)
     if type(value) is torch.Tensor and not spread:  # the short way, same results
-        leaf = _checked_output(value, size, dim)
-        copies = _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, False)
+        leaf = checked(value, size, dim)
+        copies = _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, False, *(cut or ()))
         return list(zip([call for call, _, _ in chunks], copies, strict=True))
     output = Output(value, size, dim)
     split = [
-        _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, bool(spread))
-        for leaf in output.leaves
+        _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, bool(spread), dims)
+        for leaf, dims in zip(output.leaves, cut or [()] * len(output.leaves), strict=True)
     ]
     finished: list[Finished] = []
     for (call, start, stop), *leaves in zip(chunks, *split, strict=True):
@@ -230,10 +201,12 @@ def scatter(value: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, guar
     return finished
 
 
-def _keep_piece(value: Any, chunk: Chunk[Call], dim: int, guard: Guard) -> list[Finished]:
+def _keep_piece(value: Any, chunk: Chunk[Call], dim: int, guard: Guard, cut: Carried | None) -> list[Finished]:
     """The same where batches are not shared: the output of a piece may have any number of rows."""
     call, start, stop = chunk
     output = Output(value, None, dim)
+    if cut:
+        output.leaves = [_cut(leaf, call, dims) for leaf, dims in zip(output.leaves, cut, strict=True)]
     parts = _parts(call, output, guard)
     parts.append(start, output)
     if not parts.count(stop - start, guard):
@@ -242,25 +215,42 @@ def _keep_piece(value: Any, chunk: Chunk[Call], dim: int, guard: Guard) -> list[
     return [(call, parts.result)]
 
 
-def _parts(call: Call, output: "Output", guard: Guard) -> Parts:
+def _parts(call: Call, output: Output, guard: Guard) -> Parts:
     with guard:
         call.parts = parts = call.parts or Parts(call.rows, output)
         return parts
 
 
 def _split(
-    leaf: torch.Tensor, chunks: Sequence[Chunk[Call]], sizes: list[int], dim: int, spread: bool
+    leaf: torch.Tensor,
+    chunks: Sequence[Chunk[Call]],
+    sizes: list[int],
+    dim: int,
+    spread: bool,
+    lengths: tuple[int, ...] = (),
 ) -> Sequence[torch.Tensor]:
-    """A leaf cut into chunks: copies for calls that are whole, views for those whose rows will be copied anyway."""
-    if not spread:
+    """A leaf cut into chunks: copies for calls that are whole, views for those whose rows will be copied anyway.
+
+    At the dims `lengths` it has the length, and is cut back to each call's own.
+    """
+    if not spread and not lengths:
         # One release of the GIL, and storage of its own for each.
         copies: Sequence[torch.Tensor] = torch.split_with_sizes_copy(leaf, sizes, dim)  # type: ignore[func-returns-value,assignment]
         return copies
-    views = torch.split(leaf, sizes, dim)
+    views: Sequence[torch.Tensor] = torch.split(leaf, sizes, dim)
+    if lengths:
+        views = [_cut(view, call, lengths) for view, (call, _, _) in zip(views, chunks, strict=True)]
     return [
         view.clone(memory_format=torch.contiguous_format) if stop - start == call.rows else view
         for view, (call, start, stop) in zip(views, chunks, strict=True)
     ]
+
+
+def _cut(leaf: torch.Tensor, call: Call, dims: tuple[int, ...]) -> torch.Tensor:
+    """A view of a leaf as long as the call was."""
+    for dim in dims:
+        leaf = leaf.narrow(dim, 0, call.length) if call.bucket and leaf.shape[dim] != call.length else leaf
+    return leaf
 
 
 def _room(part: torch.Tensor, rows: int, dim: int) -> torch.Tensor:
