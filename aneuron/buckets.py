@@ -1,7 +1,7 @@
 """Which compiled size fits: lengths into buckets, rows into batch sizes.
 
-Lives here: numbers. Must not be here: torch, asyncio, a clock; which tensors have a length (measure.py), padding and
-cutting them (rows.py, unpad.py), which rows run next (scheduler.py).
+Lives here: numbers, and what the user says about buckets. Must not be here: torch, asyncio, a clock; which tensors have
+a length (lengths.py, outputs.py), which rows run next (scheduler.py).
 """
 
 from bisect import bisect_left
@@ -21,14 +21,15 @@ class Buckets:
     """The lengths that a model was compiled for, and how inputs are brought to them and outputs back.
 
     A call's inputs are padded along `dim` to the smallest of `sizes` that holds them; calls of one bucket share
-    batches. Outputs that carry the length are cut back to the call's own.
+    batches, and may ride in a longer one's. Outputs that carry the length are cut back to the call's own. What the
+    model makes of the padding in the others is its own affair: that is what attention masks are for.
 
     dim: the dimension where the length stands; it counts in the whole shape, batch dimension included.
     sizes: the buckets, in any order; kept sorted.
     pad: a number, and then the inputs that have a length are those of the example whose size at `dim` is that of the
-        first tensor that has this dimension (without an example: those of the call). Or a mapping, which names the
-        inputs that have a length and says what each is padded with, for example
-        `{"input_ids": 0, "attention_mask": 0}`. Infinities will do, NaN will not: it is a fault on some devices.
+        first tensor that has this dimension. Without an example those of the call: sixteen features then look like a
+        length in a call that is 16 long. Or a mapping, which names the inputs that have a length and says what each
+        is padded with: `{"input_ids": 0, "attention_mask": 0}`. Infinities will do, NaN is a fault on some devices.
     unpad: None: learn by comparing two buckets which outputs carry the length. False: none does. Else the ones that
         do, `["last_hidden_state"]`; where the length stands elsewhere in them than at `dim`, a mapping says where,
         `{"logits": 2, "attentions": (2, 3)}`.
@@ -48,8 +49,8 @@ class Buckets:
 
     dim: int = 1
     sizes: Sequence[int] = (32, 64, 128)
-    pad: float | Mapping[Key, float] = field(default=0, hash=False)
-    unpad: Literal[False] | Collection[Key] | Mapping[Key, int | tuple[int, ...]] | None = field(
+    pad: float | Mapping[Any, float] = field(default=0, hash=False)
+    unpad: Literal[False] | Collection[Key] | Mapping[Any, int | tuple[int, ...]] | None = field(
         default=None, hash=False
     )
 
@@ -84,9 +85,9 @@ def _checked_sizes(sizes: Any) -> tuple[int, ...]:
     given = list(sizes)
     for size in given:
         if not _is_int(size) or size < 1:
-            raise ValueError(f"sizes={given!r}: {size!r} cannot be a bucket; {rule}")
+            raise ValueError(f"sizes={sizes!r}: {size!r} cannot be a bucket; {rule}")
         if given.count(size) > 1:
-            raise ValueError(f"sizes={given!r}: {size} is there twice; {rule}")
+            raise ValueError(f"sizes={sizes!r}: {size} is there twice; {rule}")
     if not given:
         raise ValueError(f"sizes={sizes!r}: no bucket; {rule}")
     return tuple(sorted(given))
@@ -192,11 +193,11 @@ def cheapest(times: Mapping[int, float], limit: int) -> list[int]:
     with the least padding, then the one with the largest size.
     """
     costs = {size: round(seconds * 1e9) for size, seconds in times.items()}  # whole numbers: equal sums are equal
-    best = [(0, 0, 0, 0)]  # [rows]: cost, executions, rows held, -largest
+    best = [(0, 0, 0, 0)]  # [rows]: cost, executions, rows held, -size; of all orders the one with the largest first
     for rows in range(1, limit + 1):
         ways = []
         for size, own in costs.items():
-            cost, executions, held, largest = best[max(0, rows - size)]
-            ways.append((cost + own, executions + 1, held + size, min(largest, -size)))
+            cost, executions, held, _ = best[max(0, rows - size)]
+            ways.append((cost + own, executions + 1, held + size, -size))
         best.append(min(ways))
-    return [-largest for _, _, _, largest in best]
+    return [-size for _, _, _, size in best]

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from aneuron.backends import Backend, Core
+from aneuron.batches import Batch
 from aneuron.measure import Compiled
+from aneuron.outputs import Output, Unpad
 from aneuron.rows import Call
-from aneuron.scheduler import Batch, rounded
+from aneuron.scheduler import rounded
 from aneuron.stats import CoreCounters, Recent
-from aneuron.workers import Execution, Workers, warm_up
+from aneuron.workers import Execution, Take, Workers, warm_up
 
 logger = logging.getLogger("aneuron")
 
@@ -33,6 +35,7 @@ class Load:
     dim: int
     compiled: Compiled | None  # the example to warm up with
     packing: bool
+    unpad: Unpad | None = None  # which outputs carry the length of their bucket
 
 
 class Lane:
@@ -47,6 +50,7 @@ class Lane:
         self.counters = counters
         self.workers = workers
         self.concurrent = False
+        self.take: Take  # how a thread gets its next execution; set by `Lanes`
         self.ended = 0.0  # when the last execution did
         self._backend = backend
         self._cores: dict[Shape, Core] = {}
@@ -61,17 +65,37 @@ class Lane:
                 key = (id(model), size)
                 core = loaded.get(key) or self._backend.load(model, self.core_id, size)
                 loaded[key] = self._cores[size, bucket] = core
-                if load.compiled is not None:
-                    seconds = warm_up(core, load.compiled, size, bucket, load.dim, load.packing)
-                    self.counters.learn((size or rounded(load.compiled.rows), bucket), seconds)
             except Exception as error:
-                if len(load.models) > 1:
-                    of = f", bucket {bucket}" if bucket else ""
-                    error.add_note(f"aneuron: while loading the model for {size} rows{of}")
+                _name(error, size, bucket, len(load.models))
                 raise
         self.concurrent = all(core.concurrent for core in loaded.values())
         if self.concurrent:
             self.workers.let_in_together()
+        if load.compiled is not None:
+            self._warm_up(load, load.compiled)
+
+    def _warm_up(self, load: Load, compiled: Compiled) -> None:
+        outputs: dict[int | None, tuple[Output, int]] = {}  # by size, that of the first bucket
+        for size, bucket in load.models:
+            try:
+                value, seconds = warm_up(self._cores[size, bucket], compiled, size, bucket)
+                self.counters.learn((size or rounded(compiled.rows), bucket), seconds)
+                if not load.packing:
+                    continue
+                output = Output(value, size or compiled.rows, load.dim)
+                one, of = outputs.setdefault(size, (output, bucket))
+                if load.unpad is not None and load.unpad.known(output, bucket) is None:
+                    if one is not output:
+                        load.unpad.learn(output, bucket, one, of)
+                    elif len({bucket for _, bucket in load.models}) == 1:
+                        load.unpad.learn(output, bucket)
+            except Exception as error:
+                _name(error, size, bucket, len(load.models))
+                raise
+
+    def other(self, size: int | None, bucket: int) -> tuple[Core, int] | None:
+        """Another bucket, and the core to execute it."""
+        return next(((core, b) for (s, b), core in self._cores.items() if s == size and b != bucket), None)
 
     def core(self, size: int | None, bucket: int) -> Core:
         """The core loaded with the shape of a batch."""
@@ -87,14 +111,12 @@ class Lane:
             self.workers.grow(max(1, slots))
             return float("inf")
         self.workers.grow(1)
-        return self.lead if slots > 1 else None
+        return self.lead if slots > 1 and self._slow_copies >= 8 else None
 
     @property
-    def lead(self) -> float | None:
-        """Twice the time to prepare a batch, where that is worth a second thread."""
-        if self.concurrent:
-            return float("inf")
-        return 2 * self._copying.median + TICK if self._slow_copies >= 8 else None
+    def lead(self) -> float:
+        """Twice the time to prepare a batch."""
+        return 2 * self._copying.median + TICK
 
     def copied(self, seconds: float) -> bool:
         """Note what the rows of a batch took to collate and scatter; whether `lead` has changed.
@@ -127,3 +149,10 @@ class Lane:
                     logger.warning("core %d did not close", self.core_id, exc_info=True)
         finally:
             closed()
+
+
+def _name(error: Exception, size: int | None, bucket: int, of: int) -> None:
+    """Say in an error which of several models it came from."""
+    if of > 1:
+        rows = "any number of" if size is None else size
+        error.add_note(f"aneuron: with the model for {rows} rows" + (f", bucket {bucket}" if bucket else ""))

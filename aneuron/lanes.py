@@ -20,13 +20,13 @@ from functools import partial
 from typing import Any
 
 from aneuron.backends import Backend, Fault
+from aneuron.batches import Batch
 from aneuron.errors import Closed, CoreFailed, DeadlineExceeded, QueueFull
 from aneuron.lane import TICK, Lane, Load
 from aneuron.rows import Call
-from aneuron.scheduler import Batch, Rules, Scheduler, Sizes, rounded, spread
+from aneuron.scheduler import Rules, Scheduler, Sizes, rounded, spread
 from aneuron.stats import CoreCounters, Counters, Recent, Statistics
-from aneuron.waiting import NEVER
-from aneuron.workers import Execution, Workers, carried, text
+from aneuron.workers import Common, Execution, Workers, carried, text
 
 logger = logging.getLogger("aneuron")
 
@@ -58,14 +58,15 @@ class Lanes:
         self._scheduler: Scheduler[Call] = Scheduler(rules, sizes, self._estimate)
         self._calls: set[Call] = set()  # accepted and not ended
         self._arrivals: list[Call] = []  # of this iteration of the loop
+        self._now = 0.0  # when the first of them came
         self._scheduled = False  # a dispatch is
         self._timer: asyncio.TimerHandle | None = None  # a dispatch that is due later
         self._done: deque[Execution] = deque()  # filled by the workers
         self._posted = False  # a delivery is
-        self._timed = self._traced = False  # whether any call has had a deadline, or was asked how it was run
+        self._traced = False  # whether any call was asked how it was run
         self._late_by = Recent()  # seconds from when batches should have ended to their delivery
         self._stopped = False
-        self._guard = threading.Lock()
+        self._common = Common(backend, load.dim, load.unpad, threading.Lock(), self._post)
         self._idle = self.loop.create_future()  # done when draining and no call is left
         self._closed = self.loop.create_future()  # done when the last core is closed
         make = getattr(backend, "workers", Workers)  # aneuron.testing has threadless ones
@@ -75,6 +76,8 @@ class Lanes:
             Lane(index, core_id, backend, make(f"aneuron-core-{core_id}"), counters.cores[core_id])
             for index, core_id in enumerate(core_ids)
         ]
+        for lane in self._lanes:
+            lane.take = partial(self._take, lane)
         self._open_cores = len(self._lanes)
         self.clock = self._lanes[0].workers.clock
 
@@ -182,8 +185,9 @@ class Lanes:
         if self.rules.max_pending is not None:
             self._find_room(call)
         call.future = future = self.loop.create_future()
-        call.ended = future.done
-        call.admitted = self.clock()
+        if not self._arrivals:
+            self._now = self.clock()  # one for all calls of this iteration
+        call.admitted = self._now
         self._calls.add(call)
         self._counters.accepted += 1
         if timeout is not None and self._is_hopeless(call, timeout):
@@ -198,7 +202,7 @@ class Lanes:
 
     def _is_hopeless(self, call: Call, timeout: float) -> bool:
         """Give a call its deadline, and end it if that cannot be met."""
-        self._timed = True
+        self._scheduler.timed = True
         call.deadline = call.admitted + timeout
         call.timer = self.loop.call_later(timeout, self._expire, call, timeout)
         with self._lock:
@@ -261,7 +265,7 @@ class Lanes:
                     woken.append(lane)
                 due = self._scheduler.due
             for lane in woken:
-                lane.workers.wake(partial(self._take, lane))
+                lane.workers.wake(lane.take)
             if due is not None and not self._stopped:
                 self._dispatch_at(due, now)
             self._end_late()
@@ -271,10 +275,8 @@ class Lanes:
     def _flush(self) -> None:
         """With the lock: let the scheduler have the calls of this iteration."""
         if self._arrivals:
-            for call in self._arrivals:
-                if not call.bound:  # or it has left again
-                    self._scheduler.admit(call)
-            self._arrivals = []
+            arrivals, self._arrivals = self._arrivals, []
+            self._scheduler.admit(*arrivals)
 
     def _dispatch_at(self, due: float, now: float) -> None:
         if self._timer is not None:
@@ -324,8 +326,10 @@ class Lanes:
 
     def _execution(self, lane: Lane, batch: Batch[Call]) -> Execution:
         size = batch.size if batch.chunks[0][0].cut.shared else None  # to pad to
-        core = lane.core(batch.size, batch.bucket)
-        return Execution(batch, size, self._load.dim, self._backend, core, lane.index, self._guard, self._post)
+        execution = Execution(batch, size, lane.core(batch.size, batch.bucket), lane.index, self._common)
+        if batch.bucket:
+            execution.other = lane.other(batch.size, batch.bucket)
+        return execution
 
     def _take_over(self, lane: Lane, now: float) -> Execution | None:
         """With the lock: a batch that is bound to another lane and has not begun, for one that has nothing to do."""
@@ -335,6 +339,7 @@ class Lanes:
                 other.in_flight.remove(execution)
                 execution.lane, execution.staged = lane.index, None
                 execution.core = lane.core(execution.batch.size, execution.batch.bucket)
+                execution.other = lane.other(execution.batch.size, execution.batch.bucket)
             elif other.in_flight and not other.queue.empty():
                 execution = self._execution(lane, other.queue.get_nowait())
             else:
@@ -391,38 +396,37 @@ class Lanes:
 
     def _count(self, execution: Execution, lane: Lane, now: float) -> None:
         counters, batch, rows = self._counters, execution.batch, execution.rows
-        service = max(0.0, execution.ended - max(execution.started, lane.ended))
-        lane.ended = execution.ended
+        started, ended = execution.started, execution.ended
+        service = max(0.0, ended - max(started, lane.ended))
+        lane.ended = ended
         padded = (execution.size or rows) - rows
-        lane.counters.executed(rows, padded, service)
-        lane.counters.learn((batch.size or rounded(rows), batch.bucket), service)
-        if batch.size is not None:
+        lane.counters.executed(rows, padded, service, (batch.size or rounded(rows), batch.bucket))
+        if batch.size is not None and len(self._load.models) > 1:
             with self._lock:
                 self._sizes[batch.bucket].learn(batch.size, service)
         if lane.copied(execution.copying):
             self._scheduler.lead(lane.index, lane.lead)
         counters.drained(rows, now)
-        counters.device_seconds.add(execution.ended - execution.started)
-        if self._timed and batch.expected:
+        counters.device_seconds.add(ended - started)
+        if batch.expected:
             self._late_by.add(now - batch.due)
             self._scheduler.slack = max(0.0, self._late_by.high)
         if batch.because != "rerun":
             counters.closed_because[batch.because] += 1
             counters.batch_rows.add(rows)
-            started = execution.started
             counters.queue_seconds.add_all(
                 [started - call.admitted for call, start, _ in execution.chunks if not start]
             )
         if self._traced:
             for call, _, _ in execution.chunks:
                 if call.trace is not None:
-                    call.trace.note(lane.core_id, execution.started, execution.ended, rows, padded, batch.because)
+                    call.trace.note(lane.core_id, started, ended, rows, padded, batch.because)
 
     def _failed(self, execution: Execution, lane: Lane, error: BaseException) -> None:
         """Give the error to the call that caused it: a batch of several runs again in halves until it stands alone."""
         lane.counters.errors += 1
         alone = len(execution.chunks) == 1  # a caller who has left since may be the one to blame, so: of those executed
-        chunks = [(call, start, stop) for call, start, stop in execution.chunks if not call.ended()]
+        chunks = [(call, start, stop) for call, start, stop in execution.chunks if not _has_left(call)]
         if execution.fault is not Fault.INPUT:
             logger.warning("core %d failed: %s", lane.core_id, type(error).__name__, exc_info=error)
             self._end([(call, self._core_failed(lane, error)) for call, _, _ in chunks], failed=True)
@@ -450,7 +454,7 @@ class Lanes:
         """
         now, seconds = self.clock(), []
         for call, outcome in outcomes:
-            if call.settled or call.future.done():
+            if _has_left(call):
                 continue
             if failed:
                 call.future.set_exception(outcome)
@@ -488,11 +492,14 @@ class Lanes:
 
     def _forget(self, call: Call) -> None:
         # At once: the call itself may be in a queue for a while, or in the frames that an exception's traceback holds.
-        if call.deadline is not NEVER:
+        if call.timer is not None:
             call.timer.cancel()
-        call.settled, call.ended = True, _yes
-        call.leaves = None
-        call.template = call.parts = call.future = None
+        call.settled = True
+        call.leaves = call.future = None
+        if call.template is not None:
+            call.template = None
+        if call.parts is not None:
+            call.parts = None
         self._calls.discard(call)
 
     def _crash(self, error: Exception) -> None:
@@ -534,8 +541,9 @@ class Staged:
             return True
 
 
-def _yes() -> bool:
-    return True
+def _has_left(call: Call) -> bool:
+    """Whether a call has ended, or its caller has left and will withdraw it."""
+    return call.settled or call.future.done()
 
 
 def _own(error: BaseException, note: str) -> Exception:

@@ -4,30 +4,64 @@ Lives here: looking at inputs, on the loop thread: shapes, dtypes and references
 anything that touches a tensor's data (rows.py), who runs when (scheduler.py).
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
+from aneuron.buckets import Buckets
 from aneuron.errors import ShapeError
-from aneuron.nested import is_array, paths, walk
-from aneuron.rows import Call, collate
+from aneuron.lengths import Lengths, Pads, check_pad, choose_pads, common_length, size_at
+from aneuron.nested import Path, is_array, paths, walk
+from aneuron.rows import BucketCall, Call, collate
 
 
-def _input_names(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    names = [name for index, value in enumerate(args) for name in paths(value, f"input {index}")]
-    return names + [name for key in sorted(kwargs) for name in paths(kwargs[key], f"input {key!r}")]
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Path]:
+    """Where the tensors of a call stand, in the order of the walk."""
+    where = [path for index, value in enumerate(args) for path in paths(value, f"input {index}", (index,))]
+    return where + [path for key in sorted(kwargs) for path in paths(kwargs[key], f"input {key!r}", (key,))]
 
 
-def measure(args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Call:
-    """Rows, signature and tensors of a call's inputs. Raises `ShapeError` for what no model could take."""
+def measure(
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dim: int,
+    buckets: Buckets | None = None,
+    lengths: Lengths | None = None,
+) -> Call:
+    """Rows, signature and tensors of a call's inputs. Raises `ShapeError` for what no model could take.
+
+    With `buckets` the length, too; the signature is then `(base, bucket)`, where the base is the same in all buckets.
+    `lengths` are those of the example (`Compiled.lengths`): which inputs have a length is then not asked again.
+    """
     if len(args) == 1 and not kwargs and not dim and type(x := args[0]) is torch.Tensor:  # the short way, same results
         if x.is_cpu and x.layout is torch.strided and not x.is_nested and (shape := x.shape) and (rows := shape[0]):
-            return Call(rows, (shape[1:], x.dtype), args, None)
-        raise _unfit(args, kwargs, list(args), dim)
-    return _measure(args, kwargs, dim)
+            if buckets is None:
+                return Call(rows, _signature(shape, x.dtype), args, None)
+            call = _lone(args, buckets, lengths)
+            if call is not None:
+                return call
+        else:
+            raise _unfit(args, kwargs, list(args), dim)
+    return _measure(args, kwargs, dim, buckets, lengths)
 
 
-def _measure(args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Call:
+_last: tuple[Any, Any, Any] = (None, None, None)
+
+
+def _signature(shape: torch.Size, dtype: torch.dtype) -> tuple[Any, ...]:
+    """That of a lone tensor; the same object for calls alike, so that they are found to be alike faster."""
+    global _last
+    last_shape, last_dtype, signature = _last
+    if shape != last_shape or dtype is not last_dtype:
+        signature = (shape[1:], dtype)
+        _last = (shape, dtype, signature)
+    return signature  # type: ignore[no-any-return]
+
+
+def _measure(
+    args: tuple[Any, ...], kwargs: dict[str, Any], dim: int, buckets: Buckets | None, lengths: Lengths | None
+) -> Call:
     leaves, structure, template = _flatten_inputs(args, kwargs)
     rows = 0
     shapes: list[tuple[Any, ...]] = []
@@ -43,7 +77,35 @@ def _measure(args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> Call:
             raise _unfit(args, kwargs, leaves, dim)
         axis = dim % len(shape)
         shapes.append((*shape[:axis], shape[axis + 1 :], _dtype(dtype)))
-    return Call(rows, (structure, *shapes) if structure else shapes[0], leaves, template)
+    if buckets is None:
+        return Call(rows, (structure, *shapes) if structure else shapes[0], leaves, template)
+    where = _inputs(args, kwargs)
+    sizes = [size_at(leaf, dim, buckets) for leaf in leaves]
+    pads = choose_pads(where, sizes, buckets, lengths)
+    length = common_length(where, leaves, sizes, pads, buckets.dim)
+    for index, pad in enumerate(pads):
+        if pad is not None:
+            shape, dtype = leaves[index].shape, shapes[index][-1]
+            at, axis = buckets.dim % len(shape), dim % len(shape)
+            row = (*shape[:at], None, *shape[at + 1 :])
+            check_pad(where[index].text, pad, dtype)
+            shapes[index] = (*row[:axis], row[axis + 1 :], dtype)
+    base = (structure, *shapes) if structure else shapes[0]
+    return BucketCall(rows, base, leaves, template, buckets.fit(length), length, Pads(buckets.dim, pads))
+
+
+def _lone(args: tuple[torch.Tensor], buckets: Buckets, lengths: Lengths | None) -> Call | None:
+    """A call of a single tensor whose rows count along dim 0; None if its length has to be looked for."""
+    x, at = args[0], buckets.dim
+    shape = x.shape
+    pad = buckets.pad if lengths is None else lengths.get("input 0")
+    at = at if at >= 0 else at + len(shape)
+    if pad is None or isinstance(pad, Mapping) or not 0 < at < len(shape):
+        return None
+    length = shape[at]
+    row = (None, *shape[2:]) if at == 1 else (*shape[1:at], None, *shape[at + 1 :])
+    check_pad("input 0", pad, x.dtype)
+    return BucketCall(shape[0], (row, x.dtype), args, None, buckets.fit(length), length, Pads(buckets.dim, (pad,)))
 
 
 def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Any, ...], Any]:
@@ -79,7 +141,7 @@ def _dtype(dtype: Any) -> torch.dtype:
 
 def _unfit(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], dim: int) -> ShapeError:
     """Say which input has no rows, or not as many as the others."""
-    names = _input_names(args, kwargs)
+    names = [path.text for path in _inputs(args, kwargs)]
     sizes: dict[str, int] = {}
     for name, leaf in zip(names, leaves, strict=True):
         if isinstance(leaf, torch.Tensor):
@@ -112,43 +174,67 @@ def _unfit(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], dim
 
 
 class Compiled:
-    """The inputs that a model was compiled for; a call that differs is refused before any device work."""
+    """The inputs that a model was compiled for; a call that differs is refused before any device work.
 
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dim: int) -> None:
+    `lengths` says which of them have a length (None without buckets): those of the example decide it for all calls.
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], dim: int, buckets: Buckets | None = None) -> None:
         self._dim = dim
-        self._call = measure(args, kwargs, dim)
+        self._call = measure(args, kwargs, dim, buckets)
         self.rows = self._call.rows
         self.leaves = self._call.leaves or ()
-        self._names = _input_names(args, kwargs)
+        self._names = [path.text for path in _inputs(args, kwargs)]
+        pads = self._call.pads
+        self.lengths = None if pads is None else dict(zip(self._names, pads.values, strict=True))
 
     def check(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Raise `ShapeError` unless the call's inputs have the compiled structure, shapes and dtypes."""
-        if call.signature == self._call.signature:
+        """Raise `ShapeError` unless the call's inputs have the compiled structure, shapes and dtypes, of any length."""
+        if _base(call) == _base(self._call):
             return
-        names = _input_names(args, kwargs)
+        names = [path.text for path in _inputs(args, kwargs)]
         if sorted(names) != sorted(self._names):
             raise ShapeError(f"the model was compiled for {_listed(self._names)}; this call has {_listed(names)}")
         expected = dict(zip(self._names, self.leaves, strict=True))  # by name: dicts may come in another order
         for name, leaf in zip(names, call.leaves or (), strict=True):
-            ours = expected[name]
-            shape, wanted_shape, axis = tuple(leaf.shape), tuple(ours.shape), self._dim % ours.ndim
-            dtype, wanted = _dtype(leaf.dtype), _dtype(ours.dtype)
-            row = wanted_shape[:axis] + wanted_shape[axis + 1 :]
-            if len(shape) != len(wanted_shape) or shape[:axis] + shape[axis + 1 :] != row:
-                hint = f"; for one row without its batch dimension pass x.unsqueeze({axis})" if shape == row else ""
+            shape, wanted_shape, free = tuple(leaf.shape), tuple(expected[name].shape), self._free(name)
+            dtype, wanted = _dtype(leaf.dtype), _dtype(expected[name].dtype)
+            if _fixed(shape, free) != _fixed(wanted_shape, free):
+                axis = free[0]
+                unsqueezed = _fixed((*shape[:axis], 1, *shape[axis:]), free) == _fixed(wanted_shape, free)
+                hint = f"; for one row without its batch dimension pass x.unsqueeze({axis})" if unsqueezed else ""
                 raise ShapeError(
-                    f"{name} has shape {shape}; the model was compiled for {wanted_shape}, where only dim {axis} "
-                    f"may differ{hint}"
+                    f"{name} has shape {shape}; the model was compiled for {wanted_shape}, where only "
+                    f"{' and '.join(f'dim {at}' for at in free)} may differ{hint}"
                 )
             if dtype != wanted:
                 raise ShapeError(f"{name} has dtype {dtype}; the model was compiled for {wanted}: pass x.to({wanted})")
 
-    def example(self, rows: int | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The example inputs, their rows repeated and cut to `rows` (None: as they are). Worker thread."""
+    def _free(self, name: str) -> list[int]:
+        """The dims of an input that are any call's own: its rows, and its length if it has one."""
+        ndim = self.leaves[self._names.index(name)].ndim
+        pads = self._call.pads
+        at = [pads.dim % ndim] if pads is not None and self.lengths and self.lengths[name] is not None else []
+        return [self._dim % ndim, *at]
+
+    def example(self, rows: int | None, bucket: int = 0) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The example inputs, their rows repeated and cut to `rows` (None: as they are). Worker thread.
+
+        Those that have a length are padded or cut to `bucket` (0: as they are).
+        """
         have = self.rows
         times, rest = divmod(rows or have, have)
         chunks = [(self._call, 0, have)] * times + [(self._call, 0, rest)] * bool(rest)
-        return collate(chunks, [self.leaves] * len(chunks), self._call.template, rows or have, self._dim)
+        return collate(chunks, [self.leaves] * len(chunks), self._call.template, rows or have, self._dim, bucket)
+
+
+def _base(call: Call) -> Any:
+    """What a call's signature says beside its bucket."""
+    return call.signature[0] if call.bucket else call.signature  # type: ignore[index]
+
+
+def _fixed(shape: tuple[int, ...], free: Sequence[int]) -> list[int | None]:
+    return [None if dim in free else size for dim, size in enumerate(shape)]
 
 
 def _listed(names: list[str]) -> str:

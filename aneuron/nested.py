@@ -9,7 +9,7 @@ list as leaves. Hence the short walk below. Hugging Face's outputs are dicts.
 import copy
 import sys
 from collections import UserDict
-from collections.abc import Container, Hashable, Iterable, Iterator
+from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -109,15 +109,31 @@ def fill(template: Any, values: Iterator[Any]) -> Any:
     return twin
 
 
-def paths(value: Any, name: str) -> Iterator[str]:
-    """The names of a structure's tensors, in the order of the walk; for messages."""
+class Path(NamedTuple):
+    """Where a tensor stands: in words, and the indices, keys and attributes on the way to it."""
+
+    text: str
+    steps: tuple[Any, ...]
+
+
+def paths(value: Any, name: str, steps: tuple[Any, ...] = ()) -> Iterator[Path]:
+    """Where a structure's tensors stand, in the order of the walk; for messages, and to be named by users."""
     if isinstance(value, torch.Tensor) or is_array(value):
-        yield name
+        yield Path(name, steps)
     elif (opened := _open(value)) is not None:
+        names = getattr(value, "_fields", ()) if isinstance(value, tuple) else ()
         for index, child in opened.items:
-            yield from paths(child, f"{name}[{index!r}]")
+            step, text = (names[index], f".{names[index]}") if names else (index, f"[{index!r}]")
+            yield from paths(child, name + text, (*steps, step))
         for attribute, child in opened.attributes:
-            yield from paths(child, f"{name}.{attribute}")
+            yield from paths(child, f"{name}.{attribute}", (*steps, attribute))
+
+
+def named(key: str | int, where: Sequence[Path]) -> list[int]:
+    """The positions of the tensors that a key names: its position, a name on the way to it, or its whole path."""
+    if isinstance(key, int):
+        return [key] if key < len(where) else []
+    return [index for index, path in enumerate(where) if key == path.text or key in path.steps]
 
 
 def is_array(value: Any) -> bool:

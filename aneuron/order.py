@@ -15,10 +15,10 @@ tag served: it is owed nothing for the time that it was not there.
 
 import heapq
 from collections import deque
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Generic
 
-from aneuron.waiting import NEVER, C, Chunk, Terms
+from aneuron.waiting import ANYWHERE, C, Terms
 
 SMALL_STARTS = 3  # batches in a row that may start from the line of small calls while large ones wait
 
@@ -100,26 +100,6 @@ class Kind(Generic[C]):
         self.heaps: dict[tuple[float, bool], Heap] = {}  # by priority and line
 
 
-class Taken(Generic[C]):
-    """Rows on their way into a batch with room for `room` of them."""
-
-    __slots__ = ("chunks", "full", "horizon", "late", "limit", "pace", "parts", "room")
-
-    def __init__(self, room: int, limit: int, horizon: float, pace: float) -> None:
-        self.chunks: list[Chunk[C]] = []
-        self.parts: list[tuple[Flow[C], int, int, int]] = []  # a flow, its chunks from - to, its rows
-        self.late: list[C] = []  # calls that cannot meet their deadline
-        self.room = room
-        self.limit = limit
-        self.full = False  # no further row would fit
-        self.horizon = horizon  # when the batch will have ended
-        self.pace = pace  # seconds for each further batch of a call
-
-    def is_late(self, call: C) -> bool:
-        """Whether a call that has a deadline will miss it."""
-        return call.deadline < self.horizon + (call.rows - call.bound - 1) // self.limit * self.pace
-
-
 def first(heap: Heap, filling: bool = False) -> Any:
     """The flow whose turn it is in a line's heap, or (`filling`) in a kind's; its first call has rows."""
     while heap:
@@ -163,35 +143,62 @@ class Order(Generic[C]):
 
     # Calls in, calls out.
 
-    def push(self, call: C, limit: int) -> None:
-        """Queue a call; a batch of its kind may hold `limit` rows."""
-        rows = call.rows
+    def push(self, calls: Iterable[C], limit: Callable[[int], int]) -> None:
+        """Queue calls; a batch of a bucket may hold `limit(bucket)` rows. Those that have left again are skipped."""
+        flow: Flow[C] | None = None
+        signature: Hashable = None
+        terms: Terms | None = None
+        most = count = rows = 0  # of a run of calls that go into one flow
+        for call in calls:
+            if call.bound:
+                continue
+            if (
+                call.rows > most
+                or call.signature is not signature
+                or call.terms is not terms
+                or call.cut is not ANYWHERE
+                or flow is None
+            ):
+                if flow is not None:
+                    self._count(flow, count, rows)
+                signature, terms, count, rows = call.signature, call.terms, 0, 0
+                flow = self._flow(call, limit)
+                most = 0 if flow.line.large else flow.kind.limit
+            self._sequence = call.sequence = self._sequence + 1
+            flow.calls.append(call)
+            count += 1
+            rows += call.rows
+        if flow is not None:
+            self._count(flow, count, rows)
+
+    def _flow(self, call: C, limit: Callable[[int], int]) -> Flow[C]:
+        """The flow that a call goes into."""
         kind = self.kinds.get(call.signature)
         if kind is None:
-            kind = self.kinds[call.signature] = Kind(call.signature, call.bucket, limit)
-        large = rows > kind.limit
+            kind = self.kinds[call.signature] = Kind(call.signature, call.bucket, limit(call.bucket))
+        if call.cut.piece:
+            kind.anywhere = False
+        large = call.rows > kind.limit
         flow = kind.usual if call.terms is None and not large else kind.flows.get((call.terms or Terms(), large))
-        if flow is None:
-            flow = self._new_flow(kind, call.terms or Terms(), large)
-        self._sequence = call.sequence = self._sequence + 1
-        flow.calls.append(call)
-        flow.live += 1
+        return flow or self._new_flow(kind, call.terms or Terms(), large)
+
+    def _count(self, flow: Flow[C], calls: int, rows: int) -> None:
+        """Count calls that have come into a flow."""
         line, tenant = flow.line, flow.tenant
-        line.live += 1
         if not tenant.live:
             tenant.tag = line.time
-        tenant.live += 1
+        tenant.live += calls
+        flow.live += calls
+        line.live += calls
         if not (flow.listed and flow.filed):
             self._enter(flow)
         if flow.level.key is None:
             self._rekey(flow.level)
-        if call.cut.piece:
-            kind.anywhere = False
-        kind.rows += rows
+        flow.kind.rows += rows
         self.rows += rows
-        self.fresh += 1
-        self.live += 1
-        if large:
+        self.fresh += calls
+        self.live += calls
+        if line.large:
             self.large_rows += rows
 
     def _new_flow(self, kind: Kind[C], terms: Terms, large: bool) -> Flow[C]:
@@ -255,7 +262,9 @@ class Order(Generic[C]):
         if not flow.live:
             flow.calls.clear()
         elif len(flow.calls) > 2 * flow.live + 16:
-            flow.calls = deque(other for other in flow.calls if other.bound < other.rows)
+            live = [other for other in flow.calls if other.bound < other.rows]
+            flow.calls.clear()  # the deque stays: rows may be being taken from it
+            flow.calls.extend(live)
         if len(self._levels) > 1:
             self._rekey(flow.level)
 
@@ -312,48 +321,34 @@ class Order(Generic[C]):
 
     # Rows out.
 
-    def take(self, head: Flow[C], kinds: Sequence[Kind[C]], taken: Taken[C], one_piece: bool) -> None:
-        """Take rows of `kinds`, one kind after the other, for a batch that starts with `head`, the first one's.
-
-        `one_piece` of each call, where calls are in pieces, so that they spread over the idle lanes.
-        """
-        for kind in kinds:
-            for heap in self._heaps(head, kind):
-                if kind.anywhere:
-                    _take_rows(heap, taken)
-                else:
-                    _take_pieces(heap, taken, one_piece)
-                if taken.full:
-                    break
-        self._settle(head, taken)
-
-    def _heaps(self, head: Flow[C], kind: Kind[C]) -> Iterator[Heap]:
+    def heaps(self, head: Flow[C], kind: Kind[C]) -> Iterator[Heap]:
         """The heaps of a kind in the order in which they fill a batch that starts with `head`."""
+        lines = (head.line.large, not head.line.large)
         levels = [head.level]
         if len(self._levels) > 1:  # of the others those near the top: many levels must not cost much
             levels += [level for key, _, level in self._urgent[:16] if key == level.key and level is not head.level]
         for level in levels:
-            for large in (head.line.large, not head.line.large):
-                heap = kind.heaps.get((level.priority, large))
-                if heap:
+            for large in lines:
+                if heap := kind.heaps.get((level.priority, large)):
                     yield heap
 
-    def _settle(self, head: Flow[C], taken: Taken[C]) -> None:
-        """Count what has left."""
-        for call in taken.late:
-            self.discard(call)
-        if not taken.chunks:
-            return
-        for flow, begin, end, rows in taken.parts:
-            fresh = finished = 0
-            for call, start, stop in taken.chunks[begin:end]:
-                call.bound = stop
-                fresh += not start
-                finished += stop == call.rows
-            self._left(flow, rows, fresh, finished)
-        level, first = head.level, taken.chunks[0][0]
+    def taken(self, flow: Flow[C], rows: int, fresh: int, finished: int) -> None:
+        """Rows of a flow are bound: count them, and charge them to the tenant."""
+        self._left(flow, rows, fresh, finished)
+        self.charge(flow, rows)
+
+    def charge(self, flow: Flow[C], rows: float) -> None:
+        """Charge a tenant for rows."""
+        flow.tenant.tag = tag = flow.tenant.tag + rows
+        if tag > flow.line.time:
+            flow.line.time = tag
+
+    def started(self, head: Flow[C], first: C) -> None:
+        """A batch has started from `head` with rows of `first`."""
+        level = head.level
         if not head.line.large:
-            level.small_starts += level.lines[True].live > 0
+            if level.lines[1].live:
+                level.small_starts += 1
         else:
             level.small_starts = 0
             if first.bound < first.rows:  # to the end of the line: a large call gives one batch a turn
@@ -361,85 +356,8 @@ class Order(Generic[C]):
                 head.calls.remove(first)  # it is the first
                 head.calls.append(first)
         if len(self._levels) > 1:
-            for flow, _, _, _ in taken.parts:
-                self._rekey(flow.level)
-
-    def charge(self, taken: Taken[C], padding: int) -> None:
-        """Charge the rows that were added to fill a batch to the tenants in it."""
-        rows = sum(rows for _, _, _, rows in taken.parts)
-        for flow, _, _, own in taken.parts:
-            _charge(flow, padding * own / rows)
-
-
-def _charge(flow: Flow[C], rows: float) -> None:
-    flow.tenant.tag += rows
-    flow.line.time = max(flow.line.time, flow.tenant.tag)
-
-
-def _take_rows(heap: Heap, taken: Taken[C]) -> None:
-    """From calls that may be cut anywhere; tenants take turns."""
-    chunks = taken.chunks
-    while not taken.full and (flow := first(heap, filling=True)) is not None:
-        calls, tag, begin, room = flow.calls, flow.tenant.tag, len(chunks), taken.room
-        until = min(heap[1:3])[:2] if len(heap) > 1 else (NEVER, 0)  # then it is another tenant's turn
-        while calls and room:
-            call = calls[0]
-            start, stop = call.bound, call.rows
-            if start == stop:
-                calls.popleft()
-            elif call.deadline is not NEVER and taken.is_late(call):
-                taken.late.append(calls.popleft())
-            elif room < taken.room and (tag + taken.room - room, call.sequence) > until:
-                break
-            elif stop - start > room:  # it stays at the front
-                chunks.append((call, start, start + room))
-                room = 0
-            else:
-                calls.popleft()
-                chunks.append((call, start, stop))
-                room -= stop - start
-        if room < taken.room:
-            taken.parts.append((flow, begin, len(chunks), taken.room - room))
-            _charge(flow, taken.room - room)
-            taken.room = room
-            taken.full = not room
-
-
-def _take_pieces(heap: Heap, taken: Taken[C], one_piece: bool) -> None:
-    """Whole pieces, until the next one does not fit."""
-    chunks = taken.chunks
-    seen: set[int] = set()
-    while not taken.full and (flow := first(heap, filling=True)) is not None and id(flow) not in seen:
-        if one_piece:
-            seen.add(id(flow))
-        calls, tag, begin, rows = flow.calls, flow.tenant.tag, len(chunks), 0
-        until = min(heap[1:3])[:2] if len(heap) > 1 else (NEVER, 0)
-        kept: list[C] = []  # calls that have given their piece
-        while calls and not taken.full:
-            call = calls.popleft()
-            start, cut = call.bound, call.cut
-            if start == call.rows:
-                continue
-            if call.deadline is not NEVER and taken.is_late(call):
-                taken.late.append(call)
-                continue
-            if rows and (tag + rows, call.sequence) > until:
-                calls.appendleft(call)
-                break
-            room = taken.room if chunks else max(taken.room, cut.next(start, call.rows))
-            size = cut.take(start, call.rows, room, one_piece or not cut.shared)
-            if size:
-                chunks.append((call, start, start + size))
-                rows += size
-                taken.room -= size
-            taken.full = not size or taken.room <= 0 or not cut.shared
-            if start + size < call.rows:
-                kept.append(call)
-                taken.full = taken.full or not one_piece  # not even its next piece fits
-        calls.extendleft(reversed(kept))
-        if rows:
-            taken.parts.append((flow, begin, len(chunks), rows))
-            _charge(flow, rows)
+            for each in [level, *self._levels.values()][:16]:
+                self._rekey(each)
 
 
 def _keep(heap: Heap) -> bool:

@@ -4,16 +4,17 @@ Lives here: a call as data, collate and scatter, which run in worker threads. Mu
 decisions about who runs when.
 """
 
-import sys
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from aneuron.errors import OutputError
-from aneuron.nested import fill, walk
-from aneuron.waiting import ANYWHERE, NEVER, Chunk, Waiting
+from aneuron.lengths import Pads, padded
+from aneuron.nested import fill
+from aneuron.outputs import Carried, Output, checked, tensor
+from aneuron.waiting import Chunk, Waiting
 
 Guard = AbstractContextManager[Any]
 
@@ -21,27 +22,43 @@ Guard = AbstractContextManager[Any]
 class Call(Waiting):
     """One `await model(...)`: its inputs, and its result where that grows in parts."""
 
-    __slots__ = ("ended", "future", "leaves", "parts", "settled", "template", "timer", "trace")
+    __slots__ = ("future", "leaves", "settled")
 
-    # There may be one a row; what the lane sets on admission is only declared here.
-    future: Any  # the lane alone touches it, and the timer
-    ended: Callable[[], bool]
-    timer: Any  # that ends a call with a deadline
+    future: Any  # the lanes alone touch it; set on admission
+    template: Any = None  # (args, kwargs); None for a single tensor
+    parts: "Parts | None" = None
+    timer: Any = None  # that ends a call with a deadline
+    trace: Any = None  # where the lanes note how the call was run, if anybody asks
+
+    # Without buckets; see `BucketCall`.
+    length: int = 0
+    pads: Pads | None = None
 
     def __init__(self, rows: int, signature: Hashable, leaves: Sequence[Any], template: Any) -> None:
         self.rows = rows
-        self.signature = signature  # equal for calls that may share a batch
-        self.cut = ANYWHERE
-        self.bound = self.sequence = self.bucket = 0
-        self.terms = None
-        self.deadline = NEVER
-        self.leaves: Sequence[Any] | None = (
-            leaves  # tensors and NumPy arrays, in the order of the walk; None at the end
-        )
-        self.template = template  # (args, kwargs); None for a single tensor
-        self.parts: Parts | None = None
-        self.trace: Any = None  # where the lane notes how the call was run, if anybody asks
+        self.signature = signature
+        self.bound = self.sequence = 0
+        self.leaves: Sequence[Any] | None = leaves  # tensors and arrays, in the order of the walk; None at the end
         self.settled = False
+        if template is not None:
+            self.template = template
+
+
+class BucketCall(Call):
+    """A call to a model with buckets: `bucket` is the smallest that holds its `length`, `pads` what brings it there.
+
+    Its signature is `(base, bucket)`; the base is the same in all buckets.
+    """
+
+    __slots__ = ("bucket", "length", "pads")
+
+    def __init__(
+        self, rows: int, base: Hashable, leaves: Sequence[Any], template: Any, bucket: int, length: int, pads: Pads
+    ) -> None:
+        super().__init__(rows, (base, bucket), leaves, template)
+        self.bucket = bucket
+        self.length = length
+        self.pads = pads
 
 
 class Parts:
@@ -50,7 +67,7 @@ class Parts:
     Two workers may be here for one call: `guard` is held while they agree, not while rows are copied.
     """
 
-    def __init__(self, rows: int, output: "Output") -> None:
+    def __init__(self, rows: int, output: Output) -> None:
         self._rows = self._missing = rows
         self._dim = output.dim
         self._structure = output.structure
@@ -58,7 +75,7 @@ class Parts:
         self._whole: list[torch.Tensor] | None = None
         self.result: Any = None
 
-    def place(self, start: int, output: "Output", leaves: list[torch.Tensor], guard: Guard) -> None:
+    def place(self, start: int, output: Output, leaves: list[torch.Tensor], guard: Guard) -> None:
         """Copy output rows to their place in the result, from row `start` on."""
         with guard:
             if self._whole is None:
@@ -70,12 +87,12 @@ class Parts:
         for whole_leaf, leaf in zip(self._whole, leaves, strict=True):
             whole_leaf.narrow(self._dim, start, leaf.shape[self._dim]).copy_(leaf)
 
-    def append(self, start: int, output: "Output") -> None:
+    def append(self, start: int, output: Output) -> None:
         """Keep the output of a piece, whatever its size, for `join`."""
         self._check_structure(output)
         self._pieces[start] = [leaf.clone(memory_format=torch.contiguous_format) for leaf in output.leaves]
 
-    def join(self, output: "Output") -> None:
+    def join(self, output: Output) -> None:
         """Join the pieces along `dim`, as they came."""
         pieces = [piece for _, piece in sorted(self._pieces.items())]
         _check_alike(pieces, self._dim)
@@ -87,7 +104,7 @@ class Parts:
             self._missing -= rows
             return not self._missing
 
-    def _check_structure(self, output: "Output") -> None:
+    def _check_structure(self, output: Output) -> None:
         if output.structure != self._structure:
             raise OutputError(
                 "the model returned different structures for the parts of one call; they cannot be joined"
@@ -97,113 +114,75 @@ class Parts:
 Finished = tuple[Call, Any]  # a call and its result
 
 
+def gather(chunks: Sequence[Chunk[Call]]) -> tuple[list[Chunk[Call]], list[Sequence[Any]], Any]:
+    """The chunks whose callers are still there, their calls' tensors, and what these stand in."""
+    there, inputs, template = [], [], None
+    for chunk in chunks:
+        call = chunk[0]
+        own, leaves = call.template, call.leaves  # in this order: the loop lets go of the leaves first
+        if leaves is not None:
+            there.append(chunk)
+            inputs.append(leaves)
+            template = own
+    return there, inputs, template
+
+
 def collate(
-    chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], template: Any, size: int, dim: int
+    chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], template: Any, size: int, dim: int, bucket: int = 0
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The model's arguments for a batch: the chunks' rows one after the other, padded to `size` rows.
 
     `inputs` are the calls' tensors, `template` is what they stand in. Padding repeats the last row: zeros can be
-    outside the model's domain. The tensors are the batch's own, contiguous and aligned, whoever shares it: a row's
+    outside the model's domain. With `bucket`, inputs that have a length are padded to it (or cut, to see what a model
+    makes of a shorter one). The tensors are the batch's own, contiguous and aligned, whoever shares it: a row's
     result does not depend on how its neighbours lay in memory, and a model that writes to its input writes to no
     caller's.
     """
     joined = []
+    pads = chunks[0][0].pads if bucket else None
     for index in range(len(inputs[0])):
         pieces = []
         rows = 0
         for (call, start, stop), leaves in zip(chunks, inputs, strict=True):
-            rows += stop - start
+            own = stop - start
+            rows += own
             leaf = leaves[index]
-            if stop - start == call.rows and type(leaf) is torch.Tensor and leaf.is_contiguous():
+            if own == call.rows and type(leaf) is torch.Tensor:
                 pieces.append(leaf)
             else:
                 pieces.append(_piece(leaf, start, stop, dim))
+        if pads is not None and (value := pads.values[index]) is not None:
+            pieces = [padded(piece, pads.dim, bucket, value) for piece in pieces]
         if rows < size:
             last = pieces[-1]
             row = last if last.shape[dim] == 1 else last.narrow(dim, last.shape[dim] - 1, 1)
             pieces += [row] * (size - rows)
-        joined.append(torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].clone())
+        whole = torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].clone(memory_format=torch.contiguous_format)
+        joined.append(whole if whole.is_contiguous() else whole.contiguous())
     if template is None:
         return (joined[0],), {}
     return fill(template, iter(joined))  # type: ignore[no-any-return]
 
 
 def _piece(leaf: Any, start: int, stop: int, dim: int) -> torch.Tensor:
-    """Rows of a tensor or an array, as a plain and contiguous tensor."""
+    """Rows of a tensor or an array, as a plain tensor."""
     if not isinstance(leaf, torch.Tensor):
-        return _tensor(leaf[(slice(None),) * (dim % leaf.ndim) + (slice(start, stop),)]).contiguous()
+        return tensor(leaf[(slice(None),) * (dim % leaf.ndim) + (slice(start, stop),)])
     plain: torch.Tensor = leaf.as_subclass(torch.Tensor)  # or one caller's subclass would be its batch-mates' as well
-    return plain.narrow(dim, start, stop - start).contiguous()
+    return plain.narrow(dim, start, stop - start)
 
 
-def _tensor(array: Any) -> torch.Tensor:
-    """A tensor over an array's memory, or over a copy where torch cannot share it."""
-    numpy = sys.modules["numpy"]
-    aligned = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
-    shareable = aligned and array.flags.writeable and array.dtype.isnative
-    native = array if shareable else numpy.array(array, dtype=array.dtype.newbyteorder("="), order="C")
-    return torch.from_numpy(native)
-
-
-class Output:
-    """What the model returned for a batch, looked through: every tensor must have the batch's rows along `dim`.
-
-    `size` is the number of rows of the batch, None where any number will do. Raises `OutputError`.
-    """
-
-    def __init__(self, value: Any, size: int | None, dim: int) -> None:
-        self.value = value
-        self.dim = dim
-        self.leaves: list[torch.Tensor] = []
-        self.structure: list[Any] = []
-        constants: list[Any] = []
-        if type(value) is torch.Tensor:
-            self.leaves, self.structure = [value], [torch.Tensor]  # what the walk would find
-        else:
-            walk(value, self.leaves, self.structure, constants, by_name=True)
-        self.leaves = [_checked_output(leaf, size, dim) for leaf in self.leaves]
-        for constant in constants:
-            if constant is not None:
-                raise OutputError(
-                    f"the model returned a {type(constant).__name__} ({constant!r:.60}); only tensors with the batch's "
-                    "rows can be handed out to the calls that shared the batch: return tensors, and None where there "
-                    "is nothing"
-                )
-        if not self.leaves and size is not None:
-            raise OutputError("the model returned no tensor; every call needs its rows of at least one")
-
-
-def _checked_output(leaf: Any, size: int | None, dim: int) -> torch.Tensor:
-    """One tensor of an output, on the host."""
-    if not isinstance(leaf, torch.Tensor):
-        try:
-            leaf = _tensor(leaf)
-        except TypeError:
-            raise OutputError(
-                f"the model returned a NumPy array of dtype {leaf.dtype} (objects, one a row?), which cannot become a "
-                "tensor; return tensors"
-            ) from None
-    if leaf.layout is not torch.strided or leaf.is_nested or leaf.is_meta:
-        kind = leaf.layout if leaf.layout is not torch.strided else "nested" if leaf.is_nested else "meta"
-        raise OutputError(f"the model returned a {kind} tensor, which cannot be cut into rows; return a dense one")
-    if size is not None and (not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != size):
-        raise OutputError(
-            f"the model returned a tensor of shape {tuple(leaf.shape)} for a batch of {size} rows; every output tensor "
-            f"needs that many along dim {dim}, so that each call can be given its own (a value for the whole batch, or "
-            "a list with an object a row, needs disable_dynamic_batching())"
-        )
-    tensor: torch.Tensor = leaf if leaf.is_cpu else leaf.cpu()
-    return tensor
-
-
-def scatter(value: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, guard: Guard) -> list[Finished]:
+def scatter(
+    value: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, guard: Guard, cut: Carried | None = None
+) -> list[Finished]:
     """Hand the rows of a batch's output to its calls, each in storage of its own; the calls that are complete now.
 
-    Raises `OutputError` if the output does not have the batch's rows. Rows count as handed out when all of the batch
+    With `cut`, what has the length of the batch's bucket is cut back to each call's own. Raises `OutputError` if the
+    output does not have the batch's rows. Rows count as handed out when all of the batch
     are: if one call's cannot be, the batch will run again in parts.
     """
     if not chunks[0][0].cut.shared:
-        return _keep_piece(value, chunks[0], dim, guard)
+        return _keep_piece(value, chunks[0], dim, guard, cut)
     sizes, spread = [], []
     for chunk in chunks:
         call, start, stop = chunk
@@ -212,13 +191,13 @@ def scatter(value: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, guar
             spread.append(chunk)
     rows = sum(sizes)
     if type(value) is torch.Tensor and not spread:  # the short way, same results
-        leaf = _checked_output(value, size, dim)
-        copies = _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, False)
+        leaf = checked(value, size, dim)
+        copies = _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, False, *(cut or ()))
         return list(zip([call for call, _, _ in chunks], copies, strict=True))
     output = Output(value, size, dim)
     split = [
-        _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, bool(spread))
-        for leaf in output.leaves
+        _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, bool(spread), dims)
+        for leaf, dims in zip(output.leaves, cut or [()] * len(output.leaves), strict=True)
     ]
     finished: list[Finished] = []
     for (call, start, stop), *leaves in zip(chunks, *split, strict=True):
@@ -233,10 +212,12 @@ def scatter(value: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, guar
     return finished
 
 
-def _keep_piece(value: Any, chunk: Chunk[Call], dim: int, guard: Guard) -> list[Finished]:
+def _keep_piece(value: Any, chunk: Chunk[Call], dim: int, guard: Guard, cut: Carried | None) -> list[Finished]:
     """The same where batches are not shared: the output of a piece may have any number of rows."""
     call, start, stop = chunk
     output = Output(value, None, dim)
+    if cut:
+        output.leaves = [_cut(leaf, call, dims) for leaf, dims in zip(output.leaves, cut, strict=True)]
     parts = _parts(call, output, guard)
     parts.append(start, output)
     if not parts.count(stop - start, guard):
@@ -245,25 +226,42 @@ def _keep_piece(value: Any, chunk: Chunk[Call], dim: int, guard: Guard) -> list[
     return [(call, parts.result)]
 
 
-def _parts(call: Call, output: "Output", guard: Guard) -> Parts:
+def _parts(call: Call, output: Output, guard: Guard) -> Parts:
     with guard:
         call.parts = parts = call.parts or Parts(call.rows, output)
         return parts
 
 
 def _split(
-    leaf: torch.Tensor, chunks: Sequence[Chunk[Call]], sizes: list[int], dim: int, spread: bool
+    leaf: torch.Tensor,
+    chunks: Sequence[Chunk[Call]],
+    sizes: list[int],
+    dim: int,
+    spread: bool,
+    lengths: tuple[int, ...] = (),
 ) -> Sequence[torch.Tensor]:
-    """A leaf cut into chunks: copies for calls that are whole, views for those whose rows will be copied anyway."""
-    if not spread:
+    """A leaf cut into chunks: copies for calls that are whole, views for those whose rows will be copied anyway.
+
+    At the dims `lengths` it has the length, and is cut back to each call's own.
+    """
+    if not spread and not lengths:
         # One release of the GIL, and storage of its own for each.
         copies: Sequence[torch.Tensor] = torch.split_with_sizes_copy(leaf, sizes, dim)  # type: ignore[func-returns-value,assignment]
         return copies
-    views = torch.split(leaf, sizes, dim)
+    views: Sequence[torch.Tensor] = torch.split(leaf, sizes, dim)
+    if lengths:
+        views = [_cut(view, call, lengths) for view, (call, _, _) in zip(views, chunks, strict=True)]
     return [
         view.clone(memory_format=torch.contiguous_format) if stop - start == call.rows else view
         for view, (call, start, stop) in zip(views, chunks, strict=True)
     ]
+
+
+def _cut(leaf: torch.Tensor, call: Call, dims: tuple[int, ...]) -> torch.Tensor:
+    """A view of a leaf as long as the call was."""
+    for dim in dims:
+        leaf = leaf.narrow(dim, 0, call.length) if call.bucket and leaf.shape[dim] != call.length else leaf
+    return leaf
 
 
 def _room(part: torch.Tensor, rows: int, dim: int) -> torch.Tensor:

@@ -14,7 +14,8 @@ from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol
 
-from aneuron.order import Flow, Kind, Order, Taken, first
+from aneuron.batches import Batch, Filling
+from aneuron.order import Flow, Kind, Order, first
 from aneuron.waiting import ANYWHERE, C, Chunk, Cut
 
 COMPANY = 1.5  # rows that must be expected during a learned hold to make it worth while
@@ -61,19 +62,6 @@ class Sizes(Protocol):
         """Note what an execution took."""
 
 
-@dataclass(slots=True, eq=False)
-class Batch(Generic[C]):
-    """What one core executes at once: `rows` rows in `chunks`, and why it was not made larger."""
-
-    chunks: list[Chunk[C]]
-    rows: int
-    because: str  # "full" | "core_idle" | "delay" | "signature" | "drain" | "rerun"
-    size: int | None = None  # rows to execute, as compiled; None = as many as there are
-    bucket: int = 0
-    expected: float = 0.0  # seconds that it will take, as far as is known
-    due: float = 0.0  # when it should have ended
-
-
 Estimate = Callable[[int, int, int], float]  # seconds that a lane takes for a shape, (rows, bucket); 0 = unknown
 
 
@@ -90,6 +78,7 @@ class Scheduler(Generic[C]):
         self.draining = False
         self.late: list[C] = []  # calls dropped because they cannot meet their deadline; whoever binds ends them
         self.slack = 0.0  # seconds to allow for beyond what was estimated, when deadlines are judged
+        self.timed = rules.max_delay is None  # whether service times are asked for: there are deadlines, or leads
         self.due: float | None = None  # when to ask again, if nothing else happens before
         self._order: Order[C] = Order()
         self._sizes = sizes or {}
@@ -160,11 +149,12 @@ class Scheduler(Generic[C]):
     def _lanes(self) -> Iterator[int]:
         return (lane for lane, slots in enumerate(self._slots) if slots)
 
-    def admit(self, call: C) -> None:
-        """Queue a call."""
-        self._order.push(call, self._limit(call.bucket))
+    def admit(self, *calls: C) -> None:
+        """Queue calls."""
+        self._order.push(calls, self._limit)
         if self.rules.max_delay != 0.0:
-            self._note(call)
+            for call in calls:
+                self._note(call)
 
     def discard(self, call: C) -> None:
         """Take a call's waiting rows out of the queue; does nothing if none waits."""
@@ -192,15 +182,16 @@ class Scheduler(Generic[C]):
         self._slots = list(slots)
         self._lead = list(leads) if leads is not None else [None] * len(slots)
         self.staging = any(lead is not None for lead in self._lead)
+        self.timed = self.timed or self.staging
         self._in_flight += [0] * more
         self._ends += [0.0] * more
         lanes = (*self._idle, *range(len(slots)))
         self._idle = {lane: None for lane in lanes if slots[lane] and not self._in_flight[lane]}
 
-    def lead(self, lane: int, seconds: float | None) -> None:
+    def lead(self, lane: int, seconds: float) -> None:
         """Change a lane's lead."""
         self._lead[lane] = seconds
-        self.staging = self.staging or seconds is not None
+        self.staging = self.timed = True
 
     def release(self, lane: int, now: float) -> None:
         """Lane `lane` has a batch less in flight."""
@@ -290,24 +281,34 @@ class Scheduler(Generic[C]):
     def _take(self, head: Flow[C], kind: Kind[C], lane: int, busy: bool, now: float) -> Batch[C] | None:
         """A batch that starts with `head`; None if all its calls were late."""
         sizes = self._sizes.get(kind.bucket)
-        size = sizes.pick(min(kind.rows, kind.limit)) if sizes is not None and kind.anywhere else kind.limit
-        expected = self._estimate(lane, self._shape(kind.bucket, min(kind.rows, size)), kind.bucket)
+        size = kind.limit if sizes is None or not kind.anywhere else sizes.pick(min(kind.rows, kind.limit))
+        expected = horizon = 0.0
+        if self.timed:
+            expected = self._estimate(lane, self._shape(kind.bucket, min(kind.rows, size)), kind.bucket)
+            horizon = max(now, self._ends[lane]) + expected + self.slack
         pace = expected / max(1, self.rules.cores)
-        taken: Taken[C] = Taken(size, kind.limit, max(now, self._ends[lane]) + expected + self.slack, pace)
-        kinds = (kind,) if busy or sizes is None else (kind, *self._shorter_kinds(kind))
-        self._order.take(head, kinds, taken, one_piece=not busy and len(self._idle) > 1)
-        self.late += taken.late
-        if not taken.chunks:
+        filling = Filling(self._order, size, kind.limit, horizon, pace, one_piece=not busy and len(self._idle) > 1)
+        filling.take(head, kind)
+        if kind.bucket and not filling.full and not busy:
+            for shorter in self._shorter_kinds(kind):
+                filling.take(head, shorter)
+        if filling.late:
+            self.late += filling.late
+        chunks = filling.chunks
+        if not chunks:
             return None
-        rows = sum(own for _, _, _, own in taken.parts)
-        if sizes is not None:
-            size = self._shape(kind.bucket, rows)
-            if rows < size and self._order.rows:
-                self._order.charge(taken, size - rows)
-        if kind.rows < kind.limit:
+        self._order.started(head, chunks[0][0])
+        rows = size - filling.room
+        if sizes is None:
+            compiled = None
+        else:
+            compiled = sizes.fit(rows)
+            if rows < compiled and self._order.rows:
+                filling.charge(compiled - rows, rows)
+        if self._full and kind.rows < kind.limit:
             self._full.pop(kind.signature, None)
-        because = "full" if taken.full else self._reason(taken.chunks[0][0], kind, now)
-        return Batch(taken.chunks, rows, because, size if sizes is not None else None, kind.bucket, expected)
+        because = "full" if filling.full else self._reason(chunks[0][0], kind, now)
+        return Batch(chunks, rows, because, compiled, kind.bucket, expected)
 
     def _reason(self, first: C, kind: Kind[C], now: float) -> str:
         """Why a batch that is not full starts."""

@@ -44,9 +44,9 @@ class CoreStatistics:
 
     `id` counts within the cores that this process sees, `global_id` within the machine's. `batches` counts
     executions, re-runs included; `rows` are callers' rows, `padded_rows` those added to fill the compiled size.
-    `service_seconds` is the median of the last executions, None before the first; `services` has it for each shape,
-    (rows, bucket): rows as compiled or, where any number will do, rounded up to a power of two; bucket 0 without
-    buckets. The warm-up counts there.
+    `services` has the median seconds of the last executions of each shape, (rows, bucket), `service_seconds` that of
+    the shape executed last, None before the first. Rows as compiled or, where any number will do, rounded up to a
+    power of two; bucket 0 without buckets. The warm-up counts there.
     """
 
     id: int
@@ -145,9 +145,15 @@ class Tally:
 
     def add_all(self, values: list[float]) -> None:
         """Count several."""
+        if not values:
+            return
         bounds, counts = self._bounds, self._counts
-        for value in values:
-            counts[bisect_left(bounds, value)] += 1
+        low, high = bisect_left(bounds, min(values)), bisect_left(bounds, max(values))
+        if low == high:  # mostly, for those of a batch
+            counts[low] += len(values)
+        else:
+            for value in values:
+                counts[bisect_left(bounds, value)] += 1
         self._sum += sum(values)
 
     def snapshot(self) -> Histogram:
@@ -187,15 +193,16 @@ class CoreCounters:
         self.batches = self.rows = self.padded_rows = self.errors = 0
         self.busy_seconds = 0.0
         self.services: dict[tuple[int, int], Recent] = {}  # seconds, by shape
-        self._recent = Recent()
+        self._last = (0, 0)  # the shape that was executed last
 
-    def executed(self, rows: int, padded: int, seconds: float) -> None:
+    def executed(self, rows: int, padded: int, seconds: float, shape: tuple[int, int]) -> None:
         """Count one execution of `rows` rows of callers."""
         self.batches += 1
         self.rows += rows
         self.padded_rows += padded
         self.busy_seconds += seconds
-        self._recent.add(seconds)
+        self._last = shape
+        self.learn(shape, seconds)
 
     def learn(self, shape: tuple[int, int], seconds: float) -> None:
         """Note what an execution of that shape, (rows, bucket), took."""
@@ -214,7 +221,7 @@ class CoreCounters:
         services = {key: recent.median for key, recent in list(self.services.items())}  # exporters are other threads
         return CoreStatistics(
             self.core_id, self.core_id, self.state, self.in_flight, self.batches, self.rows, self.padded_rows,
-            self.busy_seconds, self._recent.median if self.batches else None, MappingProxyType(services), self.errors,
+            self.busy_seconds, services[self._last] if self.batches else None, MappingProxyType(services), self.errors,
         )  # fmt: skip
 
 

@@ -54,28 +54,25 @@ NEVER = float("inf")
 
 
 class Waiting:
-    """A call as the scheduler sees it. `bound` of its `rows` belong to a batch already, or will never."""
+    """A call as the scheduler sees it. `bound` of its `rows` belong to a batch already, or never will.
 
-    __slots__ = ("admitted", "bound", "bucket", "cut", "deadline", "rows", "sequence", "signature", "terms")
+    There may be one a row: what is as usual is a class attribute, and costs a call nothing.
+    """
 
-    def __init__(
-        self,
-        rows: int,
-        signature: Hashable,
-        cut: Cut = ANYWHERE,
-        terms: Terms | None = None,
-        admitted: float = 0.0,
-        deadline: float = NEVER,
-        bucket: int = 0,
-    ) -> None:
+    __slots__ = ("__dict__", "admitted", "bound", "rows", "sequence", "signature")
+
+    cut: Cut = ANYWHERE
+    terms: Terms | None = None  # None: the usual ones
+    deadline: float = NEVER
+    bucket: int = 0
+
+    def __init__(self, rows: int, signature: Hashable, cut: Cut = ANYWHERE, admitted: float = 0.0) -> None:
         self.rows = rows
         self.signature = signature  # equal for calls that may share a batch
-        self.cut = cut
-        self.terms = terms  # None: the usual ones
         self.admitted = admitted
-        self.deadline = deadline
-        self.bucket = bucket
         self.bound = self.sequence = 0
+        if cut is not ANYWHERE:
+            self.cut = cut
 
 
 C = TypeVar("C", bound=Waiting)

@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -20,9 +21,10 @@ import torch
 
 from aneuron import rows
 from aneuron.backends import Backend, Core, Fault
+from aneuron.batches import Batch
 from aneuron.measure import Compiled
+from aneuron.outputs import Carried, Output, Unpad
 from aneuron.rows import Call, Finished
-from aneuron.scheduler import Batch
 from aneuron.waiting import Chunk
 
 logger = logging.getLogger("aneuron")
@@ -65,6 +67,17 @@ class Staged(Protocol):
 Take = Callable[["Execution | None"], "Execution | None"]  # the one that has ended, to the one that comes next
 
 
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What all executions of a run of a model have in common."""
+
+    backend: Backend
+    dim: int
+    unpad: Unpad | None  # what of the outputs is to be cut back to each call's length
+    guard: AbstractContextManager[Any]  # held while two workers agree about one call
+    post: "Callable[[Execution], None]"  # to the loop
+
+
 class Execution:
     """One batch on its way through a core: `prepare`, `begin`, `execute`, `finish`, in this order, on one thread.
 
@@ -72,27 +85,17 @@ class Execution:
     """
 
     __slots__ = (
-        "_collating", "backend", "batch", "begun", "chunks", "core", "dim", "ended", "error", "failed", "fault",
-        "finished", "guard", "lane", "output", "post", "posted", "prepared", "rows", "size", "staged", "started",
+        "_again", "_collating", "_cut", "batch", "begun", "chunks", "common", "core", "ended", "error", "failed",
+        "fault", "finished", "lane", "other", "output", "posted", "prepared", "rows", "size", "staged", "started",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        batch: Batch[Call],
-        size: int | None,
-        dim: int,
-        backend: Backend,
-        core: Core,
-        lane: int,
-        guard: AbstractContextManager[Any],
-        post: "Callable[[Execution], None]",
-    ) -> None:
+    def __init__(self, batch: Batch[Call], size: int | None, core: Core, lane: int, common: Common) -> None:
         self.batch = batch
         self.chunks: Sequence[Chunk[Call]] = batch.chunks
         self.rows = batch.rows  # that callers sent
         self.size = size  # rows to pad to; None = as many as there are
-        self.dim = dim
-        self.backend, self.core, self.lane, self.guard, self.post = backend, core, lane, guard, post
+        self.core, self.lane, self.common = core, lane, common
+        self.other: tuple[Core, int] | None = None  # another bucket's, where it must be learnt what has the length
         self.prepared: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.output: Any = None
         self.begun = self.failed = False
@@ -100,7 +103,9 @@ class Execution:
         self.started = self.ended = self.posted = self._collating = 0.0
         self.error: BaseException | None = None
         self.fault = Fault.INPUT
-        self.finished: list[Finished] = []
+        self.finished: Sequence[Finished] = ()
+        self._cut: Carried | None = None
+        self._again: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]] | None = None  # collate for that bucket
 
     @property
     def copying(self) -> float:
@@ -112,28 +117,27 @@ class Execution:
         if self.prepared is not None:  # by a lane that another has taken it over from
             return
         begin = clock()
-        chunks, inputs, templates, count = [], [], [], 0
-        for chunk in self.chunks:
-            call, start, stop = chunk
-            template, leaves = call.template, call.leaves  # in this order: the loop lets go of the leaves first
-            if leaves is not None and not call.ended():
-                chunks.append(chunk)
-                inputs.append(leaves)
-                templates.append(template)
-                count += stop - start
-        self.chunks, self.rows = chunks, count
-        if chunks:
-            try:
-                self.prepared = rows.collate(chunks, inputs, templates[0], self.size or count, self.dim)
-            except BaseException as error:
-                self._fail(error)
+        try:
+            self.prepared = self._collate()
+        except BaseException as error:
+            self._fail(error)
         self._collating = clock() - begin
+
+    def _collate(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.chunks, inputs, template = rows.gather(self.chunks)
+        if not inputs:
+            return None
+        self.rows = count = sum([stop - start for _, start, stop in self.chunks])
+        collate = partial(rows.collate, self.chunks, inputs, template, self.size or count, self.common.dim)
+        if self.common.unpad is not None:
+            self._again = collate
+        return collate(self.batch.bucket)
 
     def begin(self, clock: Callable[[], float]) -> bool:
         """With the core's turn in hand: whether there is still something to execute."""
         if self.prepared is not None:
             for call, _, _ in self.chunks:
-                if call.ended():
+                if call.settled:
                     self.prepared = None
                     self.prepare(clock)
                     break
@@ -148,42 +152,57 @@ class Execution:
         self.prepared = None
         try:
             self.output = self.core.execute(args, kwargs)
+            if self.common.unpad is not None and self.batch.bucket:
+                self._cut = self._carried(self.common.unpad)
         except BaseException as error:
             self._fail(error)
+        self._again = None
         self.ended = clock()
+
+    def _carried(self, unpad: Unpad) -> Carried:
+        """What of the output is to be cut back; if nobody knows, one more run in another bucket tells."""
+        dim, bucket = self.common.dim, self.batch.bucket
+        size = self.size or self.rows
+        output = Output(self.output, size, dim)
+        carried = unpad.known(output, bucket)
+        if carried is not None:
+            return carried
+        if self.other is None:
+            return unpad.learn(output, bucket)
+        core, other = self.other
+        assert self._again is not None
+        args, kwargs = self._again(other)
+        return unpad.learn(output, bucket, Output(core.execute(args, kwargs), size, dim), other)
 
     def finish(self, clock: Callable[[], float]) -> None:
         """Give each call its rows, and post the outcome to the loop."""
         if self.error is None and self.begun:
             try:
-                size = self.size or self.rows
-                self.finished = rows.scatter(self.output, self.chunks, size, self.dim, self.guard)
+                size, common = self.size or self.rows, self.common
+                self.finished = rows.scatter(self.output, self.chunks, size, common.dim, common.guard, self._cut)
             except BaseException as error:
                 self._fail(error)
         self.output = None
         self.posted = clock()
-        self.post(self)
+        self.common.post(self)
 
     def _fail(self, error: BaseException) -> None:
         self.error, self.failed = error, True  # the loop takes the error away, in time
         try:
-            self.fault = self.backend.classify(error) if self.begun else Fault.INPUT
+            self.fault = self.common.backend.classify(error) if self.begun else Fault.INPUT
         except BaseException:
-            logger.exception("the %s backend could not classify an error", self.backend.name)
+            logger.exception("the %s backend could not classify an error", self.common.backend.name)
 
 
-def warm_up(core: Core, compiled: Compiled, size: int | None, bucket: int, dim: int, packing: bool) -> float:
-    """Run the example twice, padded to `size` rows (throughput climbs over the first runs, and a fault of a compiled
-    model can show in the second), and see whether the output can be handed out. Seconds that the second run took.
+def warm_up(core: Core, compiled: Compiled, size: int | None, bucket: int) -> tuple[Any, float]:
+    """Run the example twice, padded to `size` rows and to `bucket`: throughput climbs over the first runs, and a fault
+    of a compiled model can show in the second. The output, and the seconds that the second run took.
     """
-    args, kwargs = compiled.example(size)
+    args, kwargs = compiled.example(size, bucket)
     core.execute(args, kwargs)
     begin = time.monotonic()
     output = core.execute(args, kwargs)
-    seconds = time.monotonic() - begin
-    if packing:
-        rows.Output(output, size or compiled.rows, dim)
-    return seconds
+    return output, time.monotonic() - begin
 
 
 class Workers(Executor):
@@ -198,6 +217,8 @@ class Workers(Executor):
     def __init__(self, name: str) -> None:
         self._name = name
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._take: Take | None = None
+        self._job: Callable[[], None] | None = None
         self._threads: list[threading.Thread] = []
         self._lock = threading.Lock()
         self._alive = 0
@@ -220,7 +241,9 @@ class Workers(Executor):
 
     def wake(self, take: Take) -> None:
         """Have a thread take executions until there is none; each posts itself back."""
-        self._inbox.put(partial(self._serve, take))
+        if take is not self._take:
+            self._take, self._job = take, partial(self._serve, take)
+        self._inbox.put(self._job)
 
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run a function in one of the threads."""

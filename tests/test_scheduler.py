@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aneuron.batches import Batch
 from aneuron.buckets import Cover
-from aneuron.scheduler import Batch, Rules, Scheduler, spread
+from aneuron.scheduler import Rules, Scheduler, spread
 from aneuron.waiting import Cut, Waiting
 
 AT_ONCE = float("inf")  # lanes that execute may be given their next batch at any time

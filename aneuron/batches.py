@@ -1,0 +1,136 @@
+"""Forming a batch: taking rows from the waiting calls until it is full.
+
+Must not be here: who goes first (order.py), when and for which lane (scheduler.py), tensors (rows.py).
+"""
+
+from dataclasses import dataclass
+from typing import Generic
+
+from aneuron.order import Flow, Heap, Kind, Order, first
+from aneuron.waiting import NEVER, C, Chunk
+
+
+@dataclass(slots=True, eq=False)
+class Batch(Generic[C]):
+    """What one core executes at once: `rows` rows in `chunks`, and why it was not made larger."""
+
+    chunks: list[Chunk[C]]
+    rows: int
+    because: str  # "full" | "core_idle" | "delay" | "signature" | "drain" | "rerun"
+    size: int | None = None  # rows to execute, as compiled; None = as many as there are
+    bucket: int = 0
+    expected: float = 0.0  # seconds that it will take, as far as is known
+    due: float = 0.0  # when it should have ended
+
+
+class Filling(Generic[C]):
+    """A batch that is being filled: room for `room` rows more."""
+
+    __slots__ = ("_order", "chunks", "full", "horizon", "late", "limit", "one_piece", "pace", "room", "shares")
+
+    def __init__(self, order: Order[C], room: int, limit: int, horizon: float, pace: float, one_piece: bool) -> None:
+        self._order = order
+        self.chunks: list[Chunk[C]] = []
+        self.shares: list[tuple[Flow[C], int]] = []  # rows of each flow
+        self.late: list[C] = []  # calls that were dropped because they cannot meet their deadline
+        self.full = False  # no further row would fit
+        self.room = room
+        self.limit = limit
+        self.horizon = horizon  # when the batch will have ended
+        self.pace = pace  # seconds for each further batch of a call
+        self.one_piece = one_piece  # of each call, where calls are in pieces, so that they spread over the idle lanes
+
+    def take(self, head: Flow[C], kind: Kind[C]) -> None:
+        """Take rows of a kind, in fair order."""
+        for heap in self._order.heaps(head, kind):
+            if kind.anywhere:
+                self._take_rows(heap)
+            else:
+                self._take_pieces(heap)
+            if self.full:
+                return
+
+    def charge(self, padding: int, rows: int) -> None:
+        """Charge the rows that were added to fill the batch to the tenants in it."""
+        for flow, own in self.shares:
+            self._order.charge(flow, padding * own / rows)
+
+    def _is_late(self, call: C) -> bool:
+        """Drop a call that has a deadline and will miss it."""
+        if call.deadline >= self.horizon + (call.rows - call.bound - 1) // self.limit * self.pace:
+            return False
+        self._order.discard(call)
+        self.late.append(call)
+        return True
+
+    def _take_rows(self, heap: Heap) -> None:
+        """From calls that may be cut anywhere; tenants take turns."""
+        append, room = self.chunks.append, self.room
+        while room and (flow := first(heap, filling=True)) is not None:
+            calls, tag, had = flow.calls, flow.tenant.tag, room
+            until = min(heap[1:3])[:2] if len(heap) > 1 else None  # then it is another tenant's turn
+            fresh = finished = 0
+            while calls and room:
+                call = calls[0]
+                start, stop = call.bound, call.rows
+                if start == stop:
+                    calls.popleft()
+                    continue
+                if call.deadline is not NEVER and self._is_late(call):
+                    continue  # to skip it
+                if until is not None and room < had and (tag + had - room, call.sequence) > until:
+                    break
+                if stop - start > room:
+                    stop = start + room  # and it stays at the front
+                else:
+                    calls.popleft()
+                    finished += 1
+                if not start:
+                    fresh += 1
+                append((call, start, stop))
+                call.bound = stop
+                room -= stop - start
+            if room < had:
+                self._order.taken(flow, had - room, fresh, finished)
+                self.shares.append((flow, had - room))
+        self.room, self.full = room, not room
+
+    def _take_pieces(self, heap: Heap) -> None:
+        """Whole pieces, until the next one does not fit."""
+        seen: set[int] = set()
+        while not self.full and (flow := first(heap, filling=True)) is not None and id(flow) not in seen:
+            if self.one_piece:
+                seen.add(id(flow))
+            calls, tag = flow.calls, flow.tenant.tag
+            until = min(heap[1:3])[:2] if len(heap) > 1 else (NEVER, 0)
+            rows = fresh = finished = 0
+            kept: list[C] = []  # calls that have given their piece
+            while calls and not self.full:
+                call = calls[0]
+                start, cut = call.bound, call.cut
+                if start == call.rows:
+                    calls.popleft()
+                    continue
+                if call.deadline is not NEVER and self._is_late(call):
+                    continue
+                if rows and (tag + rows, call.sequence) > until:
+                    break
+                calls.popleft()
+                room = self.room if self.chunks else max(self.room, cut.next(start, call.rows))
+                size = cut.take(start, call.rows, room, self.one_piece or not cut.shared)
+                if size:
+                    self.chunks.append((call, start, start + size))
+                    call.bound = start + size
+                    rows += size
+                    self.room -= size
+                    fresh += not start
+                self.full = not size or self.room <= 0 or not cut.shared
+                if call.bound < call.rows:
+                    kept.append(call)
+                    self.full = self.full or not self.one_piece  # not even its next piece fits
+                else:
+                    finished += 1
+            calls.extendleft(reversed(kept))
+            if rows:
+                self._order.taken(flow, rows, fresh, finished)
+                self.shares.append((flow, rows))

@@ -1,0 +1,188 @@
+"""What the model returned, looked through: its tensors, and which of them carry the length of the batch's bucket.
+
+Lives here: what is wrong with an output, and learning from two where the length stands. Must not be here: handing out
+rows and cutting them (rows.py), which bucket fits (buckets.py).
+"""
+
+import sys
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+
+from aneuron.buckets import Buckets
+from aneuron.errors import OutputError
+from aneuron.nested import named, paths, walk
+
+Carried = tuple[tuple[int, ...], ...]  # for each tensor of an output the dims where the length stands: none, mostly one
+
+
+class Output:
+    """What the model returned for a batch, looked through: every tensor must have the batch's rows along `dim`.
+
+    `size` is the number of rows of the batch, None where any number will do. Raises `OutputError`.
+    """
+
+    def __init__(self, value: Any, size: int | None, dim: int) -> None:
+        self.value = value
+        self.dim = dim
+        self.leaves: list[torch.Tensor] = []
+        self.structure: list[Any] = []
+        constants: list[Any] = []
+        if type(value) is torch.Tensor:
+            self.leaves, self.structure = [value], [torch.Tensor]  # what the walk would find
+        else:
+            walk(value, self.leaves, self.structure, constants, by_name=True)
+        self.leaves = [checked(leaf, size, dim) for leaf in self.leaves]
+        for constant in constants:
+            if constant is not None:
+                raise OutputError(
+                    f"the model returned a {type(constant).__name__} ({constant!r:.60}); only tensors with the batch's "
+                    "rows can be handed out to the calls that shared the batch: return tensors, and None where there "
+                    "is nothing"
+                )
+        if not self.leaves and size is not None:
+            raise OutputError("the model returned no tensor; every call needs its rows of at least one")
+
+
+def checked(leaf: Any, size: int | None, dim: int) -> torch.Tensor:
+    """One tensor of an output, on the host."""
+    if not isinstance(leaf, torch.Tensor):
+        try:
+            leaf = tensor(leaf)
+        except TypeError:
+            raise OutputError(
+                f"the model returned a NumPy array of dtype {leaf.dtype} (objects, one a row?), which cannot become a "
+                "tensor; return tensors"
+            ) from None
+    if leaf.layout is not torch.strided or leaf.is_nested or leaf.is_meta:
+        kind = leaf.layout if leaf.layout is not torch.strided else "nested" if leaf.is_nested else "meta"
+        raise OutputError(f"the model returned a {kind} tensor, which cannot be cut into rows; return a dense one")
+    if size is not None and (not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != size):
+        raise OutputError(
+            f"the model returned a tensor of shape {tuple(leaf.shape)} for a batch of {size} rows; every output tensor "
+            f"needs that many along dim {dim}, so that each call can be given its own (a value for the whole batch, or "
+            "a list with an object a row, needs disable_dynamic_batching())"
+        )
+    host: torch.Tensor = leaf if leaf.is_cpu else leaf.cpu()
+    return host
+
+
+def tensor(array: Any) -> torch.Tensor:
+    """A tensor over an array's memory, or over a copy where torch cannot share it."""
+    numpy = sys.modules["numpy"]
+    aligned = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
+    shareable = aligned and array.flags.writeable and array.dtype.isnative
+    native = array if shareable else numpy.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(native)
+
+
+NAME_THEM = (
+    "name the outputs to cut back to each call's own length with Buckets(unpad=[...]), or say with unpad=False that "
+    "all are to be handed out as they come"
+)
+
+
+def carriers(one: Output, bucket_one: int, other: Output, bucket_other: int) -> Carried:
+    """Which tensors of an output carry the length, and where, from the outputs of equal rows in two buckets.
+
+    Those dims whose sizes are the two buckets. Raises `OutputError` if anything else differs: what is twice as long as
+    the bucket, or shorter by two, cannot be cut by a rule that holds for all models.
+    """
+    if one.structure != other.structure:
+        raise OutputError(
+            f"the model returned different structures for buckets {bucket_one} and {bucket_other}, so it cannot be "
+            f"learnt which outputs carry the length; {NAME_THEM}"
+        )
+    carried = []
+    for path, ours, theirs in zip(paths(one.value, "output"), one.leaves, other.leaves, strict=True):
+        sizes = list(zip(ours.shape, theirs.shape, strict=False))
+        dims = tuple(dim for dim, (size, size_other) in enumerate(sizes) if size != size_other)
+        if ours.ndim != theirs.ndim or any(sizes[dim] != (bucket_one, bucket_other) for dim in dims):
+            raise OutputError(
+                f"{path.text} has shape {tuple(ours.shape)} in bucket {bucket_one} and {tuple(theirs.shape)} in bucket "
+                f"{bucket_other}: it depends on the bucket, but is not as long; {NAME_THEM}"
+            )
+        carried.append(dims)
+    return tuple(carried)
+
+
+class Unpad:
+    """Which outputs of a model carry the length: as the user said, or as learnt, once for each structure of output.
+
+    Any thread may ask and learn: two that learn at the same time learn the same.
+    """
+
+    def __init__(self, buckets: Buckets) -> None:
+        self._buckets = buckets
+        self._carried: dict[Hashable, Carried] = {}
+
+    def known(self, output: Output, bucket: int) -> Carried | None:
+        """What to cut from an output of this bucket, None if that is to be learnt yet.
+
+        Raises `OutputError` if the output is not as long as the bucket where it should be, or if `unpad=` names an
+        output that is not there.
+        """
+        key = _key(output)
+        carried = self._carried.get(key)
+        if carried is None:
+            if self._buckets.unpad is None:
+                return None
+            carried = self._carried[key] = self._said(output)
+        for index, (leaf, dims) in enumerate(zip(output.leaves, carried, strict=True)):
+            if any(leaf.shape[dim] != bucket for dim in dims):
+                raise OutputError(
+                    f"{list(paths(output.value, 'output'))[index].text} has shape {tuple(leaf.shape)} in bucket "
+                    f"{bucket}, but was to carry the length along dim {', '.join(map(str, dims))}; {NAME_THEM}"
+                )
+        return carried
+
+    def learn(self, one: Output, bucket_one: int, other: Output | None = None, bucket_other: int = 0) -> Carried:
+        """Learn from the outputs of equal rows in two buckets, or from one where there is only one.
+
+        One will do if no size in it is the bucket's: then nothing carries the length. Raises `OutputError` where it
+        cannot be decided.
+        """
+        if other is not None:
+            carried = carriers(one, bucket_one, other, bucket_other)
+        else:
+            carried = ((),) * len(one.leaves)
+            for path, leaf in zip(paths(one.value, "output"), one.leaves, strict=True):
+                if bucket_one in (size for dim, size in enumerate(leaf.shape) if dim != one.dim % leaf.ndim):
+                    raise OutputError(
+                        f"{path.text} has shape {tuple(leaf.shape)} in the only bucket, {bucket_one}: whether that is "
+                        f"the length or an equal number cannot be known; {NAME_THEM}"
+                    )
+        self._carried[_key(one)] = carried
+        return carried
+
+    def _said(self, output: Output) -> Carried:
+        """What the user said, for an output."""
+        unpad = self._buckets.unpad or ()
+        where = list(paths(output.value, "output"))
+        carried: list[tuple[int, ...]] = [()] * len(where)
+        for key in unpad:
+            found = named(key, where)
+            dims = unpad[key] if isinstance(unpad, Mapping) else self._buckets.dim
+            if not found:
+                there = ", ".join(f"{index}: {path.text}" for index, path in enumerate(where))
+                raise OutputError(f"unpad={unpad!r}: the model returned no {key!r}; there are {there}")
+            for index in found:
+                carried[index] = self._checked_dims(output, where[index].text, output.leaves[index], dims)
+        return tuple(carried)
+
+    def _checked_dims(
+        self, output: Output, name: str, leaf: torch.Tensor, dims: int | tuple[int, ...]
+    ) -> tuple[int, ...]:
+        wanted = dims if isinstance(dims, tuple) else (dims,)
+        for dim in wanted:
+            if not -leaf.ndim <= dim < leaf.ndim or (dim - output.dim) % leaf.ndim == 0:
+                raise OutputError(
+                    f"unpad={self._buckets.unpad!r}: {name} has shape {tuple(leaf.shape)} and no length along dim "
+                    f"{dim}; a mapping says where it stands: unpad={{name: dim}}"
+                )
+        return tuple(dim % leaf.ndim for dim in wanted)
+
+
+def _key(output: Output) -> Hashable:
+    return (tuple(output.structure), *(leaf.ndim for leaf in output.leaves))
