@@ -6,6 +6,7 @@ This is the front door; what is not exported here may move.
 from aneuron.backends import Backend, Core, Fault
 from aneuron.backends.cpu import CpuBackend
 from aneuron.backends.simulated import SimulatedBackend
+from aneuron.buckets import Buckets
 from aneuron.errors import (
     AneuronError,
     Closed,
@@ -23,6 +24,7 @@ __all__ = [
     "AneuronError",
     "AsyncDataParallel",
     "Backend",
+    "Buckets",
     "Closed",
     "Core",
     "CoreFailed",

@@ -13,6 +13,7 @@ from typing import Any
 from aneuron.backends import Backend, Core
 from aneuron.batches import Batch
 from aneuron.measure import Compiled
+from aneuron.models import Shape
 from aneuron.outputs import Output, Unpad
 from aneuron.rows import Call
 from aneuron.scheduler import rounded
@@ -23,8 +24,6 @@ logger = logging.getLogger("aneuron")
 
 COPYING_PAYS = 0.0002  # seconds of copying a batch from which on a lane has a second thread
 TICK = 0.001  # seconds: event loops' timers are no finer
-
-Shape = tuple[int | None, int]  # rows (None = any number) and bucket (0 = none) of an execution
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,6 @@ Lives here: the arguments and what they mean, starting and closing. Must not be 
 
 import asyncio
 import inspect
-import os
 import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from math import isfinite
@@ -14,16 +13,16 @@ from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
 
-import torch
-
 from aneuron.backends import Backend, choose_backend, choose_cores, parse_device_ids
-from aneuron.buckets import Cover
+from aneuron.buckets import Buckets, Cover
 from aneuron.errors import Closed, ShapeError
 from aneuron.lane import Load
 from aneuron.lanes import Lanes
 from aneuron.measure import Compiled, measure
+from aneuron.models import Models
+from aneuron.outputs import Unpad
 from aneuron.rows import Call
-from aneuron.scheduler import Rules, Sizes
+from aneuron.scheduler import Rules
 from aneuron.stats import Counters, Statistics, Timing, Trace
 from aneuron.waiting import Cut, Terms
 
@@ -58,7 +57,9 @@ class AsyncDataParallel:
     Parameters (the first four as in `torch_neuronx.DataParallel`,
     https://awsdocs-neuron.readthedocs-hosted.com/en/latest/frameworks/torch/torch-neuronx/api-reference-guide/inference/api-torch-neuronx-data-parallel.html):
 
-    model: an `nn.Module`, a `ScriptModule`, a callable, or the path of a TorchScript file.
+    model: an `nn.Module`, a `ScriptModule`, a callable, or the path of a TorchScript file. Or a mapping from batch
+        sizes to such models, `{1: net1, 8: net8}`, or from batch sizes and buckets, `{(8, 64): net}`: rows run on the
+        set of executions that takes the least time, as measured. Excludes `batch_size`.
     device_ids: ints or "nc:#", zero-based in the cores that this process sees; None for all of them.
     dim: the batch dimension. Dynamic batching works for 0 only.
     set_dynamic_batching: whether inputs are cut, packed and padded to the compiled rows. When off, a call's inputs are
@@ -74,6 +75,8 @@ class AsyncDataParallel:
     max_pending: rows that may wait before calls are refused with `QueueFull`; None: no bound.
     max_delay: seconds that a batch which is not full may be held back for company, from its oldest row on, and only
         while another core works. None: one core's share of the service time, where so many rows come that it pays.
+    buckets: the lengths that the model was compiled for, see `Buckets`; calls of any length are padded to the smallest
+        that fits, and their outputs cut back.
 
     Raises, from the call: `ShapeError` for inputs that do not fit, `QueueFull`, `Closed`, `CoreFailed`, `OutputError`
     for outputs that cannot be handed out, `RuntimeError` when used from a second event loop, and whatever the model
@@ -111,24 +114,31 @@ class AsyncDataParallel:
         split_size: int | None = None,
         max_pending: int | None = None,
         max_delay: float | None = 0.0,
+        buckets: Buckets | None = None,
     ) -> None:
         self._lanes: Lanes | None = None
         self._starting: _Start | None = None
         self._closed = False
         self._closings = 0  # how often it has been
-        self._model = _checked_model(model)
         self._ids = parse_device_ids(device_ids)
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise ValueError(f"dim={dim!r}: expected an int, the dimension that counts rows")
         self._dim = dim
         self._backend = choose_backend(backend)
-        self._batch_size = _count("batch_size", batch_size)
+        if buckets is not None and not isinstance(buckets, Buckets):
+            raise TypeError(f"buckets={buckets!r}: expected aneuron.Buckets(dim=..., sizes=(...), pad=...), or None")
+        self._buckets = buckets
+        self._models = Models(model, _count("batch_size", batch_size), dim, buckets)
         self._max_pending = _count("max_pending", max_pending)
         self._max_delay = None if max_delay is None else seconds("max_delay", max_delay)
         self._num_workers = _count("num_workers", num_workers)
         self._split_size = _count("split_size", split_size)
         self._packing = bool(set_dynamic_batching) and dim == 0
-        self._example, self._compiled = self._read_example(example_inputs)
+        self._example = self._read_example(example_inputs)
+        self._compiled = self._example if self._models.compiled else None
+        self._lengths = self._example.lengths if self._example is not None else None
+        self._checked: Hashable = None  # the signature of the last call that was found to fit
+        self._sizes: dict[int, Cover] = {}  # of this run of the model, which learns them
         self._counters = Counters()
         if dim != 0 and set_dynamic_batching and self._asked_for_batching:
             warnings.warn(
@@ -137,20 +147,18 @@ class AsyncDataParallel:
                 stacklevel=2,
             )
 
-    def _read_example(self, example_inputs: Any) -> tuple[Compiled | None, Compiled | None]:
-        """What to warm up with, and what calls are held to."""
+    def _read_example(self, example_inputs: Any) -> Compiled | None:
+        """What to warm up with; it also says how many rows a compiled graph takes."""
         if example_inputs is None:
-            return None, None
+            return None
         kwargs: dict[str, Any] = example_inputs if type(example_inputs) is dict else {}
         args: tuple[Any, ...] = example_inputs if type(example_inputs) is tuple else (example_inputs,) * (not kwargs)
         try:
-            example = Compiled(args, kwargs, self._dim)
+            example = Compiled(args, kwargs, self._dim, self._buckets)
         except ShapeError as error:
             raise ShapeError(f"example_inputs: {error}") from None
-        traced = isinstance(self._model, (torch.jit.ScriptModule, torch.jit.ScriptFunction, str, os.PathLike))
-        if traced and self._batch_size is None:
-            self._batch_size = example.rows
-        return example, example if traced or self._batch_size is not None else None
+        self._models.take_size(example.rows)
+        return example
 
     # Calls.
 
@@ -197,16 +205,20 @@ class AsyncDataParallel:
         timeout: float | None = None,
         trace: Trace | None = None,
     ) -> Any:
-        call = measure(inputs, kwargs, self._dim)
-        if self._compiled is not None:
+        call = measure(inputs, kwargs, self._dim, self._buckets, self._lengths)
+        if self._compiled is not None and call.signature is not self._checked:
             self._compiled.check(call, inputs, kwargs)
+            self._checked = call.signature
         lanes = self._lanes
         if lanes is None or lanes.thread != get_ident() or not lanes.loop.is_running():
             lanes = await self._started()
         rules = lanes.rules
         if rules.batch_size is None or rules.split_size is not None or not rules.packing:
             call.cut = self._cut(call, rules)
-        call.terms, call.trace = terms, trace
+        if terms is not None:
+            call.terms = terms
+        if trace is not None:
+            call.trace = trace
         future = lanes.admit(call, timeout)
         try:
             return await future
@@ -217,10 +229,11 @@ class AsyncDataParallel:
 
     def _cut(self, call: Call, rules: Rules) -> Cut:
         """How a call will be cut, where that is not anywhere."""
-        cut = rules.cut(call.rows)
+        compiled = self._sizes[call.bucket].limit if self._sizes else self._models.batch_size
+        cut = rules.cut(call.rows, compiled)
         if rules.packing and rules.split_size is None:
             return cut
-        pieces, compiled = cut.count(call.rows), self._batch_size
+        pieces = cut.count(call.rows)
         if not rules.packing:
             due = call.rows if rules.split_size else rules.cores * (compiled or 0)
             if compiled is not None and (cut.piece != compiled or call.rows % compiled or call.rows != due):
@@ -344,17 +357,17 @@ class AsyncDataParallel:
             ids = choose_cores(self._backend, self._ids)
             rules = Rules(
                 cores=len(ids),
-                batch_size=self._batch_size,
+                batch_size=self._models.batch_size,
                 preferred=getattr(self._backend, "preferred_rows", 32),
                 split_size=self._split_size,
                 packing=self._packing,
                 max_pending=self._max_pending,
                 max_delay=self._max_delay,
             )
-            size = self._batch_size if self._dim == 0 else None
-            sizes: dict[int, Sizes] = {0: Cover([size])} if size else {}
-            load = Load({(size, 0): self._model}, self._dim, self._example, self._packing)
-            lanes = Lanes(self._backend, ids, rules, load, sizes, self._counters)
+            unpad = Unpad(self._buckets) if self._buckets is not None else None
+            load = Load(self._models.by_shape(self._dim), self._dim, self._example, self._packing, unpad)
+            self._sizes = self._models.sizes(self._dim)
+            lanes = Lanes(self._backend, ids, rules, load, self._sizes, self._counters)
             await lanes.start(self._num_workers or 2 * len(ids))
             lanes.change(split_size=self._split_size, packing=self._packing)  # as set while it loaded
             lanes.resize(self._num_workers or 2 * len(ids))
@@ -415,7 +428,7 @@ class AsyncDataParallel:
 
     def __repr__(self) -> str:
         state = "ready" if self.ready else "closed" if self._closed else "starting" if self._starting else "not started"
-        return f"<AsyncDataParallel {state}, {self._backend!r}, batch_size={self._batch_size}>"
+        return f"<AsyncDataParallel {state}, {self._backend!r}, batch_size={self._models.batch_size}>"
 
 
 class View:
@@ -465,18 +478,6 @@ def seconds(name: str, value: float) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or value < 0:
         raise ValueError(f"{name}={value!r}: expected seconds, 0 or more and finite")
     return float(value)
-
-
-def _checked_model(model: Model) -> Model:
-    if not callable(model) and not isinstance(model, (str, os.PathLike)):
-        raise TypeError(f"model={model!r:.80}: expected a module, a callable, or the path of a TorchScript file")
-    if isinstance(model, torch.nn.Module) and model.training:
-        warnings.warn(
-            "the model is in training mode: dropout would be active, and batch statistics would mix callers; "
-            "call model.eval() first",
-            stacklevel=3,
-        )
-    return model
 
 
 __all__: Sequence[str] = ["AsyncDataParallel"]

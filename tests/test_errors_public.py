@@ -39,9 +39,9 @@ ERRORS = {
 
 # Design § 13: a file may import those above it.
 ORDER = [
-    "errors", "waiting", "order", "batches", "scheduler", "health", "buckets", "nested", "lengths", "outputs", "rows", "measure",
-    "stats", "backends", "backends.cpu", "backends.simulated", "backends.neuron", "backends.cuda", "workers", "lane",
-    "lanes", "parallel", "bulk", "testing", "web", "cli",
+    "errors", "waiting", "order", "batches", "scheduler", "health", "buckets", "nested", "lengths", "outputs", "rows",
+    "measure", "models", "stats", "backends", "backends.cpu", "backends.simulated", "backends.neuron", "backends.cuda",
+    "workers", "lane", "lanes", "parallel", "bulk", "testing", "web", "cli",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.

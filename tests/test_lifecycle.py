@@ -276,7 +276,8 @@ async def test_the_chosen_cores_are_used_and_no_others():
         await asyncio.gather(*(model(torch.ones(1, 4)) for _ in range(20)))
         stats = model.statistics()
     assert [core.id for core in stats.cores] == [5, 2]
-    assert all(core.rows == 10 for core in stats.cores)
+    assert sum(core.rows for core in stats.cores) == 20
+    assert all(core.rows for core in stats.cores)
 
 
 def test_waiting_for_what_cannot_happen_is_an_error_in_virtual_time():

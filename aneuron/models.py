@@ -1,0 +1,111 @@
+"""What the user gave as the model: one for everything, or one for each compiled shape.
+
+Lives here: checks that need no device, and what is to be loaded for which shape. Must not be here: loading (lane.py),
+which shape runs (buckets.py, scheduler.py).
+"""
+
+import os
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from aneuron.buckets import Buckets, Cover
+
+Shape = tuple[int | None, int]  # rows (None = any number) and bucket (0 = none) of an execution
+
+
+def check_model(model: Any) -> None:
+    """Raise for what cannot be a model; warn of one in training mode."""
+    if not callable(model) and not isinstance(model, (str, os.PathLike)):
+        raise TypeError(
+            f"model={model!r:.80}: expected a module, a callable, the path of a TorchScript file, or a mapping "
+            "from batch sizes, or (batch size, bucket), to these"
+        )
+    if isinstance(model, torch.nn.Module) and model.training:
+        warnings.warn(
+            "the model is in training mode: dropout would be active, and batch statistics would mix callers; "
+            "call model.eval() first",
+            stacklevel=4,
+        )
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether a model is a compiled graph, with the shapes of its example."""
+    return isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction, str, os.PathLike))
+
+
+class Models:
+    """The models by shape. `batch_size` is the largest number of rows, None where any number will do."""
+
+    def __init__(self, given: Any, batch_size: int | None, dim: int, buckets: Buckets | None) -> None:
+        self.batch_size = batch_size
+        self._given = given
+        self._lengths: tuple[int, ...] = tuple(buckets.sizes) if buckets is not None else (0,)
+        self._by_size = isinstance(given, Mapping)
+        if buckets is not None and buckets.dim == dim:
+            raise ValueError(
+                f"buckets.dim={buckets.dim} is the batch dimension (dim={dim}); the length stands in another"
+            )
+        if self._by_size:
+            if batch_size is not None:
+                raise ValueError(f"batch_size={batch_size}: the keys of the models say the batch sizes; leave it out")
+            if dim != 0:
+                raise ValueError(f"dim={dim}: models for several batch sizes need dynamic batching, which needs dim=0")
+            self._given = _by_shape(given, buckets)
+            self.batch_size = max(size for size, _ in self._given)
+        for model in self._given.values() if self._by_size else (given,):
+            check_model(model)
+
+    @property
+    def compiled(self) -> bool:
+        """Whether calls are held to the example's shapes."""
+        return self.batch_size is not None or is_compiled(self._given)
+
+    def take_size(self, rows: int) -> None:
+        """A compiled graph without a batch size has that of its example."""
+        if self.batch_size is None and is_compiled(self._given):
+            self.batch_size = rows
+
+    def by_shape(self, dim: int) -> dict[Shape, Any]:
+        """What to load for each shape."""
+        if self._by_size:
+            return dict(self._given)
+        return {(self.batch_size if dim == 0 else None, bucket): self._given for bucket in self._lengths}
+
+    def sizes(self, dim: int) -> dict[int, Cover]:
+        """The compiled batch sizes of each bucket; none where any number of rows will do."""
+        by_bucket: dict[int, list[int]] = {}
+        for size, bucket in self.by_shape(dim):
+            if size is not None:
+                by_bucket.setdefault(bucket, []).append(size)
+        return {bucket: Cover(sizes) for bucket, sizes in by_bucket.items()}
+
+
+def _by_shape(given: Mapping[Any, Any], buckets: Buckets | None) -> dict[tuple[int, int], Any]:
+    """The models by batch size and bucket, checked."""
+    rule = "expected {8: model}, a model for each batch size, or {(8, 64): model}, one for each batch size and bucket"
+    if not given:
+        raise ValueError(f"model={{}}: no model; {rule}")
+    with_bucket = [isinstance(key, tuple) for key in given]
+    for key in given:
+        numbers = key if isinstance(key, tuple) else (key,)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers) or len(numbers) > 2:
+            raise ValueError(
+                f"model={{{key!r}: ...}}: {key!r} is neither a batch size nor (batch size, bucket); {rule}"
+            )
+    if any(with_bucket) != all(with_bucket):
+        raise ValueError(f"the models' keys {list(given)} are of two kinds; {rule}")
+    if not with_bucket[0]:
+        lengths = buckets.sizes if buckets is not None else (0,)
+        return {(size, length): model for size, model in sorted(given.items()) for length in lengths}
+    lengths = sorted({length for _, length in given})
+    if buckets is None:
+        raise ValueError(f"models for buckets {lengths} need buckets=Buckets(dim=..., sizes={tuple(lengths)})")
+    if lengths != list(buckets.sizes):
+        raise ValueError(
+            f"there are models for buckets {lengths}, and buckets={list(buckets.sizes)}: they must be the same; "
+            "compile the missing ones, or leave out what is too much"
+        )
+    return dict(sorted(given.items()))
