@@ -38,8 +38,8 @@ ERRORS = {
 # Design § 13: a file may import those above it.
 ORDER = [
     "errors", "scheduler", "health", "buckets", "nested", "rows", "measure", "stats", "backends", "backends.cpu",
-    "backends.simulated", "backends.neuron", "backends.cuda", "workers", "lane", "parallel", "bulk", "testing", "web",
-    "cli",
+    "backends.simulated", "backends.neuron", "backends.cuda", "workers", "sources", "bulk", "lane", "parallel",
+    "testing", "web", "cli",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.
