@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from aneuron.backends import Backend, choose_backend, choose_cores, parse_device_ids
 from aneuron.buckets import Buckets, Cover
+from aneuron.bulk import Map
 from aneuron.errors import Closed, ShapeError
 from aneuron.lane import Load
 from aneuron.lanes import Lanes
@@ -456,6 +457,13 @@ class View:
     async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
         """The same, and how the call was run."""
         return await self._model._timed(inputs, kwargs, self._terms, self._timeout)
+
+    def map(
+        self, source: Any, *, ordered: bool = True, limit: int | None = None, return_exceptions: bool = False
+    ) -> Map[Any]:
+        """Run the model on each element of a source; see `AsyncDataParallel.map`. The timeout is each element's."""
+        limit = self._model._outstanding() if limit is None else limit
+        return Map(self, source, ordered=ordered, limit=limit, return_exceptions=return_exceptions)
 
     def __repr__(self) -> str:
         priority, tenant = self._terms or Terms()
