@@ -102,16 +102,16 @@ async def take_turn(
     async def caller(index: int, rows: int) -> list[float]:
         nonlocal waiting
         x = torch.full((rows, FEATURES), float(index)) + torch.rand(rows, FEATURES)
-        answers, ends = Checked(x), []
+        answers, times = Checked(x), [clock()]
         while running:
             answers.add(await call(x))
-            ends.append(clock())
-            if len(ends) == 1:
+            times.append(clock())
+            if len(times) == 2:
                 waiting -= 1
                 if not waiting:
                     all_served.set()
         answers.compare()
-        return ends
+        return times
 
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(caller(*one)) for one in enumerate(callers)]
@@ -128,18 +128,13 @@ def _summary(
 ) -> Turn:
     """The rate is the slope of calls over time: with results in bursts of 32, a plain count is 1 % off at the edges."""
     begin, end = span
-    seen = sorted(at for own in times for at in own if begin < at <= end)
+    seen = sorted(at for own in times for at in own[1:] if begin < at <= end)
     if len(seen) < 2:  # too short a look: take all that there is
         begin, end = 0.0, float("inf")
-        seen = sorted(at for own in times for at in own)
+        seen = sorted(at for own in times for at in own[1:])
     smallest = min(callers)
-    latencies = [
-        b - a
-        for rows, own in zip(callers, times, strict=True)
-        if rows == smallest
-        for a, b in pairwise(own)
-        if begin < b <= end
-    ]
+    calls = [pair for rows, own in zip(callers, times, strict=True) if rows == smallest for pair in pairwise(own)]
+    latencies = [b - a for a, b in calls if begin < b <= end] or [b - a for a, b in calls]
     slope = linear_regression(seen, range(len(seen))).slope if len(seen) > 1 else float("nan")
     return Turn(slope, cpu / max(1, len(seen)), latencies, done / (span[1] - span[0]))
 

@@ -45,7 +45,7 @@ def quick(benchmarks, monkeypatch):
     for module in (benchmarks.timing, benchmarks.arrivals, benchmarks.loadgen):
         monkeypatch.setattr(module, "sleep_length", lambda seconds: seconds)
     monkeypatch.setattr(benchmarks.loops, "LARGE", 24)
-    return benchmarks.timing.Effort(0.004, 1, 1)
+    return benchmarks.timing.Effort(0.003, 1, 1)
 
 
 # The whole of it.
