@@ -61,7 +61,7 @@ async def many(effort: Effort, say: Say) -> list[Row]:
     limit, whose speed drifts, it is looked at before each repetition, which has a schedule of its own.
     """
     cores, service = 24, 0.002
-    longer = effort.longer(8)
+    longer = effort.longer(8, least=0.1)
     once = Effort(longer.seconds, 1, 1)
     parts: list[Seen] = []
     async with started(yardsticks(), cores, service, 1) as contenders:
@@ -115,7 +115,7 @@ async def _overloaded(contender: Contender, schedule: list[float]) -> Turn:
     _give_back()
     watching = asyncio.create_task(watch())
     try:
-        turn = await Replay(contender.call, schedule, (aneuron.QueueFull,)).run(patience=2 * schedule[-1])
+        turn = await Replay(contender.call, schedule, (aneuron.QueueFull,)).run(patience=5.0 + 2 * schedule[-1])
     finally:
         watching.cancel()
     turn.more["grown"] = max(grown, default=float("nan"))
