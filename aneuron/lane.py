@@ -117,7 +117,7 @@ class Lane:
         """Twice the time to prepare a batch."""
         return 2 * self._copying.median + TICK
 
-    def copied(self, seconds: float) -> bool:
+    def copied(self, seconds: float, now: float) -> bool:
         """Note what the rows of a batch took to collate and scatter; whether `lead` has changed.
 
         With small rows the handing over of the interpreter between two threads costs more than it saves. Several slow
@@ -127,7 +127,7 @@ class Lane:
             self._slow_copies = 0
             return False
         self._slow_copies += 1
-        self._copying.add(seconds)
+        self._copying.add(seconds, now)
         if self._slow_copies == 8:
             with suppress(RuntimeError):  # no more threads to be had: then the one does both
                 self.workers.grow(2)

@@ -380,10 +380,10 @@ class Lanes:
         self._posted = False  # before the queue is emptied: what is posted from here on posts again
         now = self.clock()
         try:
+            if self._done:
+                self._counters.loop_lag_seconds.add(now - self._done[0].posted)  # of those that wait, the longest
             while self._done:
-                execution = self._done.popleft()
-                self._counters.loop_lag_seconds.add(now - execution.posted)
-                self._settle(execution, now)
+                self._settle(self._done.popleft(), now)
         except Exception as error:
             self._crash(error)
         if not self._scheduler.has_work:
@@ -413,13 +413,12 @@ class Lanes:
         if batch.size is not None and len(self._load.models) > 1:
             with self._lock:
                 self._sizes[batch.bucket].learn(batch.size, service)
-        if lane.copied(execution.copying):
+        if lane.copied(execution.copying, now):
             self._scheduler.lead(lane.index, lane.lead)
         counters.drained(rows, now)
         counters.device_seconds.add(ended - started)
         if batch.expected:
-            self._late_by.add(now - batch.due)
-            self._late_by.at = now
+            self._late_by.add(now - batch.due, now)
             self._scheduler.slack = max(0.0, self._late_by.high)
         if batch.because != "rerun":
             counters.closed_because[batch.because] += 1

@@ -3,7 +3,7 @@
 Lives here: numbers. Must not be here: who counts when (the lanes do, on the loop), exporters, a clock.
 """
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -164,26 +164,41 @@ class Tally:
 
 
 class Recent:
-    """The last observations: their median, and what few of them exceed (`high`)."""
+    """The last 31 observations: their median, and what few of them exceed (`high`). Sorted when somebody asks."""
 
-    __slots__ = ("_ring", "_sorted", "at", "high", "median")
+    __slots__ = ("_high", "_median", "_ring", "_sorted", "at")
 
     def __init__(self) -> None:
-        self._ring: deque[float] = deque()
-        self._sorted: list[float] = []
-        self.median = self.high = self.at = 0.0  # at: when the last one came, if anybody says
+        self._ring: deque[float] = deque(maxlen=31)
+        self._sorted = False
+        self._median = self._high = 0.0
+        self.at = 0.0  # when the last one came
 
-    def add(self, value: float) -> None:
-        """Count one observation; the one before the last 31 is forgotten."""
-        ring, ordered = self._ring, self._sorted
-        ring.append(value)
-        insort(ordered, value)
-        count = len(ring)
-        if count > 31:
-            del ordered[bisect_left(ordered, ring.popleft())]
-            count = 31
-        self.median = ordered[count // 2]
-        self.high = ordered[-1 - max(count > 3, count // 16)]  # one in sixteen exceeds it, and the worst never counts
+    def add(self, value: float, at: float) -> None:
+        """Count one observation."""
+        self._ring.append(value)
+        self._sorted = False
+        self.at = at
+
+    @property
+    def median(self) -> float:
+        """The one in the middle; 0 before the first."""
+        self._sort()
+        return self._median
+
+    @property
+    def high(self) -> float:
+        """One in sixteen exceeds it, and the worst never counts."""
+        self._sort()
+        return self._high
+
+    def _sort(self) -> None:
+        if not self._sorted and self._ring:
+            self._sorted = True
+            ordered = sorted(self._ring)
+            count = len(ordered)
+            self._median = ordered[count // 2]
+            self._high = ordered[-1 - max(count > 3, count // 16)]
 
 
 class CoreCounters:
@@ -213,8 +228,7 @@ class CoreCounters:
         recent = self.services.get(shape)
         if recent is None:
             recent = self.services[shape] = Recent()
-        recent.add(seconds)
-        recent.at = now
+        recent.add(seconds, now)
 
     def service(self, shape: tuple[int, int], now: float) -> float:
         """Seconds that an execution of that shape takes; 0 if none was seen lately.
