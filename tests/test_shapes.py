@@ -127,6 +127,8 @@ def scenario(test):
         ({-8: encode}, "-8 is neither"),
         ({"8": encode}, "'8' is neither"),
         ({8.0: encode}, "8.0 is neither"),
+        ({(): encode}, r"\(\) is neither"),
+        ({(8,): encode}, r"\(8,\) is neither"),
         ({(8, 4, 2): encode}, r"\(8, 4, 2\) is neither"),
         ({(8, True): encode}, r"\(8, True\) is neither"),
         ({(8, 0): encode}, r"\(8, 0\) is neither"),
