@@ -41,14 +41,19 @@ class Filling(Generic[C]):
         self.one_piece = one_piece  # of each call, where calls are in pieces, so that they spread over the idle lanes
 
     def take(self, head: Flow[C], kind: Kind[C]) -> None:
-        """Take rows of a kind, in fair order."""
-        for heap in self._order.heaps(head, kind):
-            if kind.anywhere:
-                self._take_rows(heap)
-            else:
-                self._take_pieces(heap)
-            if self.full:
-                return
+        """Take rows of a kind, in fair order, for a batch that starts with `head`."""
+        if kind is head.kind:
+            self._take(head.heap, kind)
+        if not self.full:
+            for heap in self._order.heaps(head, kind):
+                if heap is not head.heap and not self.full:
+                    self._take(heap, kind)
+
+    def _take(self, heap: Heap, kind: Kind[C]) -> None:
+        if kind.anywhere:
+            self._take_rows(heap)
+        else:
+            self._take_pieces(heap)
 
     def charge(self, padding: int, rows: int) -> None:
         """Charge the rows that were added to fill the batch to the tenants in it."""

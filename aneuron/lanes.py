@@ -254,23 +254,37 @@ class Lanes:
     def _dispatch(self) -> None:
         """Queue what has come, and wake the lanes that can begin with it."""
         self._scheduled = False
-        woken: list[Lane] = []
         try:
             with self._lock:
-                self._flush()
                 now = self.clock()
-                while not self._stopped and (bound := self._scheduler.bind(now)) is not None:
-                    lane = self._lanes[bound[0]]
-                    lane.queue.put_nowait(bound[1])
-                    woken.append(lane)
+                woken = self._bind(now)
                 due = self._scheduler.due
             for lane in woken:
                 lane.workers.wake(lane.take)
             if due is not None and not self._stopped:
                 self._dispatch_at(due, now)
-            self._end_late()
+            if self._scheduler.late:
+                self._end_late()
         except Exception as error:
             self._crash(error)
+
+    def _bind(self, now: float) -> list[Lane]:
+        """With the lock: bind what can begin; the lanes that have to be woken for it."""
+        woken: list[Lane] = []
+        if self._stopped:
+            return woken
+        bound = self._scheduler.bind_at_once(self._arrivals, now) if self._arrivals else None
+        if bound is not None:
+            self._arrivals = []
+        else:
+            self._flush()
+            bound = self._scheduler.bind(now)
+        while bound is not None:
+            index, batch = bound
+            self._lanes[index].queue.put_nowait(batch)
+            woken.append(self._lanes[index])
+            bound = self._scheduler.bind(now)
+        return woken
 
     def _flush(self) -> None:
         """With the lock: let the scheduler have the calls of this iteration."""
@@ -311,13 +325,9 @@ class Lanes:
     def _next(self, lane: Lane, now: float) -> Execution | None:
         """With the lock: from the lane's queue, or from the scheduler, or from a lane that is late."""
         staged = bool(lane.in_flight)
-        if not lane.queue.empty():
-            batch = lane.queue.get_nowait()
-        else:
-            pulled = self._scheduler.pull(lane.index, now)
-            if pulled is None:
-                return None if staged else self._take_over(lane, now)
-            batch = pulled
+        batch = lane.queue.get_nowait() if not lane.queue.empty() else self._scheduler.pull(lane.index, now)
+        if batch is None:
+            return None if staged or not self._scheduler.staging else self._take_over(lane, now)
         execution = self._execution(lane, batch)
         if staged:
             execution.staged = Staged(self._lock, lane, execution)
@@ -333,7 +343,7 @@ class Lanes:
 
     def _take_over(self, lane: Lane, now: float) -> Execution | None:
         """With the lock: a batch that is bound to another lane and has not begun, for one that has nothing to do."""
-        for other in self._lanes if self._scheduler.staging else ():
+        for other in self._lanes:
             if other.staged:
                 execution = other.staged.pop(0)
                 other.in_flight.remove(execution)
@@ -389,7 +399,7 @@ class Lanes:
             self._count(execution, lane, now)
         if execution.error is not None:
             self._failed(execution, lane, execution.error)
-        self._end(execution.finished)
+        self._end(execution.finished, now=now)
         # A traceback holds the worker's frames, and they the execution: no cycle, and nobody else's rows.
         execution.chunks, execution.error, execution.finished = (), None, []
         execution.batch.chunks = []
@@ -447,20 +457,20 @@ class Lanes:
         failure.__cause__ = error
         return failure
 
-    def _end(self, outcomes: Iterable[tuple[Call, Any]], failed: bool = False) -> None:
+    def _end(self, outcomes: Iterable[tuple[Call, Any]], failed: bool = False, now: float | None = None) -> None:
         """The one function that ends calls, with a result or (`failed`) an exception each.
 
         A call whose caller has left is left to `withdraw`.
         """
-        now, seconds = self.clock(), []
+        now, seconds = self.clock() if now is None else now, []
         for call, outcome in outcomes:
-            if _has_left(call):
+            if call.settled or (future := call.future).done():  # its caller has left
                 continue
             if failed:
-                call.future.set_exception(outcome)
+                future.set_exception(outcome)
                 self._discard(call)
             else:
-                call.future.set_result(outcome)
+                future.set_result(outcome)
             seconds.append(now - call.admitted)
             self._forget(call)
         if failed:
@@ -484,6 +494,8 @@ class Lanes:
 
     def _discard(self, call: Call) -> None:
         """Take a call's waiting rows out of the queue."""
+        if call.bound == call.rows:
+            return
         if call.sequence:
             with self._lock:
                 self._scheduler.discard(call)

@@ -75,12 +75,13 @@ class _Level(Generic[C]):
 class Flow(Generic[C]):
     """The waiting calls of one signature, priority, tenant and line; those with no row left are skipped on the way."""
 
-    __slots__ = ("calls", "filed", "kind", "level", "line", "listed", "live", "tenant")
+    __slots__ = ("calls", "filed", "heap", "kind", "level", "line", "listed", "live", "tenant")
 
     def __init__(self, kind: "Kind[C]", level: _Level[C], line: _Line[C], tenant: _Tenant) -> None:
         self.calls: deque[C] = deque()
         self.live = 0  # calls that still have rows
         self.kind, self.level, self.line, self.tenant = kind, level, line, tenant
+        self.heap: Heap = kind.heaps.setdefault((level.priority, line.large), [])  # the one of its kind
         self.listed = self.filed = False  # whether it is in the line's heap, and in the kind's
 
 
@@ -227,7 +228,7 @@ class Order(Generic[C]):
             heapq.heappush(flow.line.heap, entry)
         if not flow.filed:
             flow.filed = True
-            heapq.heappush(flow.kind.heaps.setdefault((flow.level.priority, flow.line.large), []), entry)
+            heapq.heappush(flow.heap, entry)
 
     def _sweep(self, kept: Kind[C]) -> None:
         """Let go of what nothing waits in: tenants, signatures and priorities come and go."""
@@ -235,7 +236,7 @@ class Order(Generic[C]):
             kind.flows = {key: flow for key, flow in kind.flows.items() if flow.live}
             if kind.usual is not None and not kind.usual.live:
                 kind.usual = None
-            kind.heaps = {key: heap for key, heap in kind.heaps.items() if _keep(heap)}
+            kind.heaps = {key: heap for key, heap in kind.heaps.items() if _keep(heap)}  # those of live flows
             if not kind.flows and kind is not kept:
                 del self.kinds[kind.signature]
         for level in list(self._levels.values()):

@@ -15,6 +15,7 @@ from typing import Any, Self
 
 from aneuron.backends import Backend, choose_backend, choose_cores, parse_device_ids
 from aneuron.buckets import Buckets, Cover
+from aneuron.bulk import Map
 from aneuron.errors import Closed, ShapeError
 from aneuron.lane import Load
 from aneuron.lanes import Lanes
@@ -169,6 +170,30 @@ class AsyncDataParallel:
     async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
         """The same, and how the call was run."""
         return await self._timed(inputs, kwargs)
+
+    def map(
+        self, source: Any, *, ordered: bool = True, limit: int | None = None, return_exceptions: bool = False
+    ) -> Map[Any]:
+        """Run the model on each element of a source; `Map` says what `async for` and `async with` do with it.
+
+        source: an iterable or async iterable; an element is a tensor, a tuple of positional inputs or a dict of keyword
+            inputs, with its batch dimension, and one call.
+        limit: elements outstanding; None: as many as keep every core busy if each is one row.
+
+            >>> import asyncio, torch, aneuron
+            >>> async def main():
+            ...     async with aneuron.AsyncDataParallel(torch.nn.ReLU().eval()) as model:
+            ...         return [y.item() async for y in model.map(torch.tensor([[n]]) for n in (-1.0, 0.0, 1.0))]
+            >>> asyncio.run(main())
+            [0.0, 0.0, 1.0]
+        """
+        limit = self._outstanding() if limit is None else limit
+        return Map(self, source, ordered=ordered, limit=limit, return_exceptions=return_exceptions)
+
+    def _outstanding(self) -> int:
+        """One-row calls that keep every core busy: two batches for each."""
+        rows = self._models.batch_size or getattr(self._backend, "preferred_rows", 32)
+        return 2 * rows * (self._lanes.rules.cores if self._lanes is not None else len(self._backend.cores()))
 
     def options(self, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None) -> "View":
         """The model on other terms: a cheap object to be called like this one, with `timed` and `map`.
@@ -456,6 +481,13 @@ class View:
     async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
         """The same, and how the call was run."""
         return await self._model._timed(inputs, kwargs, self._terms, self._timeout)
+
+    def map(
+        self, source: Any, *, ordered: bool = True, limit: int | None = None, return_exceptions: bool = False
+    ) -> Map[Any]:
+        """Run the model on each element of a source; see `AsyncDataParallel.map`. The timeout is each element's."""
+        limit = self._model._outstanding() if limit is None else limit
+        return Map(self, source, ordered=ordered, limit=limit, return_exceptions=return_exceptions)
 
     def __repr__(self) -> str:
         priority, tenant = self._terms or Terms()

@@ -114,17 +114,18 @@ class Parts:
 Finished = tuple[Call, Any]  # a call and its result
 
 
-def gather(chunks: Sequence[Chunk[Call]]) -> tuple[list[Chunk[Call]], list[Sequence[Any]], Any]:
-    """The chunks whose callers are still there, their calls' tensors, and what these stand in."""
-    there, inputs, template = [], [], None
+def gather(chunks: Sequence[Chunk[Call]]) -> tuple[list[Chunk[Call]], list[Sequence[Any]], Any, int]:
+    """The chunks whose callers are still there, their calls' tensors, what these stand in, and the number of rows."""
+    there, inputs, template, rows = [], [], None, 0
     for chunk in chunks:
-        call = chunk[0]
+        call, start, stop = chunk
         own, leaves = call.template, call.leaves  # in this order: the loop lets go of the leaves first
         if leaves is not None:
             there.append(chunk)
             inputs.append(leaves)
             template = own
-    return there, inputs, template
+            rows += stop - start
+    return there, inputs, template, rows
 
 
 def collate(
@@ -140,14 +141,12 @@ def collate(
     """
     joined = []
     pads = chunks[0][0].pads if bucket else None
+    rows = sum([stop - start for _, start, stop in chunks])
     for index in range(len(inputs[0])):
         pieces = []
-        rows = 0
         for (call, start, stop), leaves in zip(chunks, inputs, strict=True):
-            own = stop - start
-            rows += own
             leaf = leaves[index]
-            if own == call.rows and type(leaf) is torch.Tensor:
+            if stop - start == call.rows and type(leaf) is torch.Tensor:
                 pieces.append(leaf)
             else:
                 pieces.append(_piece(leaf, start, stop, dim))
@@ -183,13 +182,9 @@ def scatter(
     """
     if not chunks[0][0].cut.shared:
         return _keep_piece(value, chunks[0], dim, guard, cut)
-    sizes, spread = [], []
-    for chunk in chunks:
-        call, start, stop = chunk
-        sizes.append(stop - start)
-        if stop - start != call.rows:
-            spread.append(chunk)
+    sizes = [stop - start for _, start, stop in chunks]
     rows = sum(sizes)
+    spread = [chunk for chunk, own in zip(chunks, sizes, strict=True) if own != chunk[0].rows]
     if type(value) is torch.Tensor and not spread:  # the short way, same results
         leaf = checked(value, size, dim)
         copies = _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, False, *(cut or ()))

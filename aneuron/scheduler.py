@@ -16,7 +16,7 @@ from typing import Any, Generic, Protocol
 
 from aneuron.batches import Batch, Filling
 from aneuron.order import Flow, Kind, Order, first
-from aneuron.waiting import ANYWHERE, C, Chunk, Cut
+from aneuron.waiting import ANYWHERE, NEVER, C, Chunk, Cut
 
 COMPANY = 1.5  # rows that must be expected during a learned hold to make it worth while
 
@@ -198,10 +198,13 @@ class Scheduler(Generic[C]):
 
     def release(self, lane: int, now: float) -> None:
         """Lane `lane` has a batch less in flight."""
-        self._in_flight[lane] -= 1
-        self._ends[lane] = max(now, self._ends[lane]) if self._in_flight[lane] else now
-        if not self._in_flight[lane] and self._slots[lane]:
-            self._idle[lane] = None
+        self._in_flight[lane] = left = self._in_flight[lane] - 1
+        if left:
+            self._ends[lane] = max(now, self._ends[lane])
+        else:
+            self._ends[lane] = now
+            if self._slots[lane]:
+                self._idle[lane] = None
 
     def move(self, batch: Batch[C], lane: int, to: int, now: float) -> None:
         """A batch that was bound to a lane is taken over by another."""
@@ -233,11 +236,41 @@ class Scheduler(Generic[C]):
         rows wait in the queue, not behind a lane. Of several the one that should end first.
         """
         self.due = None
+        if not self.has_work:
+            return None
         lane = next(iter(self._idle), None)
         if lane is None and self.staging and (self._again or self._order.has_full()):
             lane = self._next_to_end(now)
         batch = None if lane is None else self.pull(lane, now)
         return None if lane is None or batch is None else (lane, batch)
+
+    def bind_at_once(self, calls: Sequence[C], now: float) -> tuple[int, Batch[C]] | None:
+        """What `bind` would make of calls that have just come, where it is one batch: nothing else waits, a lane is
+        idle, and there is nothing to choose. They need not be queued then; None if they must be.
+        """
+        first = calls[0]
+        if not self._idle or self.has_work or self.rules.max_delay != 0.0:
+            return None
+        rows = 0
+        for call in calls:
+            if call.signature is not first.signature or call.bound or call.deadline is not NEVER:
+                return None
+            rows += call.rows
+        sizes = self._sizes.get(first.bucket)
+        size = self._preferred if sizes is None else sizes.pick(min(rows, sizes.limit))
+        if rows > size or first.cut is not ANYWHERE:
+            return None
+        for call in calls:
+            call.bound = call.rows
+        because = "full" if rows == size else "drain" if self.draining else "core_idle"
+        batch = Batch(
+            [(call, 0, call.rows) for call in calls], rows, because, None if sizes is None else size, first.bucket
+        )
+        if self.timed:
+            batch.expected = self._estimate(next(iter(self._idle)), self._shape(first.bucket, rows), first.bucket)
+        lane = next(iter(self._idle))
+        self._occupy(lane, batch, now)
+        return lane, batch
 
     def _next_to_end(self, now: float) -> int | None:
         """The executing lane that another batch may be bound to now."""
@@ -254,7 +287,7 @@ class Scheduler(Generic[C]):
     def pull(self, lane: int, now: float) -> Batch[C] | None:
         """The next batch of a lane that has a free slot, by the rules of `bind`."""
         busy = self._in_flight[lane]
-        if busy >= self._slots[lane]:
+        if not self.has_work or busy >= self._slots[lane]:
             return None
         batch = self._again.popleft() if self._again else self._form(lane, busy > 0, now)
         if batch is not None:

@@ -144,13 +144,14 @@ class Tally:
         self._sum += value
 
     def add_all(self, values: list[float]) -> None:
-        """Count several."""
+        """Count several, not far from each other."""
         if not values:
             return
         bounds, counts = self._bounds, self._counts
-        low, high = bisect_left(bounds, min(values)), bisect_left(bounds, max(values))
-        if low == high:  # mostly, for those of a batch
-            counts[low] += len(values)
+        low, high = min(values), max(values)
+        index = bisect_left(bounds, low)
+        if index == len(bounds) or high <= bounds[index]:  # mostly, for those of a batch
+            counts[index] += len(values)
         else:
             for value in values:
                 counts[bisect_left(bounds, value)] += 1
@@ -176,10 +177,12 @@ class Recent:
         ring, ordered = self._ring, self._sorted
         ring.append(value)
         insort(ordered, value)
-        if len(ring) > 31:
+        count = len(ring)
+        if count > 31:
             del ordered[bisect_left(ordered, ring.popleft())]
-        self.median = ordered[len(ordered) // 2]
-        self.high = ordered[-1 - len(ordered) // 16]
+            count = 31
+        self.median = ordered[count // 2]
+        self.high = ordered[-1 - count // 16]
 
 
 class CoreCounters:

@@ -66,13 +66,21 @@ class Waiting:
     deadline: float = NEVER
     bucket: int = 0
 
-    def __init__(self, rows: int, signature: Hashable, cut: Cut = ANYWHERE, admitted: float = 0.0) -> None:
+    def __init__(
+        self,
+        rows: int,
+        signature: Hashable,
+        cut: Cut = ANYWHERE,
+        terms: Terms | None = None,
+        admitted: float = 0.0,
+        deadline: float = NEVER,
+        bucket: int = 0,
+    ) -> None:
         self.rows = rows
         self.signature = signature  # equal for calls that may share a batch
         self.admitted = admitted
         self.bound = self.sequence = 0
-        if cut is not ANYWHERE:
-            self.cut = cut
+        self.cut, self.terms, self.deadline, self.bucket = cut, terms, deadline, bucket
 
 
 C = TypeVar("C", bound=Waiting)

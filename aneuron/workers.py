@@ -124,14 +124,13 @@ class Execution:
         self._collating = clock() - begin
 
     def _collate(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.chunks, inputs, template = rows.gather(self.chunks)
+        self.chunks, inputs, template, self.rows = rows.gather(self.chunks)
         if not inputs:
             return None
-        self.rows = count = sum([stop - start for _, start, stop in self.chunks])
-        collate = partial(rows.collate, self.chunks, inputs, template, self.size or count, self.common.dim)
-        if self.common.unpad is not None:
-            self._again = collate
-        return collate(self.batch.bucket)
+        size, common = self.size or self.rows, self.common
+        if common.unpad is not None:
+            self._again = partial(rows.collate, self.chunks, inputs, template, size, common.dim)
+        return rows.collate(self.chunks, inputs, template, size, common.dim, self.batch.bucket)
 
     def begin(self, clock: Callable[[], float]) -> bool:
         """With the core's turn in hand: whether there is still something to execute."""

@@ -41,7 +41,7 @@ ERRORS = {
 ORDER = [
     "errors", "waiting", "order", "batches", "scheduler", "health", "buckets", "nested", "lengths", "outputs", "rows",
     "measure", "models", "stats", "backends", "backends.cpu", "backends.simulated", "backends.neuron", "backends.cuda",
-    "workers", "lane", "lanes", "parallel", "bulk", "testing", "web", "cli",
+    "workers", "lane", "lanes", "sources", "bulk", "parallel", "testing", "web", "cli",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aneuron import AsyncDataParallel, Closed, CoreFailed, Fault, QueueFull, ShapeError, SimulatedBackend
+from aneuron.errors import DeadlineExceeded
 from aneuron.testing import PuppetBackend, run, settle
 
 
@@ -35,6 +36,7 @@ class Callers:
         self.tasks: list[asyncio.Task[str]] = []
         self.fates: dict[str, int] = {}
         self.closing = False
+        self.largest_late = 0  # rows of the largest call that may have a deadline
 
     def add(self):
         self.tasks.append(asyncio.ensure_future(self.one()))
@@ -53,12 +55,13 @@ class Callers:
         if bad:
             x[pick.randrange(rows)] = -1
         patience = pick.choice([None, None, None, 0.0, 0.001, 0.01])
+        model = self.terms(rows)
         try:
             if patience is None:
-                y = await self.model(x)
+                y = await model(x)
             else:
                 with anyio.move_on_after(patience) as scope:
-                    y = await self.model(x)
+                    y = await model(x)
                 if scope.cancelled_caught:
                     return "scope"
         except BadRowError:
@@ -66,6 +69,8 @@ class Callers:
             return "bad"
         except QueueFull:
             return "refused"
+        except DeadlineExceeded:
+            return "late"
         except Closed:
             assert self.closing, "closed by an internal error"
             return "closed"
@@ -76,6 +81,14 @@ class Callers:
         assert not bad
         assert torch.equal(y, x * 2 + 1), "somebody else's rows"
         return "answer"
+
+    def terms(self, rows):
+        """The model on terms that a call may have."""
+        pick = self.random
+        if pick.random() < 0.4:
+            return self.model
+        timeout = pick.choice([None, None, 0, 0.0005, 0.003, 10]) if rows <= self.largest_late else None
+        return self.model.options(timeout, pick.choice([0, 0, 1, -1.5]), pick.choice([None, "a", "b"]))
 
     def cancel_one(self):
         waiting = [task for task in self.tasks if not task.done()]
@@ -95,12 +108,14 @@ def check_nothing_left(model, lanes):
     assert (calls.waiting, calls.running, stats.waiting_rows) == (0, 0, 0)
     assert not lanes._calls
     assert all(call.settled for call in lanes._scheduler.calls())
-    assert all(lane.queue.empty() for lane in lanes._lanes)
+    bound = [call for lane in lanes._lanes for batch in lane.queue._queue for call, _, _ in batch.chunks]
+    assert all(call.settled for call in bound)
 
 
-async def history(seed):
+async def history(seed, largest_late=1):
     pick = random.Random(seed)
-    backend = PuppetBackend(pick.choice([1, 2, 3]), faults={OSError: Fault.CORE})
+    faults = {OSError: Fault.CORE}
+    backend = PuppetBackend(pick.choice([1, 2, 3]), faults=faults, concurrent=pick.random() < 0.5)
     model = AsyncDataParallel(
         model_of,
         backend=backend,
@@ -108,11 +123,13 @@ async def history(seed):
         num_workers=pick.choice([None, 1, 5]),
         max_pending=pick.choice([None, 10]),
         split_size=pick.choice([None, None, 2]),
+        max_delay=pick.choice([0.0, 0.0, 0.002, None]),
         set_dynamic_batching=pick.choice([True, True, True, False]) or pick.random() < 0.5,
     )
     await model.start()
     lanes = model._lanes
     callers = Callers(seed, model)
+    callers.largest_late = largest_late
     for _ in range(pick.randrange(5, 80)):
         event = pick.random()
         if event < 0.4:
@@ -156,7 +173,7 @@ def test_the_histories_reach_every_fate():
     seen = set()
     for seed in range(60):
         seen |= set(run(history(seed)))
-    assert {"answer", "bad", "scope", "refused", "closed", "core"} <= seen
+    assert {"answer", "bad", "scope", "refused", "closed", "core", "late"} <= seen
 
 
 async def threaded(seed):
@@ -170,10 +187,13 @@ async def _threaded(seed):
     backend = SimulatedBackend(
         cores=pick.choice([1, 3]), service_time=0.0005, copy_time=pick.choice([0.0, 0.0002]), faults=faults, seed=seed
     )
-    model = AsyncDataParallel(model_of, backend=backend, batch_size=4, max_pending=40)
+    model = AsyncDataParallel(
+        model_of, backend=backend, batch_size=4, max_pending=40, max_delay=pick.choice([0, 0.001])
+    )
     await model.start()
     lanes = model._lanes
     callers = Callers(seed, model)
+    callers.largest_late = 1
     for _ in range(60):
         for _ in range(pick.randrange(8)):
             callers.add()

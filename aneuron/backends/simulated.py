@@ -122,18 +122,19 @@ class SimulatedCore:
 
     def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer after the time that a device would take."""
-        if self._backend.copy_time:
-            time.sleep(self._backend.copy_time)
+        backend = self._backend
+        if backend.copy_time:
+            time.sleep(backend.copy_time)
         with self._device:
             begin = time.monotonic()
             rows = _rows(args, kwargs)
             if self._batch_size is not None and rows != self._batch_size:
                 raise ValueError(f"a batch of {rows} rows, on a core compiled for {self._batch_size}")
-            extra = sum([self._strike(fault) for fault in self._backend.faults])
+            extra = sum([self._strike(fault) for fault in backend.faults]) if backend.faults else 0.0
             output = self._model(*args, **kwargs)
             self._executions += 1
-            rest = self._backend.service_time + self._backend.per_row * rows + extra - (time.monotonic() - begin)
-            if rest > 0:
+            rest = backend.service_time + backend.per_row * rows + extra
+            if rest and (rest := rest + begin - time.monotonic()) > 0:
                 time.sleep(rest)
             return output
 
