@@ -18,7 +18,7 @@ help:
 	@echo 'make demo    search the standard library with a real embedding model (a minute or two, after installation)'
 	@echo 'make test    run the tests'
 	@echo 'make lint    check style and types'
-	@echo 'make bench   measure against hand-written loops'
+	@echo 'make bench   measure against hand-written loops and other packages (a quarter of an hour)'
 	@echo 'make clean   remove what these made, the virtual environment included'
 
 demo: $(VENV)/.demo

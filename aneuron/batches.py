@@ -41,19 +41,16 @@ class Filling(Generic[C]):
         self.one_piece = one_piece  # of each call, where calls are in pieces, so that they spread over the idle lanes
 
     def take(self, head: Flow[C], kind: Kind[C]) -> None:
-        """Take rows of a kind, in fair order, for a batch that starts with `head`."""
-        if kind is head.kind:
-            self._take(head.heap, kind)
-        if not self.full:
-            for heap in self._order.heaps(head, kind):
-                if heap is not head.heap and not self.full:
-                    self._take(heap, kind)
-
-    def _take(self, heap: Heap, kind: Kind[C]) -> None:
-        if kind.anywhere:
-            self._take_rows(heap)
-        else:
-            self._take_pieces(heap)
+        """Take rows of a kind for a batch that starts with `head`: first its own, then in fair order."""
+        leader = head if kind is head.kind else None
+        for heap in kind.heaps(head):
+            if kind.anywhere:
+                self._take_rows(heap, leader)
+            else:
+                self._take_pieces(heap, leader)
+            if self.full:
+                return
+            leader = None
 
     def charge(self, padding: int, rows: int) -> None:
         """Charge the rows that were added to fill the batch to the tenants in it."""
@@ -68,12 +65,13 @@ class Filling(Generic[C]):
         self.late.append(call)
         return True
 
-    def _take_rows(self, heap: Heap) -> None:
+    def _take_rows(self, heap: Heap, leader: Flow[C] | None) -> None:
         """From calls that may be cut anywhere; tenants take turns."""
         append, room = self.chunks.append, self.room
-        while room and (flow := first(heap, filling=True)) is not None:
+        while room and (flow := leader or first(heap)) is not None:
+            leader = None
             calls, tag, had = flow.calls, flow.tenant.tag, room
-            until = min(heap[1:3])[:2] if len(heap) > 1 else None  # then it is another tenant's turn
+            until = _others(heap, flow) if len(heap) > 1 else None  # then it is another tenant's turn
             fresh = finished = 0
             while calls and room:
                 call = calls[0]
@@ -87,6 +85,7 @@ class Filling(Generic[C]):
                     break
                 if stop - start > room:
                     stop = start + room  # and it stays at the front
+                    self._order.cut(flow)
                 else:
                     calls.popleft()
                     finished += 1
@@ -100,14 +99,15 @@ class Filling(Generic[C]):
                 self.shares.append((flow, had - room))
         self.room, self.full = room, not room
 
-    def _take_pieces(self, heap: Heap) -> None:
+    def _take_pieces(self, heap: Heap, leader: Flow[C] | None) -> None:
         """Whole pieces, until the next one does not fit."""
         seen: set[int] = set()
-        while not self.full and (flow := first(heap, filling=True)) is not None and id(flow) not in seen:
+        while not self.full and (flow := leader or first(heap)) is not None and id(flow) not in seen:
+            leader = None
             if self.one_piece:
                 seen.add(id(flow))
             calls, tag = flow.calls, flow.tenant.tag
-            until = min(heap[1:3])[:2] if len(heap) > 1 else (NEVER, 0)
+            until = _others(heap, flow)
             rows = fresh = finished = 0
             kept: list[C] = []  # calls that have given their piece
             while calls and not self.full:
@@ -139,3 +139,10 @@ class Filling(Generic[C]):
             if rows:
                 self._order.taken(flow, rows, fresh, finished)
                 self.shares.append((flow, rows))
+                if kept and kept[0].bound:
+                    self._order.cut(flow)
+
+
+def _others(heap: Heap, flow: Flow[C]) -> tuple[float, int]:
+    """When it is another flow's turn: its tag, and the sequence of its first call."""
+    return min([(tag, sequence) for tag, sequence, other in heap[:3] if other is not flow], default=(NEVER, 0))

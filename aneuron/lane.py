@@ -78,7 +78,7 @@ class Lane:
         for size, bucket in load.models:
             try:
                 value, seconds = warm_up(self._cores[size, bucket], compiled, size, bucket)
-                self.counters.learn((size or rounded(compiled.rows), bucket), seconds)
+                self.counters.learn((size or rounded(compiled.rows), bucket), seconds, self.workers.clock())
                 if not load.packing:
                     continue
                 output = Output(value, size or compiled.rows, load.dim)

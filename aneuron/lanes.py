@@ -25,7 +25,7 @@ from aneuron.errors import Closed, CoreFailed, DeadlineExceeded, QueueFull
 from aneuron.lane import TICK, Lane, Load
 from aneuron.rows import Call
 from aneuron.scheduler import Rules, Scheduler, Sizes, rounded, spread
-from aneuron.stats import CoreCounters, Counters, Recent, Statistics
+from aneuron.stats import FORGET, CoreCounters, Counters, Recent, Statistics
 from aneuron.workers import Common, Execution, Workers, carried, text
 
 logger = logging.getLogger("aneuron")
@@ -78,6 +78,7 @@ class Lanes:
         ]
         for lane in self._lanes:
             lane.take = partial(self._take, lane)
+        self._on_deadline = self._expire  # one bound method for all timers
         self._open_cores = len(self._lanes)
         self.clock = self._lanes[0].workers.clock
 
@@ -202,27 +203,25 @@ class Lanes:
 
     def _is_hopeless(self, call: Call, timeout: float) -> bool:
         """Give a call its deadline, and end it if that cannot be met."""
-        self._scheduler.timed = True
+        self._scheduler.dated = self._scheduler.timed = True
+        if call.admitted - self._late_by.at > FORGET:  # as service times
+            self._late_by, self._scheduler.slack = Recent(), 0.0
         call.deadline = call.admitted + timeout
-        call.timer = self.loop.call_later(timeout, self._expire, call, timeout)
+        call.timer = self.loop.call_later(timeout, self._on_deadline, call)
         with self._lock:
             hopeless = self._scheduler.hopeless(call, call.admitted)
         if hopeless:
             call.bound = call.rows
-            self._expire(call, timeout)
+            self._expire(call)
         return hopeless
 
-    def _expire(self, call: Call, timeout: float | None = None) -> None:
+    def _expire(self, call: Call) -> None:
         """The deadline has passed, or cannot be met."""
-        now = self.clock()
-        timeout = timeout if timeout is not None else call.deadline - call.admitted
+        now, timeout = self.clock(), call.deadline - call.admitted
+        why = f"timeout={timeout:g} s has passed"
         if now < call.deadline:
-            why = (
-                f"timeout={timeout:g} s cannot be met: {now - call.admitted:.3g} s have passed, and the cores need more"
-            )
-            why += " than the rest for what is before this call and its own rows"
-        else:
-            why = f"timeout={timeout:g} s has passed"
+            why = f"timeout={timeout:g} s cannot be met: {now - call.admitted:.3g} s have passed, and the cores need "
+            why += "more than the rest"
         self._end([(call, DeadlineExceeded(f"{why}; allow more time, or send less"))], failed=True)
 
     def _find_room(self, call: Call) -> None:
@@ -343,7 +342,7 @@ class Lanes:
 
     def _take_over(self, lane: Lane, now: float) -> Execution | None:
         """With the lock: a batch that is bound to another lane and has not begun, for one that has nothing to do."""
-        for other in self._lanes:
+        for other in self._lanes if self._scheduler.has_slot(lane.index) else ():
             if other.staged:
                 execution = other.staged.pop(0)
                 other.in_flight.remove(execution)
@@ -361,7 +360,7 @@ class Lanes:
 
     def _estimate(self, lane: int, rows: int, bucket: int) -> float:
         """Seconds that a lane takes for an execution of that shape; 0 while that is not known."""
-        return self._lanes[lane].counters.service((rows, bucket))
+        return self._lanes[lane].counters.service((rows, bucket), self.clock())
 
     # Results back.
 
@@ -410,7 +409,7 @@ class Lanes:
         service = max(0.0, ended - max(started, lane.ended))
         lane.ended = ended
         padded = (execution.size or rows) - rows
-        lane.counters.executed(rows, padded, service, (batch.size or rounded(rows), batch.bucket))
+        lane.counters.executed(rows, padded, service, (batch.size or rounded(rows), batch.bucket), now)
         if batch.size is not None and len(self._load.models) > 1:
             with self._lock:
                 self._sizes[batch.bucket].learn(batch.size, service)
@@ -420,6 +419,7 @@ class Lanes:
         counters.device_seconds.add(ended - started)
         if batch.expected:
             self._late_by.add(now - batch.due)
+            self._late_by.at = now
             self._scheduler.slack = max(0.0, self._late_by.high)
         if batch.because != "rerun":
             counters.closed_because[batch.because] += 1

@@ -9,6 +9,7 @@ import inspect
 import warnings
 from collections.abc import Hashable, Iterable, Sequence
 from math import isfinite
+from numbers import Real
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +17,7 @@ from typing import Any, Self
 from aneuron.backends import Backend, choose_backend, choose_cores, parse_device_ids
 from aneuron.buckets import Buckets, Cover
 from aneuron.bulk import Map
-from aneuron.errors import Closed, ShapeError
+from aneuron.errors import Closed, DeadlineExceeded, ShapeError
 from aneuron.lane import Load
 from aneuron.lanes import Lanes
 from aneuron.measure import Compiled, measure
@@ -192,7 +193,7 @@ class AsyncDataParallel:
 
     def _outstanding(self) -> int:
         """One-row calls that keep every core busy: two batches for each."""
-        rows = self._models.batch_size or getattr(self._backend, "preferred_rows", 32)
+        rows = self._models.batch_size or int(getattr(self._backend, "preferred_rows", 32))
         return 2 * rows * (self._lanes.rules.cores if self._lanes is not None else len(self._backend.cores()))
 
     def options(self, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None) -> "View":
@@ -236,7 +237,10 @@ class AsyncDataParallel:
             self._checked = call.signature
         lanes = self._lanes
         if lanes is None or lanes.thread != get_ident() or not lanes.loop.is_running():
-            lanes = await self._started()
+            if timeout is None:
+                lanes = await self._started()
+            else:
+                lanes, timeout = await self._started_within(timeout)
         rules = lanes.rules
         if rules.batch_size is None or rules.split_size is not None or not rules.packing:
             call.cut = self._cut(call, rules)
@@ -358,6 +362,21 @@ class AsyncDataParallel:
                 return task.result()
             # By a close, or because all who waited had left when we came.
 
+    async def _started_within(self, timeout: float) -> tuple[Lanes, float]:
+        """The running lanes, and what is left of the time."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        try:
+            async with asyncio.timeout(timeout) as scope:
+                lanes = await self._started()
+        except TimeoutError:
+            if not scope.expired():
+                raise  # the model's own, from loading
+            raise DeadlineExceeded(
+                f"timeout={timeout:g} s has passed while the model was being loaded; start() it before it serves"
+            ) from None
+        return lanes, max(0.0, timeout - (loop.time() - began))
+
     def _check_loop(self) -> None:
         """An instance belongs to the loop that started it, until it is closed or that loop is."""
         if self._lanes is not None:
@@ -466,8 +485,8 @@ class View:
     ) -> None:
         self._model = model
         self._timeout = None if timeout is None else seconds("timeout", timeout)
-        if isinstance(priority, bool) or not isinstance(priority, (int, float)) or not isfinite(priority):
-            raise ValueError(f"priority={priority!r}: expected a finite number; 0 is usual, negative is background")
+        if not _is_finite(priority):
+            raise ValueError(f"priority={priority!r:.80}: expected a finite number; 0 is usual, negative is background")
         try:
             hash(tenant)
         except TypeError:
@@ -507,9 +526,16 @@ def _count(name: str, value: int | None) -> int | None:
 
 def seconds(name: str, value: float) -> float:
     """A checked number of seconds."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or value < 0:
-        raise ValueError(f"{name}={value!r}: expected seconds, 0 or more and finite")
+    if not _is_finite(value) or value < 0:
+        raise ValueError(f"{name}={value!r:.80}: expected seconds, 0 or more and finite")
     return float(value)
+
+
+def _is_finite(value: Any) -> bool:
+    try:
+        return not isinstance(value, bool) and isinstance(value, Real) and isfinite(value)
+    except OverflowError:  # an int beyond all floats
+        return False
 
 
 __all__: Sequence[str] = ["AsyncDataParallel"]

@@ -82,6 +82,7 @@ class Scheduler(Generic[C]):
         self.late: list[C] = []  # calls dropped because they cannot meet their deadline; whoever binds ends them
         self.slack = 0.0  # seconds to allow for beyond what was estimated, when deadlines are judged
         self.timed = rules.max_delay is None  # whether service times are asked for: there are deadlines, or leads
+        self.dated = False  # whether any call has had a deadline
         self.due: float | None = None  # when to ask again, if nothing else happens before
         self._order: Order[C] = Order()
         self._sizes = sizes or {}
@@ -92,11 +93,12 @@ class Scheduler(Generic[C]):
         self._slots: list[int] = []
         self._in_flight: list[int] = []
         self._ends: list[float] = []  # when what is in flight should have ended
+        self._expected: list[deque[float]] = []  # the seconds of each batch in flight
         self._lead: list[float | None] = []  # how long before that the loop may bind another batch; None: never
         self.staging = False  # whether any lane has a lead
         self._idle: dict[int, None] = {}  # lanes with nothing in flight and a slot, longest idle first
         self._arrivals: deque[C] = deque()  # kept while batches may be held back
-        self._hold = 0.0  # seconds, as last decided
+        self._was_held = False  # whether the batch that is formed was held back
         self._rate = 0.0  # rows a second, lately
         self._arrived, self._since = 0, 0.0  # rows that came since then
         self._full: dict[Hashable, Kind[C]] = {}  # kinds with a full batch, kept likewise
@@ -143,6 +145,8 @@ class Scheduler(Generic[C]):
 
     def hopeless(self, call: C, now: float) -> bool:
         """Whether a call cannot meet its deadline even alone, on cores that wait for it."""
+        if call.deadline < now:
+            return True
         limit = self._limit(call.bucket)
         rounds = -(-call.rows // (limit * max(1, self.rules.cores)))
         rows = self._shape(call.bucket, min(call.rows, limit))
@@ -154,6 +158,8 @@ class Scheduler(Generic[C]):
 
     def admit(self, *calls: C) -> None:
         """Queue calls."""
+        if not self.dated and any(call.deadline is not NEVER for call in calls):
+            self.dated = self.timed = True
         self._order.push(calls, self._limit)
         if self.rules.max_delay != 0.0:
             for call in calls:
@@ -162,6 +168,10 @@ class Scheduler(Generic[C]):
     def discard(self, call: C) -> None:
         """Take a call's waiting rows out of the queue; does nothing if none waits."""
         self._order.discard(call)
+        if self._full:
+            kind = self._order.kinds.get(call.signature)
+            if kind is not None and kind.rows < kind.limit:
+                self._full.pop(call.signature, None)
 
     def rerun(self, batch: Batch[C], chunks: Sequence[Chunk[C]]) -> None:
         """Queue the two halves of a failed batch ahead of everything else; they are not packed with others."""
@@ -188,6 +198,7 @@ class Scheduler(Generic[C]):
         self.timed = self.timed or self.staging
         self._in_flight += [0] * more
         self._ends += [0.0] * more
+        self._expected += [deque() for _ in range(more)]
         lanes = (*self._idle, *range(len(slots)))
         self._idle = {lane: None for lane in lanes if slots[lane] and not self._in_flight[lane]}
 
@@ -197,19 +208,24 @@ class Scheduler(Generic[C]):
         self.staging = self.timed = True
 
     def release(self, lane: int, now: float) -> None:
-        """Lane `lane` has a batch less in flight."""
-        self._in_flight[lane] = left = self._in_flight[lane] - 1
-        if left:
-            self._ends[lane] = max(now, self._ends[lane])
-        else:
-            self._ends[lane] = now
-            if self._slots[lane]:
-                self._idle[lane] = None
+        """Lane `lane` has a batch less in flight; what is left begins now."""
+        self._in_flight[lane] -= 1
+        expected = self._expected[lane]
+        expected.popleft()
+        self._ends[lane] = now + sum(expected) if expected else now
+        if not expected and self._slots[lane]:
+            self._idle[lane] = None
 
     def move(self, batch: Batch[C], lane: int, to: int, now: float) -> None:
-        """A batch that was bound to a lane is taken over by another."""
-        self.release(lane, now)
+        """A batch that was bound to a lane, behind another, is taken over by a third."""
+        self._in_flight[lane] -= 1
+        self._expected[lane].remove(batch.expected)
+        self._ends[lane] -= batch.expected
         self._occupy(to, batch, now)
+
+    def has_slot(self, lane: int) -> bool:
+        """Whether a lane may have another batch."""
+        return self._in_flight[lane] < self._slots[lane]
 
     def in_flight(self, lane: int) -> int:
         """Batches that are bound to a lane or executing on it."""
@@ -217,6 +233,7 @@ class Scheduler(Generic[C]):
 
     def _occupy(self, lane: int, batch: Batch[C], now: float) -> None:
         self._in_flight[lane] += 1
+        self._expected[lane].append(batch.expected)
         self._ends[lane] = batch.due = max(now, self._ends[lane]) + batch.expected
         self._idle.pop(lane, None)
 
@@ -238,7 +255,7 @@ class Scheduler(Generic[C]):
         self.due = None
         if not self.has_work:
             return None
-        lane = next(iter(self._idle), None)
+        lane = self._idlest(now) if self.dated else next(iter(self._idle), None)
         if lane is None and self.staging and (self._again or self._order.has_full()):
             lane = self._next_to_end(now)
         batch = None if lane is None else self.pull(lane, now)
@@ -272,22 +289,33 @@ class Scheduler(Generic[C]):
         self._occupy(lane, batch, now)
         return lane, batch
 
+    def _idlest(self, now: float) -> int | None:
+        """The idle lane that would be soonest to end the next batch: a slow one must not miss others' deadlines."""
+        head = self._order.head()
+        if head is None or len(self._idle) < 2:
+            return next(iter(self._idle), None)
+        shape = self._shape(head.kind.bucket, min(head.kind.rows, head.kind.limit))
+        return min(self._idle, key=lambda lane: self._estimate(lane, shape, head.kind.bucket))
+
     def _next_to_end(self, now: float) -> int | None:
         """The executing lane that another batch may be bound to now."""
-        best = None
-        for lane, lead in enumerate(self._lead):
-            if lead is not None and self._in_flight[lane] < self._slots[lane]:
-                due = self._ends[lane] - lead
-                if due > now:
-                    self.due = min(due, self.due or due)
-                elif best is None or self._ends[lane] < self._ends[best]:
-                    best = lane
-        return best
+        lanes = [lane for lane in self._lanes() if self.has_slot(lane) and not self._too_early(lane, now)]
+        return min(lanes, key=self._ends.__getitem__, default=None)
+
+    def _too_early(self, lane: int, now: float) -> bool:
+        """Whether the next batch of an executing lane is to be bound later."""
+        lead = self._lead[lane]
+        if lead is None:
+            return True
+        due = self._ends[lane] - lead
+        if due > now:
+            self.due = min(due, self.due or due)
+        return due > now
 
     def pull(self, lane: int, now: float) -> Batch[C] | None:
         """The next batch of a lane that has a free slot, by the rules of `bind`."""
         busy = self._in_flight[lane]
-        if not self.has_work or busy >= self._slots[lane]:
+        if not self.has_work or busy >= self._slots[lane] or (busy and self._too_early(lane, now)):
             return None
         batch = self._again.popleft() if self._again else self._form(lane, busy > 0, now)
         if batch is not None:
@@ -320,8 +348,12 @@ class Scheduler(Generic[C]):
         size = kind.limit if sizes is None or not kind.anywhere else sizes.pick(min(kind.rows, kind.limit))
         expected = horizon = 0.0
         if self.timed:
-            expected = self._estimate(lane, self._shape(kind.bucket, min(kind.rows, size)), kind.bucket)
-            horizon = max(now, self._ends[lane]) + expected + self.slack
+            shape = self._shape(kind.bucket, min(kind.rows, size))
+            expected = self._estimate(lane, shape, kind.bucket)
+            if busy and expected:
+                horizon = self._ends[lane] + expected + self.slack
+            elif self.dated:
+                horizon = self._horizon(shape, kind.bucket, now)
         pace = expected / max(1, self.rules.cores)
         filling = Filling(self._order, size, kind.limit, horizon, pace, one_piece=not busy and len(self._idle) > 1)
         filling.take(head, kind)
@@ -333,7 +365,7 @@ class Scheduler(Generic[C]):
         chunks = filling.chunks
         if not chunks:
             return None
-        self._order.started(head, chunks[0][0])
+        self._order.started(filling.shares[0][0], chunks[0][0], now)
         rows = size - filling.room
         if sizes is None:
             compiled = None
@@ -346,11 +378,20 @@ class Scheduler(Generic[C]):
         because = "full" if filling.full else self._reason(chunks[0][0], kind, now)
         return Batch(chunks, rows, because, compiled, kind.bucket, expected)
 
+    def _horizon(self, shape: int, bucket: int, now: float) -> float:
+        """When an execution of that shape will have ended, on the lane that is soonest; -inf if that is not known."""
+        soonest = NEVER
+        for lane in self._lanes():
+            if not (expected := self._estimate(lane, shape, bucket)):
+                return -NEVER
+            soonest = min(soonest, max(now, self._ends[lane]) + expected)
+        return soonest + self.slack
+
     def _reason(self, first: C, kind: Kind[C], now: float) -> str:
         """Why a batch that is not full starts."""
         if self.draining:
             return "drain"
-        if self._hold and now - first.admitted >= self._hold:
+        if self._was_held:
             return "delay"
         return "signature" if self._order.rows > kind.rows else "core_idle"
 
@@ -380,18 +421,19 @@ class Scheduler(Generic[C]):
         """Whether a batch that is not full is held back for company: while another lane executes, and no row has
         waited too long.
         """
-        self._hold = 0.0
+        self._was_held = False
         if self.draining or sum(self._in_flight) == self._in_flight[lane]:
             return False
-        self._hold = self.rules.max_delay if self.rules.max_delay is not None else self._learned_hold(lane, kind, now)
+        hold = self.rules.max_delay if self.rules.max_delay is not None else self._learned_hold(lane, kind, now)
         arrivals = self._arrivals
         while arrivals and arrivals[0].bound == arrivals[0].rows:
             arrivals.popleft()
-        until = arrivals[0].admitted + self._hold if arrivals else now
-        if until <= now:
-            return False
-        self.due = min(until, self.due or until)
-        return True
+        until = arrivals[0].admitted + hold if arrivals else now
+        if until > now:
+            self.due = min(until, self.due or until)
+            return True
+        self._was_held = hold > 0
+        return False
 
     def _learned_hold(self, lane: int, kind: Kind[C], now: float) -> float:
         """What one core's share of a service time is, where that many rows are on their way that it pays.
@@ -407,8 +449,10 @@ class Scheduler(Generic[C]):
     def _a_full_batch(self) -> Any:
         """Who starts a full batch, while the head is held back."""
         for kind in self._full.values():
-            for heap in kind.heaps.values():
-                if (flow := first(heap, filling=True)) is not None:
+            for priority, large in {
+                (flow.level.priority, flow.line.large) for flow in kind.flows.values() if flow.live
+            }:
+                if (flow := first(kind.heap(priority, large))) is not None:
                     return flow
         return None
 

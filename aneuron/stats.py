@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 SECONDS = tuple(step * 10.0**power for power in range(-5, 2) for step in (1.0, 2.5, 5.0))
 ROWS = tuple(2**power for power in range(13))
+FORGET = 10.0  # seconds after which a service time that was not seen again is no longer believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +166,12 @@ class Tally:
 class Recent:
     """The last observations: their median, and what few of them exceed (`high`)."""
 
-    __slots__ = ("_ring", "_sorted", "high", "median")
+    __slots__ = ("_ring", "_sorted", "at", "high", "median")
 
     def __init__(self) -> None:
         self._ring: deque[float] = deque()
         self._sorted: list[float] = []
-        self.median = self.high = 0.0
+        self.median = self.high = self.at = 0.0  # at: when the last one came, if anybody says
 
     def add(self, value: float) -> None:
         """Count one observation; the one before the last 31 is forgotten."""
@@ -182,7 +183,7 @@ class Recent:
             del ordered[bisect_left(ordered, ring.popleft())]
             count = 31
         self.median = ordered[count // 2]
-        self.high = ordered[-1 - count // 16]
+        self.high = ordered[-1 - max(count > 3, count // 16)]  # one in sixteen exceeds it, and the worst never counts
 
 
 class CoreCounters:
@@ -198,33 +199,41 @@ class CoreCounters:
         self.services: dict[tuple[int, int], Recent] = {}  # seconds, by shape
         self._last = (0, 0)  # the shape that was executed last
 
-    def executed(self, rows: int, padded: int, seconds: float, shape: tuple[int, int]) -> None:
+    def executed(self, rows: int, padded: int, seconds: float, shape: tuple[int, int], now: float) -> None:
         """Count one execution of `rows` rows of callers."""
         self.batches += 1
         self.rows += rows
         self.padded_rows += padded
         self.busy_seconds += seconds
         self._last = shape
-        self.learn(shape, seconds)
+        self.learn(shape, seconds, now)
 
-    def learn(self, shape: tuple[int, int], seconds: float) -> None:
+    def learn(self, shape: tuple[int, int], seconds: float, now: float) -> None:
         """Note what an execution of that shape, (rows, bucket), took."""
         recent = self.services.get(shape)
         if recent is None:
             recent = self.services[shape] = Recent()
         recent.add(seconds)
+        recent.at = now
 
-    def service(self, shape: tuple[int, int]) -> float:
-        """Seconds that an execution of that shape takes; 0 if none was seen."""
+    def service(self, shape: tuple[int, int], now: float) -> float:
+        """Seconds that an execution of that shape takes; 0 if none was seen lately.
+
+        What was learned is not believed for ever: where it makes all calls be refused, nothing else could unlearn it.
+        """
         recent = self.services.get(shape)
-        return recent.median if recent is not None else 0.0
+        if recent is None:
+            return 0.0
+        if now - recent.at > FORGET + recent.median:
+            del self.services[shape]
+        return recent.median
 
     def snapshot(self) -> CoreStatistics:
         """The frozen state of now."""
         services = {key: recent.median for key, recent in list(self.services.items())}  # exporters are other threads
         return CoreStatistics(
             self.core_id, self.core_id, self.state, self.in_flight, self.batches, self.rows, self.padded_rows,
-            self.busy_seconds, services[self._last] if self.batches else None, MappingProxyType(services), self.errors,
+            self.busy_seconds, services.get(self._last), MappingProxyType(services), self.errors,
         )  # fmt: skip
 
 

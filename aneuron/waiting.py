@@ -65,6 +65,7 @@ class Waiting:
     terms: Terms | None = None  # None: the usual ones
     deadline: float = NEVER
     bucket: int = 0
+    since: float | None = None  # when it had its last turn, if it has had one
 
     def __init__(
         self,

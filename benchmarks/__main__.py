@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: rows W1 and W4 of the performance budget, as one table."""
+"""`python -m benchmarks`: every row of the performance budget, as one table, with plots."""
 
 import argparse
 import asyncio
@@ -11,36 +11,38 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: simulated cores have no threads of their own
 
-def arguments() -> argparse.Namespace:
+GROUPS = ("w1", "w1b", "w2", "w3", "w4", "w5", "many", "overload", "idle", "lag", "loadgen")
+PINNED = ("w4", "w5")  # measured once more on one CPU
+RESULTS = Path(__file__).parent / "results"
+
+
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a look of about 20 s; its numbers are not worth quoting")
-    parser.add_argument("--only", choices=("w1", "w4"), help="one group of rows")
-    parser.add_argument("--seconds", type=float, help="of one contender's turn (0.25; quick: 0.1)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a look of about a minute; its numbers are not worth quoting"
+    )
+    parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--seconds", type=float, help="of one turn (0.25; quick: 0.07); long ones in proportion")
     parser.add_argument("--turns", type=int, help="of each contender in a repetition (3; quick: 1)")
-    parser.add_argument("--repetitions", type=int, help="of each row (5; quick: 3)")
+    parser.add_argument("--repetitions", type=int, help="of each row (5; quick: 1)")
     parser.add_argument("--loop", choices=("asyncio", "uvloop"), help="event loop; uvloop if it is installed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all numbers to FILE as well")
-    parser.add_argument("--pinned-to", type=int, metavar="CPU", help=argparse.SUPPRESS)  # W4 in a process of its own
-    args = parser.parse_args()
-    args.seconds = args.seconds or (0.1 if args.quick else 0.25)
+    parser.add_argument("--results", type=Path, metavar="FOLDER", help="for numbers, table and plots; a whole run that "
+                        "is not quick writes to benchmarks/results")  # fmt: skip
+    parser.add_argument("--pinned-to", type=int, metavar="CPU", help=argparse.SUPPRESS)  # in a process of its own
+    args = parser.parse_args(argv)
+    if args.results is None and not (args.quick or args.only):
+        args.results = RESULTS
+    args.only = args.only or GROUPS
+    args.seconds = args.seconds or (0.07 if args.quick else 0.25)
     args.turns = args.turns or (1 if args.quick else 3)
-    args.repetitions = args.repetitions or (3 if args.quick else 5)
-    args.loop = args.loop or ("uvloop" if installed("uvloop") else "asyncio")
+    args.repetitions = args.repetitions or (1 if args.quick else 5)
     args.load = os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
     return args
-
-
-def installed(package: str) -> str | None:
-    """Its version, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def say(text: str) -> None:
@@ -58,61 +60,72 @@ def loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop]:
 
 def measure(args: argparse.Namespace) -> list[Any]:
     """The rows that this process is for."""
-    from benchmarks import workloads
+    from benchmarks import arrivals, loadgen, loops, quiet
+    from benchmarks.timing import Effort
 
     gc.collect()
     gc.freeze()  # as a server would: what the imports made is not searched for garbage again
-    effort = workloads.Effort(args.seconds, args.repetitions, args.turns)
-    rows: list[workloads.Row] = []
+    effort = Effort(args.seconds, args.repetitions, args.turns)
+    where = "free" if args.pinned_to is None else "pinned"
+    groups: dict[str, Callable[[], Any]] = {
+        "w1": lambda: loops.w1(effort, say),
+        "w1b": lambda: arrivals.w1b(effort, say),
+        "w2": lambda: loops.w2(effort, say),
+        "w3": lambda: loops.w3(effort, say),
+        "w4": lambda: loops.w4(effort, say, where),
+        "w5": lambda: loops.w5(effort, say, where),
+        "many": lambda: arrivals.many(effort, say),
+        "overload": lambda: arrivals.overload(effort, say),
+        "idle": lambda: quiet.idle(effort, say),
+        "lag": lambda: quiet.lag(effort, say),
+        "loadgen": lambda: loadgen.loadgen(effort, say),
+    }
+    rows: list[Any] = []
     with asyncio.Runner(loop_factory=loop_factory(args.loop)) as runner:
-        if args.pinned_to is not None:
-            return runner.run(workloads.w4(effort, say, "pinned"))
-        if args.only != "w4":
-            rows += runner.run(workloads.w1(effort, say))
-        if args.only != "w1":
-            rows += runner.run(workloads.w4(effort, say, "free"))
-    if args.only != "w1":
-        rows += pinned(args)
+        for group in GROUPS:
+            if group in args.only:
+                rows += runner.run(groups[group]())
+            if group == PINNED[-1] and args.pinned_to is None:
+                rows += pinned(args)
     return rows
 
 
 def pinned(args: argparse.Namespace) -> list[Any]:
-    """W4 on one CPU, in a process of its own: threads keep the CPUs of the thread that started them."""
-    from benchmarks.workloads import Row
+    """What is also run on one CPU, in a process of its own: threads keep the CPUs of the thread that started them."""
+    from benchmarks.rows import Row
 
-    if not hasattr(os, "sched_setaffinity"):
+    groups = [group for group in PINNED if group in args.only]
+    if groups and not hasattr(os, "sched_setaffinity"):
         say("this system cannot pin a process to a CPU: that part is left out")
         return []
+    if not groups:
+        return []
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "rows.json")
-        command = [sys.executable, "-m", "benchmarks", "--loop", args.loop, "--json", str(file)]
+        command = [sys.executable, "-m", "benchmarks", "--only", *groups, "--loop", args.loop, "--results", folder]
         command += ["--seconds", str(args.seconds), "--repetitions", str(args.repetitions), "--turns", str(args.turns)]
         command += ["--pinned-to", str(max(os.sched_getaffinity(0)))]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=Path(__file__).parents[1])
-        return [Row.from_json(row) for row in json.loads(file.read_text())["rows"]]
+        return [Row.from_json(row) for row in json.loads(Path(folder, "numbers.json").read_text())["rows"]]
 
 
 def report(args: argparse.Namespace, rows: list[Any]) -> str:
-    from benchmarks import table, workloads
+    from benchmarks import table
 
-    sleep = workloads.sleep_length(workloads.SERVICE) * 1e3
-    caveats = table.CAVEATS.format(
-        repetitions=args.repetitions,
-        turns=args.turns,
-        seconds=args.seconds,
-        service=workloads.SERVICE * 1e3,
-        sleep=sleep,
-        every=workloads.CHECK_EVERY,
-    )
     with_versions = ", ".join(f"{name} {number}" for name, number in versions(args).items())
-    return f"{table.table(rows)}\n\n{with_versions}\n\n{textwrap.fill(caveats.strip(), 120)}"
+    paragraphs = table.CAVEATS.format(repetitions=args.repetitions).strip().split("\n\n")
+    caveats = "\n\n".join(textwrap.fill(paragraph, 120) for paragraph in paragraphs)
+    return f"{table.table(rows)}\n\n{with_versions}\n\n{caveats}"
 
 
 def versions(args: argparse.Namespace) -> dict[str, str]:
     import torch
 
+    from benchmarks.contenders import installed
+
+    packages = {name: installed(name) or "not installed" for name in ("aneuron", "batched", "async-batcher")}
     return {
-        "aneuron": installed("aneuron") or "not installed",
+        **packages,
+        "loadgen": installed("mlcommons-loadgen") or "not installed",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "uvloop": f"{installed('uvloop') or 'not installed'}{' (not used)' * (args.loop == 'asyncio')}",
@@ -121,16 +134,31 @@ def versions(args: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def main() -> None:
-    args = arguments()
+def write(args: argparse.Namespace, rows: list[Any], text: str) -> None:
+    """numbers.json, table.txt and, of a whole run, the plots."""
+    args.results.mkdir(parents=True, exist_ok=True)
+    settings = {name: getattr(args, name) for name in ("seconds", "turns", "repetitions", "loop")}
+    data = {"versions": versions(args), "settings": settings, "rows": [row.as_json() for row in rows]}
+    (args.results / "numbers.json").write_text(json.dumps(data, indent=1) + "\n")
+    (args.results / "table.txt").write_text(text + "\n")
+    if args.pinned_to is None:
+        from benchmarks import plots
+
+        say(plots.draw(rows, args.results))
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = arguments(argv)
     if args.pinned_to is not None:
         os.sched_setaffinity(0, {args.pinned_to})  # before torch is imported and any thread is there
+    from benchmarks.contenders import installed
+
+    args.loop = args.loop or ("uvloop" if installed("uvloop") else "asyncio")
     rows = measure(args)
-    print(report(args, rows))
-    if args.json is not None:
-        settings = {name: getattr(args, name) for name in ("seconds", "turns", "repetitions", "loop")}
-        data = {"versions": versions(args), "settings": settings, "rows": [row.as_json() for row in rows]}
-        args.json.write_text(json.dumps(data, indent=1) + "\n")
+    text = report(args, rows)
+    print(text)
+    if args.results is not None:
+        write(args, rows, text)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,19 @@
-"""The yardsticks: the least that a Python runtime must do to serve calls in batches, and aneuron behind the same face.
+"""The yardsticks: the least that a Python runtime must do to serve calls in batches.
 
 `Floor` is one deque, one thread a core that takes what is there when its core is free, and completions posted to the
 loop in groups. `FairFloor` is the same, but pieces of large calls take turns with small calls. Neither has limits,
 cancellation, deadlines, statistics, signatures or isolation of errors: they are not products.
 
-All three contenders: `await start(cores, seconds, batch)`, `await call(x)` with x of shape [n, 16], `await stop()`.
+Lives here: the floors, and the simulated core that they and the peers run on. Must not be here: products.
 """
 
 import asyncio
 import threading
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-
-import aneuron
 
 FEATURES = 16
 
@@ -26,33 +23,8 @@ def model(x: torch.Tensor) -> torch.Tensor:
     return x * 2 + 1
 
 
-class Contender(Protocol):
-    """What the workloads drive."""
-
-    @property
-    def call(self) -> Callable[[torch.Tensor], Awaitable[torch.Tensor]]: ...
-
-    async def start(self, cores: int, seconds: float, batch: int) -> None: ...
-
-    async def stop(self) -> None: ...
-
-
-class Aneuron:
-    """The product: all features on, nothing tuned."""
-
-    async def start(self, cores: int, seconds: float, batch: int) -> None:
-        backend = aneuron.SimulatedBackend(cores=cores, service_time=seconds)
-        self.call = aneuron.AsyncDataParallel(
-            model, batch_size=batch, backend=backend, example_inputs=torch.zeros(1, FEATURES)
-        )
-        await self.call.start()
-
-    async def stop(self) -> None:
-        await self.call.aclose()
-
-
-class _Core:
-    """One simulated core. Like aneuron's, it sleeps for what the model has left of its time."""
+class Core:
+    """One simulated core of fixed shape. Like aneuron's, it sleeps for what the model has left of its time."""
 
     def __init__(self, seconds: float, batch: int) -> None:
         self.seconds = seconds
@@ -100,7 +72,7 @@ class Floor:
     async def start(self, cores: int, seconds: float, batch: int) -> None:
         self.loop = asyncio.get_running_loop()
         self.batch = batch
-        self.cores = [_Core(seconds, batch) for _ in range(cores)]
+        self.cores = [Core(seconds, batch) for _ in range(cores)]
         self.queue: Any = self._queue()
         self.lock = threading.Lock()
         self.idle: deque[threading.Lock] = deque()  # of the workers that wait, what they wait for
@@ -110,6 +82,10 @@ class Floor:
         self.threads = [threading.Thread(target=self._worker, args=(core,), daemon=True) for core in self.cores]
         for thread in self.threads:
             thread.start()
+
+    def executed(self) -> int:
+        """Callers' rows that the cores have executed."""
+        return sum(core.rows for core in self.cores)
 
     def _queue(self) -> Any:
         return deque()
@@ -157,7 +133,7 @@ class Floor:
                 rows += n
         return items
 
-    def _worker(self, core: _Core) -> None:
+    def _worker(self, core: Core) -> None:
         lock = threading.Lock()
         lock.acquire()
         while not self.closing:

@@ -3,70 +3,115 @@
 from collections.abc import Sequence
 from statistics import median
 
-from benchmarks.workloads import Must, Row
+from benchmarks.rows import Bound, Row
 
-HEADER = ("", "", "floor", "fair floor", "aneuron", "of the floor", "of the fair floor", "of the ideal",
-          "p50 / p99 ms", "floor's", "must", "met")  # fmt: skip
+COLUMNS = {
+    "ideal": "ideal",
+    "floor": "floor",
+    "fair floor": "fair",
+    "aneuron": "aneuron",
+    "batched": "batched",
+    "async-batcher": "async-b",
+    "original": "original",
+}
+SHORT = {"fair floor": "fair", "best peer": "a peer"}
+FAILURES = {"TimeoutError": "late", "WrongAnswer": "wrong"}
+HEADER = ("p50/p99 ms", "compared (range)", "must", "goal", "kept")
 
 CAVEATS = """
-How to read it. Values are medians of {repetitions} repetitions, each the median of {turns} turns of {seconds:g} s;
-after each comparison comes its range over the repetitions. The contenders take turns within one process, and
-comparisons hold within this run only: on a machine with neighbours the same code may run at twice the speed a minute
-later, and the values themselves say little. The floors are loops without features (no limits, cancellation,
-deadlines, statistics, signatures, isolation of errors). The cores are simulated: a core of W1 sleeps without the GIL
-for {service:g} ms, the model's own time included, for all contenders alike; a core of W4 takes no time, which no real
-one does, so that W4 shows nothing but the cost of the runtime, and most of that is handing the GIL from thread to
-thread. The ideal is the rows that the cores could do at this machine's measured length of that sleep ({sleep:.2f} ms
-at the end of this run). CPU a row is that of the whole process, callers included. Every caller compares every
-{every}th of its answers with the right one, whoever answers; a wrong one ends the run.
+How to read it. Values are medians of {repetitions} repetitions. "compared" is aneuron's value with that of whom "must"
+names (else "goal"), in each repetition; median and range. "kept": the goal, only the must, or NO; "no" where only a
+goal is set. p50/p99 is aneuron's in ms, from call to result, or from the scheduled time where calls come by schedule;
+beside large calls that of the smallest calls. "fair" is the fair floor, "async-b" the package async-batcher, "a peer"
+the best of the last three contenders.
+
+The contenders take turns within one process, and comparisons hold within this run only: on a machine with neighbours
+the same code may run at twice the speed a minute later. The floors are loops without features (no limits, cancellation,
+deadlines, statistics, signatures, isolation of errors). The original is the behaviour of torch_neuronx.DataParallel,
+re-created, in asyncio's default executor. The cores are simulated, for all alike: a core sleeps without the GIL for the
+service time; a core of W4 takes no time, which no real one does. The ideal is every core executing full batches without
+a gap, with this machine's measured length of that sleep; of a p99 under overload, max_pending / capacity. CPU a row is
+the whole process's, callers included. Every answer is compared with the right one; a contender that gives a wrong one,
+raises, or is not done in time "fails". LoadGen rows are no MLPerf results.
 """
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows, in columns."""
-    lines = [HEADER, *map(_cells, rows)]
-    widths = [max(len(line[column]) for line in lines) for column in range(len(HEADER))]
-    text = ["  ".join(_justified(line, widths)).rstrip() for line in lines]
-    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:]])
+    """The rows, in columns; of the contenders, those that took part; below, why some failed."""
+    present = [who for who in COLUMNS if any(who in row.values or who in row.fails for row in rows)]
+    lines = [("", "", *(COLUMNS[who] for who in present), *HEADER), *(_cells(row, present) for row in rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    left = {0, 1, *range(len(widths) - 3, len(widths))}
+    text = [" ".join(_justified(line, widths, left)).rstrip() for line in lines]
+    notes = [f"{row.name}: {who} fails: {why[:160]}" for row in rows for who, why in row.fails.items()]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], *[""] * bool(notes), *notes])
 
 
-def _justified(line: Sequence[str], widths: Sequence[int]) -> list[str]:
-    """Names to the left, numbers to the right."""
-    left = (0, 1, len(widths) - 2, len(widths) - 1)
+def _justified(line: Sequence[str], widths: Sequence[int], left: set[int]) -> list[str]:
+    """Words to the left, numbers to the right."""
     return [
         cell.ljust(width) if column in left else cell.rjust(width)
         for column, (cell, width) in enumerate(zip(line, widths, strict=True))
     ]
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _cells(row: Row, contenders: Sequence[str]) -> tuple[str, ...]:
+    must, goal = row.must, row.goal
+    first = must or goal
     return (
         row.name,
         row.unit,
-        *(_number(median(row.values[who])) for who in ("floor", "fair floor", "aneuron")),
-        *(_comparison(row, who) for who in ("floor", "fair floor", "ideal")),
-        *(f"{row.p50[who]:.3g} / {row.p99[who]:.3g}" if row.p50 else "" for who in ("aneuron", "floor")),
-        _bound(row.must, row.unit) if row.must else "",
-        {True: "yes", False: "NO", None: ""}[row.verdict],
+        *(_value(row, who) for who in contenders),
+        f"{_number(row.p50['aneuron'])}/{_number(row.p99['aneuron'])}" if "aneuron" in row.p50 else "",
+        _range(row.against(first), first) if first else "",
+        _bound(must) if must else "",
+        _bound(goal, named=must is None or must.of != goal.of) if goal else "",
+        _kept(row),
     )
 
 
-def _comparison(row: Row, other: str) -> str:
-    if other not in row.values:
+def _value(row: Row, who: str) -> str:
+    if who in row.fails:
+        why = row.fails[who].partition(":")[0]
+        return f"fails: {FAILURES.get(why, why)}"
+    return _number(median(row.values[who])) if row.values.get(who) else ""
+
+
+def _kept(row: Row) -> str:
+    must, goal = row.kept(row.must), row.kept(row.goal)
+    if must is False:
+        return "NO"
+    return "goal" if goal else "must" if must else "no" if goal is False else ""
+
+
+def _range(seen: Sequence[float], bound: Bound) -> str:
+    if not seen:
         return ""
-    seen = row.against(other)
-    if row.must is not None and row.must.difference:
-        return f"{median(seen):+.3f} ({seen[0]:+.3f} to {seen[-1]:+.3f})"
-    if row.must is not None and not row.must.at_least:
-        return f"{median(seen):.2f}x ({seen[0]:.2f}-{seen[-1]:.2f})"
-    return f"{median(seen):.1%} ({seen[0] * 100:.1f}-{seen[-1] * 100:.1f})"
+    middle, *ends = (_size(value, bound) for value in (median(seen), seen[0], seen[-1]))
+    return f"{middle} ({ends[0].rstrip('%x')}-{ends[1].rstrip('%x')})".replace("(+", "(").replace("-+", "-")
 
 
-def _bound(must: Must, unit: str) -> str:
-    if must.difference:
-        return f"<= {must.of} {must.bound:+g} {unit.partition(' ')[0]}"
-    return f">= {must.bound * 100:g} % of {must.of}" if must.at_least else f"<= {must.bound:g}x {must.of}"
+def _size(value: float, bound: Bound) -> str:
+    """A ratio as percent where more is better, as a factor where less is; a difference; a plain value."""
+    if bound.of is None:
+        return _number(value)
+    if bound.difference:
+        return f"{value:+.2f}"
+    return f"{value * 100:.1f}%" if bound.at_least else f"{value:.2f}x"
+
+
+def _bound(bound: Bound, named: bool = True) -> str:
+    sign = ">=" if bound.at_least else "<="
+    if bound.of is None:
+        return f"{sign}{bound.limit:g}"
+    if bound.difference:
+        size = f"{bound.limit:+g}"
+    else:
+        size = f"{bound.limit * 100:g}%" if bound.at_least else f"{bound.limit:g}x"
+    return f"{sign}{size} {SHORT.get(bound.of, bound.of)}" if named else f"{sign}{size}"
 
 
 def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    if abs(value) >= 9999.5:
+        return f"{value / 1000:.4g}k"
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.2f}" if abs(value) < 1 else f"{value:.3g}"

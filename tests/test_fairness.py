@@ -205,15 +205,21 @@ class History(Cores):
                     heads.setdefault((flow.level.priority, flow.line.large), []).append(
                         (flow.tenant.tag, call.sequence, call)
                     )
-        firsts = {key: min(entries, key=lambda entry: entry[:2])[2] for key, entries in heads.items()}
+        firsts = {}
+        for key, entries in heads.items():
+            begun = [entry for entry in entries if not key[1] and entry[2].bound]  # cut by the end of a batch: goes on
+            firsts[key] = [entry[2] for entry in begun] or [min(entries, key=lambda entry: entry[:2])[2]]
         head = order.head()
         assert (head is None) == (not firsts)
+        if head is not None and all(len(calls) == 1 for calls in firsts.values()):
+            since = {key: calls[0].since or calls[0].admitted for key, calls in firsts.items()}
+            urgency = min(time - priority for (priority, _), time in since.items())
+            mine = [time for (priority, _), time in since.items() if priority == head.level.priority]
+            assert min(mine) - head.level.priority == urgency, "a less urgent level goes first"
         if head is not None:
-            urgency = min(call.admitted - priority for (priority, _), call in firsts.items())
-            mine = [call for (priority, _), call in firsts.items() if priority == head.level.priority]
-            assert min(call.admitted for call in mine) - head.level.priority == urgency, (
-                "a less urgent level goes first"
-            )
+            mine = [
+                call for (priority, _), calls in firsts.items() if priority == head.level.priority for call in calls
+            ]
             assert head.calls[0] in mine, "a tenant out of turn"
 
     def note_late(self):

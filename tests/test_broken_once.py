@@ -1,4 +1,4 @@
-"""Tests of open bugs: each fails today. To be moved next to its kind when mended."""
+"""Cases that broke the scheduler or the lanes once, each with a test that was seen to fail."""
 
 import asyncio
 import random
