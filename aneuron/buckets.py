@@ -133,13 +133,15 @@ def _check_key(what: str, value: Any, key: Any) -> None:
 
 SAMPLES = 15  # times of a size of which the median counts: a hiccup or two do not move it
 MOVED = 0.05  # share by which a median must move before covers are chosen anew
+AGE = 1000  # executions after which a size that was not among them is due to be measured again
 
 
 class Cover:
     """Which of a model's compiled batch sizes to run now for so many waiting rows.
 
     Rows run on the cheapest set of executions that holds them, by measured times; until every size has been measured,
-    on the smallest size that holds them. For one thread.
+    on the smallest size that holds them. A size that was found to be slow is tried again after a while, where it is the
+    smallest that holds the rows: it may have been a hiccup. For one thread.
 
         >>> cover = Cover([1, 8])
         >>> cover.pick(3)
@@ -155,6 +157,9 @@ class Cover:
         self.limit = self.sizes[-1]  # rows that the largest one holds
         self._samples: dict[int, deque[float]] = {size: deque(maxlen=SAMPLES) for size in self.sizes}
         self._times = dict.fromkeys(self.sizes, nan)  # those that the table was made with; NaN = not measured
+        self._runs = 0  # that were noted
+        self._last = dict.fromkeys(self.sizes, 0)  # of each size
+        self._due: set[int] = set()  # sizes to be measured again
         # [rows]: what to run; the last entry is for all beyond
         self._table = [self.limit]
         if len(self.sizes) > 1:
@@ -162,6 +167,9 @@ class Cover:
 
     def pick(self, rows: int) -> int:
         """The size to execute now; `rows` >= 1 wait. Of the cheapest cover the largest comes first."""
+        if self._due and (size := self.fit(rows)) in self._due:
+            self._due.remove(size)
+            return size
         return self._table[min(rows, len(self._table) - 1)]
 
     def fit(self, rows: int) -> int:
@@ -174,6 +182,13 @@ class Cover:
             return
         samples = self._samples[size]
         samples.append(seconds)
+        self._runs += 1
+        self._last[size] = self._runs
+        for other, last in self._last.items():
+            if self._runs - last >= AGE:
+                self._last[other] = self._runs  # or it would be due at once again
+                self._due.add(other)
+                self._samples[other] = deque(list(self._samples[other])[-1:], maxlen=SAMPLES)  # a new pace counts soon
         if abs(_median(samples) - self._times[size]) <= MOVED * self._times[size]:
             return
         self._times[size] = _median(samples)
@@ -183,7 +198,7 @@ class Cover:
 
 
 def _median(samples: Collection[float]) -> float:
-    return sorted(samples)[len(samples) // 2]
+    return sorted(samples)[(len(samples) - 1) // 2]  # of two the smaller: hiccups only add
 
 
 def cheapest(times: Mapping[int, float], limit: int) -> list[int]:

