@@ -77,11 +77,11 @@ class Lane:
         outputs: dict[int | None, tuple[Output, int]] = {}  # by size, that of the first bucket
         for size, bucket in load.models:
             try:
-                value, seconds = warm_up(self._cores[size, bucket], compiled, size, bucket)
+                value, seconds = warm_up(self._cores[size, bucket], compiled, size, bucket, self.workers.clock)
                 self.counters.learn((size or rounded(compiled.rows), bucket), seconds, self.workers.clock())
                 if not load.packing:
                     continue
-                output = Output(value, size or compiled.rows, load.dim)
+                output = Output(value, size or compiled.rows, load.dim, compiled.base)
                 one, of = outputs.setdefault(size, (output, bucket))
                 if load.unpad is not None and load.unpad.known(output, bucket) is None:
                     if one is not output:

@@ -183,6 +183,7 @@ class Compiled:
         self._dim = dim
         self._call = measure(args, kwargs, dim, buckets)
         self.rows = self._call.rows
+        self.base = self._call.base
         self.leaves = self._call.leaves or ()
         self._names = [path.text for path in _inputs(args, kwargs)]
         pads = self._call.pads

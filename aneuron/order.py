@@ -260,6 +260,8 @@ class Order(Generic[C]):
         kind = self.kinds.get(call.signature)
         if kind is None:
             kind = self.kinds[call.signature] = Kind(call.signature, call.bucket, limit(call.bucket))
+        if not kind.rows:
+            kind.anywhere = True
         if call.cut.piece:
             kind.anywhere = False
         large = call.rows > kind.limit

@@ -20,12 +20,14 @@ Carried = tuple[tuple[int, ...], ...]  # for each tensor of an output the dims w
 class Output:
     """What the model returned for a batch, looked through: every tensor must have the batch's rows along `dim`.
 
-    `size` is the number of rows of the batch, None where any number will do. Raises `OutputError`.
+    `size` is the number of rows of the batch, None where any number will do; `asked` tells kinds of calls apart, whose
+    outputs may mean different things. Raises `OutputError`.
     """
 
-    def __init__(self, value: Any, size: int | None, dim: int) -> None:
+    def __init__(self, value: Any, size: int | None, dim: int, asked: Hashable = None) -> None:
         self.value = value
         self.dim = dim
+        self.asked = asked
         self.leaves: list[torch.Tensor] = []
         self.structure: list[Any] = []
         constants: list[Any] = []
@@ -108,14 +110,14 @@ def carriers(one: Output, bucket_one: int, other: Output, bucket_other: int) -> 
 
 
 class Unpad:
-    """Which outputs of a model carry the length: as the user said, or as learnt, once for each structure of output.
+    """Which outputs of a model carry the length: as the user said, or as learnt, once for each kind of call and output.
 
     Any thread may ask and learn: two that learn at the same time learn the same.
     """
 
     def __init__(self, buckets: Buckets) -> None:
         self._buckets = buckets
-        self._carried: dict[Hashable, Carried] = {}
+        self._carried: dict[Hashable, Carried | OutputError] = {}  # or why it cannot be decided
 
     def known(self, output: Output, bucket: int) -> Carried | None:
         """What to cut from an output of this bucket, None if that is to be learnt yet.
@@ -128,7 +130,10 @@ class Unpad:
         if carried is None:
             if self._buckets.unpad is None:
                 return None
-            carried = self._carried[key] = self._said(output)
+            carried = self._said(output)
+            self._keep(key, carried)
+        if isinstance(carried, OutputError):
+            raise OutputError(*carried.args)
         for index, (leaf, dims) in enumerate(zip(output.leaves, carried, strict=True)):
             if any(leaf.shape[dim] != bucket for dim in dims):
                 raise OutputError(
@@ -143,18 +148,28 @@ class Unpad:
         One will do if no size in it is the bucket's: then nothing carries the length. Raises `OutputError` where it
         cannot be decided.
         """
-        if other is not None:
-            carried = carriers(one, bucket_one, other, bucket_other)
-        else:
-            carried = ((),) * len(one.leaves)
-            for path, leaf in zip(paths(one.value, "output"), one.leaves, strict=True):
-                if bucket_one in (size for dim, size in enumerate(leaf.shape) if dim != one.dim % leaf.ndim):
-                    raise OutputError(
-                        f"{path.text} has shape {tuple(leaf.shape)} in bucket {bucket_one}, with no other of its batch "
-                        f"size to compare: whether that is the length or an equal number cannot be known; {NAME_THEM}"
-                    )
-        self._carried[_key(one)] = carried
+        try:
+            carried = self._lone(one, bucket_one) if other is None else carriers(one, bucket_one, other, bucket_other)
+        except OutputError as error:
+            self._keep(_key(one), OutputError(*error.args))  # or each batch would be run twice to find out again
+            raise
+        self._keep(_key(one), carried)
         return carried
+
+    def _keep(self, key: Hashable, carried: Carried | OutputError) -> None:
+        if len(self._carried) > 1000:  # an argument that differs with each call
+            self._carried.clear()
+        self._carried[key] = carried
+
+    def _lone(self, one: Output, bucket: int) -> Carried:
+        """Nothing carries the length, or it cannot be known."""
+        for path, leaf in zip(paths(one.value, "output"), one.leaves, strict=True):
+            if bucket in (size for dim, size in enumerate(leaf.shape) if dim != one.dim % leaf.ndim):
+                raise OutputError(
+                    f"{path.text} has shape {tuple(leaf.shape)} in bucket {bucket}, with no other of its batch "
+                    f"size to compare: whether that is the length or an equal number cannot be known; {NAME_THEM}"
+                )
+        return ((),) * len(one.leaves)
 
     def _said(self, output: Output) -> Carried:
         """What the user said, for an output."""
@@ -185,4 +200,4 @@ class Unpad:
 
 
 def _key(output: Output) -> Hashable:
-    return (tuple(output.structure), *(leaf.ndim for leaf in output.leaves))
+    return (output.asked, tuple(output.structure), *(leaf.ndim for leaf in output.leaves))

@@ -194,7 +194,8 @@ class AsyncDataParallel:
     def _outstanding(self) -> int:
         """One-row calls that keep every core busy: two batches for each."""
         rows = self._models.batch_size or int(getattr(self._backend, "preferred_rows", 32))
-        return 2 * rows * (self._lanes.rules.cores if self._lanes is not None else len(self._backend.cores()))
+        kinds = len(self._buckets.sizes) if self._buckets is not None else 1  # each fills batches of its own
+        return 2 * rows * kinds * (self._lanes.rules.cores if self._lanes is not None else len(self._backend.cores()))
 
     def options(self, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None) -> "View":
         """The model on other terms: a cheap object to be called like this one, with `timed` and `map`.
@@ -258,14 +259,15 @@ class AsyncDataParallel:
 
     def _cut(self, call: Call, rules: Rules) -> Cut:
         """How a call will be cut, where that is not anywhere."""
-        compiled = self._sizes[call.bucket].limit if self._sizes else self._models.batch_size
-        cut = rules.cut(call.rows, compiled)
+        sizes = self._sizes[call.bucket].sizes if self._sizes else [self._models.batch_size or 0]
+        cut = rules.cut(call.rows, sizes[-1])
         if rules.packing and rules.split_size is None:
             return cut
         pieces = cut.count(call.rows)
         if not rules.packing:
-            due = call.rows if rules.split_size else rules.cores * (compiled or 0)
-            if compiled is not None and (cut.piece != compiled or call.rows % compiled or call.rows != due):
+            even = call.rows == cut.piece * pieces and (rules.split_size is not None or pieces == rules.cores)
+            if sizes[-1] and not (even and cut.piece in sizes):
+                compiled = " or ".join(map(str, sizes))
                 raise ShapeError(
                     f"{call.rows} rows / {rules.cores} cores != {compiled} compiled rows: with dynamic batching off "
                     f"the rows of a call, divided by the cores, must be those that the model was compiled for"

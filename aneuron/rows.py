@@ -31,6 +31,7 @@ class Call(Waiting):
     trace: Any = None  # where the lanes note how the call was run, if anybody asks
 
     # Without buckets; see `BucketCall`.
+    base: Hashable = None
     length: int = 0
     pads: Pads | None = None
 
@@ -50,12 +51,13 @@ class BucketCall(Call):
     Its signature is `(base, bucket)`; the base is the same in all buckets.
     """
 
-    __slots__ = ("bucket", "length", "pads")
+    __slots__ = ("base", "bucket", "length", "pads")
 
     def __init__(
         self, rows: int, base: Hashable, leaves: Sequence[Any], template: Any, bucket: int, length: int, pads: Pads
     ) -> None:
         super().__init__(rows, (base, bucket), leaves, template)
+        self.base = base
         self.bucket = bucket
         self.length = length
         self.pads = pads

@@ -178,7 +178,8 @@ class Scheduler(Generic[C]):
         half = (len(chunks) + 1) // 2
         for part in filter(None, (chunks[:half], chunks[half:])):
             rows = sum(stop - start for _, start, stop in part)
-            self._again.append(Batch(list(part), rows, "rerun", batch.size, batch.bucket, batch.expected))
+            size = batch.size and self._sizes[batch.bucket].fit(rows)
+            self._again.append(Batch(list(part), rows, "rerun", size, batch.bucket, batch.expected))
 
     def calls(self) -> list[C]:
         """The calls that have rows here: waiting, or to be run again."""

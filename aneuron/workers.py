@@ -160,9 +160,9 @@ class Execution:
 
     def _carried(self, unpad: Unpad) -> Carried:
         """What of the output is to be cut back; if nobody knows, one more run in another bucket tells."""
-        dim, bucket = self.common.dim, self.batch.bucket
-        size = self.size or self.rows
-        output = Output(self.output, size, dim)
+        dim, bucket, call = self.common.dim, self.batch.bucket, self.chunks[0][0]
+        size = self.size or self.rows if call.cut.shared else None
+        output = Output(self.output, size, dim, call.base)
         carried = unpad.known(output, bucket)
         if carried is not None:
             return carried
@@ -171,7 +171,7 @@ class Execution:
         core, other = self.other
         assert self._again is not None
         args, kwargs = self._again(other)
-        return unpad.learn(output, bucket, Output(core.execute(args, kwargs), size, dim), other)
+        return unpad.learn(output, bucket, Output(core.execute(args, kwargs), size, dim, call.base), other)
 
     def finish(self, clock: Callable[[], float]) -> None:
         """Give each call its rows, and post the outcome to the loop."""
@@ -193,15 +193,17 @@ class Execution:
             logger.exception("the %s backend could not classify an error", self.common.backend.name)
 
 
-def warm_up(core: Core, compiled: Compiled, size: int | None, bucket: int) -> tuple[Any, float]:
+def warm_up(
+    core: Core, compiled: Compiled, size: int | None, bucket: int, clock: Callable[[], float]
+) -> tuple[Any, float]:
     """Run the example twice, padded to `size` rows and to `bucket`: throughput climbs over the first runs, and a fault
     of a compiled model can show in the second. The output, and the seconds that the second run took.
     """
     args, kwargs = compiled.example(size, bucket)
     core.execute(args, kwargs)
-    begin = time.monotonic()
+    begin = clock()
     output = core.execute(args, kwargs)
-    return output, time.monotonic() - begin
+    return output, clock() - begin
 
 
 class Workers(Executor):

@@ -785,3 +785,86 @@ def test_a_transformer_in_buckets_answers_like_the_plain_one():
                 torch.testing.assert_close(result[name], value, msg=f"{name}, {tuple(text.shape)}")
 
     asyncio.run(main())
+
+
+# Found by reading and by random tests; each was seen to fail.
+
+
+class Either(torch.nn.Module):
+    """Tokens or a pooled vector, as asked: outputs of one structure, of which one carries the length."""
+
+    def forward(self, x, mode):
+        return x if mode == "tokens" else x[:, :1].repeat(1, 8)
+
+
+@pytest.mark.parametrize("modes", [("tokens", "pooled"), ("pooled", "tokens")])
+def test_what_carries_the_length_is_learnt_for_each_kind_of_call(modes):
+    async def main():
+        buckets = Buckets(sizes=(8, 16))
+        async with AsyncDataParallel(Either().eval(), backend=SimulatedBackend(1, 0.0), buckets=buckets) as model:
+            for _ in range(2):
+                for mode in modes:
+                    assert (await model(torch.ones(1, 5), mode)).shape == (1, 5 if mode == "tokens" else 8)
+
+    asyncio.run(main())
+
+
+def test_without_batching_any_compiled_size_will_do():
+    async def main():
+        models = {1: torch.nn.Identity().eval(), 8: torch.nn.Identity().eval()}
+        async with AsyncDataParallel(models, backend=SimulatedBackend(2, 0.0), set_dynamic_batching=False) as model:
+            for rows in (2, 16):
+                assert len(await model(torch.ones(rows, 3))) == rows
+            with pytest.raises(ShapeError, match="4 rows / 2 cores != 1 or 8 compiled rows"):
+                await model(torch.ones(4, 3))
+
+    asyncio.run(main())
+
+
+def test_without_batching_an_output_in_buckets_may_have_any_rows():
+    async def main():
+        backend, buckets = SimulatedBackend(1, 0.0), Buckets(sizes=(8, 16))
+
+        def net(x):
+            return x.sum(1).mean().reshape(1)
+
+        async with AsyncDataParallel(net, backend=backend, buckets=buckets, set_dynamic_batching=False) as model:
+            assert await model(torch.ones(4, 5)) == 5.0
+
+    asyncio.run(main())
+
+
+def test_what_cannot_be_decided_is_asked_once():
+    runs = []
+
+    def net(x):
+        runs.append(x.shape)
+        return x.repeat(1, 2)  # twice as long as the bucket
+
+    async def main():
+        async with AsyncDataParallel(net, backend=SimulatedBackend(1, 0.0), buckets=Buckets(sizes=(8, 16))) as model:
+            for _ in range(3):
+                with pytest.raises(OutputError, match="unpad"):
+                    await model(torch.ones(1, 5))
+
+    asyncio.run(main())
+    assert [shape[1] for shape in runs] == [8, 16, 8, 8]
+
+
+def test_the_cover_counts_again_when_split_size_is_taken_back():
+    async def main():
+        async with AsyncDataParallel(
+            {1: torch.nn.Identity().eval(), 8: torch.nn.Identity().eval()},
+            backend=PuppetBackend(1, service_time=lambda rows: {1: 1.0, 8: 6.0}[rows]),
+            example_inputs=torch.ones(1, 2),
+        ) as model:
+            for rows in (1, 8):
+                await model(torch.ones(rows, 2))
+            model.split_size = 3
+            await model(torch.ones(3, 2))
+            model.split_size = None
+            before = model.statistics().cores[0].batches
+            await model(torch.ones(3, 2))
+            return model.statistics().cores[0].batches - before
+
+    assert run(main()) == 3
