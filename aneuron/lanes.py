@@ -24,7 +24,8 @@ from aneuron.batches import Batch
 from aneuron.errors import Closed, CoreFailed, DeadlineExceeded, QueueFull
 from aneuron.lane import TICK, Lane, Load
 from aneuron.rows import Call
-from aneuron.scheduler import Rules, Scheduler, Sizes, rounded, spread
+from aneuron.scheduler import Rules, Scheduler, Sizes, rounded
+from aneuron.slots import spread
 from aneuron.stats import FORGET, CoreCounters, Counters, Recent, Statistics
 from aneuron.workers import Common, Execution, Workers, carried, text
 

@@ -175,6 +175,11 @@ class Kind(Generic[C]):
                 yield pair[large]
                 yield pair[not large]
 
+    def every_heap(self) -> Iterator[Heap]:
+        """The flows of all levels and lines, the highest first."""
+        for negative in self._priorities:
+            yield from self._heaps[-negative]
+
     def sweep(self) -> None:
         """Let go of what nothing waits in."""
         self.flows = {key: flow for key, flow in self.flows.items() if flow.live}

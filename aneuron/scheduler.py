@@ -1,8 +1,8 @@
 """Which rows form the next batch, for which lane, and when.
 
-Lives here: packing, the lanes' slots, deadlines, holding back, the arithmetic of backpressure. Who goes first is
-`order.py`'s. Must not be here: asyncio, threads, torch, a clock: `now` is an argument. Decisions come back as data;
-the effects are the lane's.
+Lives here: the decision, deadlines, the arithmetic of backpressure. Who goes first is `order.py`'s, what the lanes have
+in flight `slots.py`'s, holding back `holding.py`'s. Must not be here: asyncio, threads, torch, a clock: `now` is an
+argument. Decisions come back as data; the effects are the lane's.
 
 Late binding is the rule that carries this file: rows stay in the queue, where they can be cancelled and joined by
 others, until a lane has a free slot. They are cut when the batch is formed, so a call of ten million rows is one
@@ -10,15 +10,15 @@ entry.
 """
 
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol
+from typing import Generic, Protocol
 
 from aneuron.batches import Batch, Filling
-from aneuron.order import Flow, Kind, Order, first
+from aneuron.holding import Hold
+from aneuron.order import Flow, Kind, Order
+from aneuron.slots import Estimate, Slots
 from aneuron.waiting import ANYWHERE, NEVER, C, Chunk, Cut
-
-COMPANY = 1.5  # rows that must be expected during a learned hold to make it worth while
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +65,8 @@ class Sizes(Protocol):
         """Note what an execution took."""
 
 
-Estimate = Callable[[int, int, int], float]  # seconds that a lane takes for a shape, (rows, bucket); 0 = unknown
-
-
-class Scheduler(Generic[C]):
-    """The one queue of all waiting calls, and the slots that they wait for."""
+class Scheduler(Slots, Generic[C]):
+    """The slots of the lanes, and the one queue of all calls that wait for them."""
 
     def __init__(
         self,
@@ -77,31 +74,19 @@ class Scheduler(Generic[C]):
         sizes: Mapping[int, Sizes] | None = None,
         estimate: Estimate = lambda lane, rows, bucket: 0.0,
     ) -> None:
+        super().__init__(estimate)
         self.rules = rules
         self.draining = False
         self.late: list[C] = []  # calls dropped because they cannot meet their deadline; whoever binds ends them
         self.slack = 0.0  # seconds to allow for beyond what was estimated, when deadlines are judged
-        self.timed = rules.max_delay is None  # whether service times are asked for: there are deadlines, or leads
+        self.timed = rules.max_delay is None
         self.dated = False  # whether any call has had a deadline
-        self.due: float | None = None  # when to ask again, if nothing else happens before
         self._order: Order[C] = Order()
+        self._hold: Hold[C] = Hold(self._order)
         self._sizes = sizes or {}
         self._buckets = sorted(self._sizes, reverse=True)
-        self._estimate = estimate
         self._preferred = rules.batch_size or rules.preferred  # as compiled: no setting changes it
         self._again: deque[Batch[C]] = deque()
-        self._slots: list[int] = []
-        self._in_flight: list[int] = []
-        self._ends: list[float] = []  # when what is in flight should have ended
-        self._expected: list[deque[float]] = []  # the seconds of each batch in flight
-        self._lead: list[float | None] = []  # how long before that the loop may bind another batch; None: never
-        self.staging = False  # whether any lane has a lead
-        self._idle: dict[int, None] = {}  # lanes with nothing in flight and a slot, longest idle first
-        self._arrivals: deque[C] = deque()  # kept while batches may be held back
-        self._was_held = False  # whether the batch that is formed was held back
-        self._rate = 0.0  # rows a second, lately
-        self._arrived, self._since = 0, 0.0  # rows that came since then
-        self._full: dict[Hashable, Kind[C]] = {}  # kinds with a full batch, kept likewise
 
     # Calls in, calls out.
 
@@ -153,9 +138,6 @@ class Scheduler(Generic[C]):
         quickest = min((self._estimate(lane, rows, call.bucket) for lane in self._lanes()), default=0.0)
         return call.deadline < now + rounds * quickest
 
-    def _lanes(self) -> Iterator[int]:
-        return (lane for lane, slots in enumerate(self._slots) if slots)
-
     def admit(self, *calls: C) -> None:
         """Queue calls."""
         if not self.dated and any(call.deadline is not NEVER for call in calls):
@@ -163,15 +145,12 @@ class Scheduler(Generic[C]):
         self._order.push(calls, self._limit)
         if self.rules.max_delay != 0.0:
             for call in calls:
-                self._note(call)
+                self._hold.note(call)
 
     def discard(self, call: C) -> None:
         """Take a call's waiting rows out of the queue; does nothing if none waits."""
         self._order.discard(call)
-        if self._full:
-            kind = self._order.kinds.get(call.signature)
-            if kind is not None and kind.rows < kind.limit:
-                self._full.pop(call.signature, None)
+        self._hold.mend(call.signature)
 
     def rerun(self, batch: Batch[C], chunks: Sequence[Chunk[C]]) -> None:
         """Queue the two halves of a failed batch ahead of everything else; they are not packed with others."""
@@ -184,59 +163,6 @@ class Scheduler(Generic[C]):
     def calls(self) -> list[C]:
         """The calls that have rows here: waiting, or to be run again."""
         return [*self._order.calls(), *(call for batch in self._again for call, _, _ in batch.chunks)]
-
-    # Slots.
-
-    def resize(self, slots: Sequence[int], leads: Sequence[float | None] | None = None) -> None:
-        """Give lane i `slots[i]` slots. Batches in flight beyond them finish; their slots do not come back.
-
-        While a lane executes, the loop may bind its next batch `leads[i]` seconds before it should have ended.
-        """
-        more = len(slots) - len(self._slots)
-        self._slots = list(slots)
-        self._lead = list(leads) if leads is not None else [None] * len(slots)
-        self.staging = any(lead is not None for lead in self._lead)
-        self.timed = self.timed or self.staging
-        self._in_flight += [0] * more
-        self._ends += [0.0] * more
-        self._expected += [deque() for _ in range(more)]
-        lanes = (*self._idle, *range(len(slots)))
-        self._idle = {lane: None for lane in lanes if slots[lane] and not self._in_flight[lane]}
-
-    def lead(self, lane: int, seconds: float) -> None:
-        """Change a lane's lead."""
-        self._lead[lane] = seconds
-        self.staging = self.timed = True
-
-    def release(self, lane: int, now: float) -> None:
-        """Lane `lane` has a batch less in flight; what is left begins now."""
-        self._in_flight[lane] -= 1
-        expected = self._expected[lane]
-        expected.popleft()
-        self._ends[lane] = now + sum(expected) if expected else now
-        if not expected and self._slots[lane]:
-            self._idle[lane] = None
-
-    def move(self, batch: Batch[C], lane: int, to: int, now: float) -> None:
-        """A batch that was bound to a lane, behind another, is taken over by a third."""
-        self._in_flight[lane] -= 1
-        self._expected[lane].remove(batch.expected)
-        self._ends[lane] -= batch.expected
-        self._occupy(to, batch, now)
-
-    def has_slot(self, lane: int) -> bool:
-        """Whether a lane may have another batch."""
-        return self._in_flight[lane] < self._slots[lane]
-
-    def in_flight(self, lane: int) -> int:
-        """Batches that are bound to a lane or executing on it."""
-        return self._in_flight[lane]
-
-    def _occupy(self, lane: int, batch: Batch[C], now: float) -> None:
-        self._in_flight[lane] += 1
-        self._expected[lane].append(batch.expected)
-        self._ends[lane] = batch.due = max(now, self._ends[lane]) + batch.expected
-        self._idle.pop(lane, None)
 
     # The decision.
 
@@ -273,10 +199,12 @@ class Scheduler(Generic[C]):
         for call in calls:
             if call.signature is not first.signature or call.bound or call.deadline is not NEVER:
                 return None
+            if call.cut is not ANYWHERE:
+                return None
             rows += call.rows
         sizes = self._sizes.get(first.bucket)
         size = self._preferred if sizes is None else sizes.pick(min(rows, sizes.limit))
-        if rows > size or first.cut is not ANYWHERE:
+        if rows > size:
             return None
         for call in calls:
             call.bound = call.rows
@@ -297,21 +225,6 @@ class Scheduler(Generic[C]):
             return next(iter(self._idle), None)
         shape = self._shape(head.kind.bucket, min(head.kind.rows, head.kind.limit))
         return min(self._idle, key=lambda lane: self._estimate(lane, shape, head.kind.bucket))
-
-    def _next_to_end(self, now: float) -> int | None:
-        """The executing lane that another batch may be bound to now."""
-        lanes = [lane for lane in self._lanes() if self.has_slot(lane) and not self._too_early(lane, now)]
-        return min(lanes, key=self._ends.__getitem__, default=None)
-
-    def _too_early(self, lane: int, now: float) -> bool:
-        """Whether the next batch of an executing lane is to be bound later."""
-        lead = self._lead[lane]
-        if lead is None:
-            return True
-        due = self._ends[lane] - lead
-        if due > now:
-            self.due = min(due, self.due or due)
-        return due > now
 
     def pull(self, lane: int, now: float) -> Batch[C] | None:
         """The next batch of a lane that has a free slot, by the rules of `bind`."""
@@ -334,7 +247,7 @@ class Scheduler(Generic[C]):
                 if busy:
                     return None
                 if self.rules.max_delay != 0.0 and self._is_held(lane, kind, now):
-                    other = self._a_full_batch()
+                    other = self._hold.a_full_batch()
                     if other is None:
                         return None
                     head, kind = other, other.kind
@@ -374,8 +287,7 @@ class Scheduler(Generic[C]):
             compiled = sizes.fit(rows)
             if rows < compiled and self._order.rows:
                 filling.charge(compiled - rows, rows)
-        if self._full and kind.rows < kind.limit:
-            self._full.pop(kind.signature, None)
+        self._hold.mend(kind.signature)
         because = "full" if filling.full else self._reason(chunks[0][0], kind, now)
         return Batch(chunks, rows, because, compiled, kind.bucket, expected)
 
@@ -392,7 +304,7 @@ class Scheduler(Generic[C]):
         """Why a batch that is not full starts."""
         if self.draining:
             return "drain"
-        if self._was_held:
+        if self._hold.over:
             return "delay"
         return "signature" if self._order.rows > kind.rows else "core_idle"
 
@@ -405,65 +317,19 @@ class Scheduler(Generic[C]):
                     if shorter is not None and shorter.rows:
                         yield shorter
 
-    # Holding back.
-
-    def _note(self, call: C) -> None:
-        """Keep what is needed to decide on holding back."""
-        arrivals = self._arrivals
-        arrivals.append(call)
-        if len(arrivals) > 2 * self._order.live + 16:
-            self._arrivals = deque(other for other in arrivals if other.bound < other.rows)
-        kind = self._order.kinds[call.signature]
-        if kind.rows >= kind.limit:
-            self._full[kind.signature] = kind
-        self._arrived += call.rows
-
     def _is_held(self, lane: int, kind: Kind[C], now: float) -> bool:
-        """Whether a batch that is not full is held back for company: while another lane executes, and no row has
-        waited too long.
-        """
-        self._was_held = False
-        if self.draining or sum(self._in_flight) == self._in_flight[lane]:
-            return False
-        hold = self.rules.max_delay if self.rules.max_delay is not None else self._learned_hold(lane, kind, now)
-        arrivals = self._arrivals
-        while arrivals and arrivals[0].bound == arrivals[0].rows:
-            arrivals.popleft()
-        until = arrivals[0].admitted + hold if arrivals else now
-        if until > now:
+        """Whether a batch that is not full is held back for company: while another lane executes, and not for long."""
+        busy = not self.draining and sum(self._in_flight) > self._in_flight[lane]
+        seconds = self.rules.max_delay if busy else 0.0
+        if seconds is None:
+            service = self._estimate(lane, self._shape(kind.bucket, kind.limit), kind.bucket)
+            seconds = self._hold.learned(service, self.rules.cores, now)
+        until = self._hold.until(seconds, now)
+        if until is not None:
             self.due = min(until, self.due or until)
-            return True
-        self._was_held = hold > 0
-        return False
-
-    def _learned_hold(self, lane: int, kind: Kind[C], now: float) -> float:
-        """What one core's share of a service time is, where that many rows are on their way that it pays.
-
-        Until then one of the cores will have ended, on average.
-        """
-        service = self._estimate(lane, self._shape(kind.bucket, kind.limit), kind.bucket)
-        if now - self._since > 4 * service:
-            self._rate, self._since, self._arrived = self._arrived / (now - self._since), now, 0
-        hold = service / max(1, self.rules.cores)
-        return hold if self._rate * hold >= COMPANY else 0.0
-
-    def _a_full_batch(self) -> Any:
-        """Who starts a full batch, while the head is held back."""
-        for kind in self._full.values():
-            for priority, large in {
-                (flow.level.priority, flow.line.large) for flow in kind.flows.values() if flow.live
-            }:
-                if (flow := first(kind.heap(priority, large))) is not None:
-                    return flow
-        return None
+        return until is not None
 
 
 def rounded(rows: int) -> int:
     """A power of two that is not smaller: service times are learned for these where any number of rows will do."""
     return 1 << (rows - 1).bit_length()
-
-
-def spread(slots: int, lanes: int) -> list[int]:
-    """`slots` slots over `lanes` lanes, evenly; the first ones get those left over."""
-    each, extra = divmod(slots, lanes)
-    return [each + (lane < extra) for lane in range(lanes)]

@@ -293,7 +293,7 @@ def test_signatures_that_were_full_once_are_let_go():
     s = scheduler(1, max_delay=1.0)
     for number in range(1000):
         s.discard(admit(s, BATCH, number))
-    assert len(s._full) < 100
+    assert len(s._hold._full) < 100
 
 
 # 10. pull() does not know of the lead: a worker of a lane with two threads binds its second batch at once. (`bind`

@@ -39,9 +39,10 @@ ERRORS = {
 
 # Design § 13: a file may import those above it.
 ORDER = [
-    "errors", "waiting", "order", "batches", "scheduler", "health", "buckets", "nested", "lengths", "outputs", "rows",
-    "measure", "models", "stats", "backends", "backends.cpu", "backends.simulated", "backends.neuron", "backends.cuda",
-    "workers", "lane", "lanes", "sources", "bulk", "parallel", "testing", "web", "cli", "__main__",
+    "errors", "waiting", "order", "batches", "slots", "holding", "scheduler", "health", "buckets", "nested", "lengths",
+    "outputs", "rows", "measure", "models", "stats", "backends", "backends.cpu", "backends.simulated",
+    "backends.neuron", "backends.cuda", "workers", "lane", "lanes", "sources", "bulk", "parallel", "testing", "web",
+    "cli", "__main__",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.
@@ -298,6 +299,9 @@ def test_nothing_imports_the_tools_for_tests():
         ("errors", ["*"]),
         ("waiting", ["asyncio", "torch", "time", "threading", "anyio", "logging"]),
         ("order", ["asyncio", "torch", "time", "threading", "anyio", "logging"]),
+        ("batches", ["asyncio", "torch", "time", "threading", "anyio", "logging"]),
+        ("slots", ["asyncio", "torch", "time", "threading", "anyio", "logging"]),
+        ("holding", ["asyncio", "torch", "time", "threading", "anyio", "logging"]),
         ("scheduler", ["asyncio", "torch", "time", "threading", "anyio", "logging"]),
         ("health", ["asyncio", "torch", "time", "threading", "anyio"]),
         ("buckets", ["asyncio", "torch", "time", "threading", "anyio"]),

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from aneuron.batches import Batch
 from aneuron.buckets import Cover
-from aneuron.scheduler import Rules, Scheduler, spread
+from aneuron.scheduler import Rules, Scheduler
+from aneuron.slots import spread
 from aneuron.waiting import Cut, Waiting
 
 AT_ONCE = float("inf")  # lanes that execute may be given their next batch at any time

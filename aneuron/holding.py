@@ -1,0 +1,69 @@
+"""Holding back a batch that is not full, for company (`max_delay`).
+
+Lives here: how long, and what may pass meanwhile. Must not be here: lanes, clocks: `now` is an argument.
+"""
+
+from collections import deque
+from collections.abc import Hashable
+from typing import Generic
+
+from aneuron.order import Flow, Kind, Order, first
+from aneuron.waiting import C
+
+COMPANY = 1.5  # rows that must be expected during a learned hold to make it worth while
+
+
+class Hold(Generic[C]):
+    """What is kept, while batches may be held back, to decide on it."""
+
+    def __init__(self, order: Order[C]) -> None:
+        self.over = False  # whether the last batch that was asked for had been held back
+        self._order = order
+        self._arrivals: deque[C] = deque()  # the waiting calls in order of coming, and some that have left
+        self._full: dict[Hashable, Kind[C]] = {}  # kinds with a full batch
+        self._rate = 0.0  # rows a second, lately
+        self._arrived, self._since = 0, 0.0  # rows that came since then
+
+    def note(self, call: C) -> None:
+        """A call has come."""
+        self._arrivals.append(call)
+        if len(self._arrivals) > 2 * self._order.live + 16:
+            self._arrivals = deque(other for other in self._arrivals if other.bound < other.rows)
+        kind = self._order.kinds[call.signature]
+        if kind.rows >= kind.limit:
+            self._full[kind.signature] = kind
+        self._arrived += call.rows
+
+    def mend(self, signature: Hashable) -> None:
+        """Rows of a kind have left."""
+        kind = self._full.get(signature)
+        if kind is not None and kind.rows < kind.limit:
+            del self._full[signature]
+
+    def until(self, seconds: float, now: float) -> float | None:
+        """The time to which a batch is held back: `seconds` after the eldest row came; None if that has passed."""
+        arrivals = self._arrivals
+        while arrivals and arrivals[0].bound == arrivals[0].rows:
+            arrivals.popleft()
+        until = arrivals[0].admitted + seconds if arrivals else now
+        self.over = seconds > 0 and until <= now
+        return until if until > now else None
+
+    def learned(self, service: float, cores: int, now: float) -> float:
+        """One core's share of a service time, where so many rows are on their way that it pays, else 0.
+
+        Until then one of the cores will have ended, on average.
+        """
+        if now - self._since > 4 * service:
+            self._rate, self._since, self._arrived = self._arrived / (now - self._since), now, 0
+        hold = service / max(1, cores)
+        return hold if self._rate * hold >= COMPANY else 0.0
+
+    def a_full_batch(self) -> Flow[C] | None:
+        """Who starts a full batch, while the head is held back."""
+        for kind in self._full.values():
+            for heap in kind.every_heap():
+                flow: Flow[C] | None = first(heap)
+                if flow is not None:
+                    return flow
+        return None
