@@ -1,8 +1,7 @@
 """All lanes of one run of a model, on one loop: calls in, batches out, results back.
 
-Lives here: everything that touches a caller's future, all of it on the loop thread, and the one function that ends a
-call; the lock around the scheduler, which the loop and the workers ask in turn. Must not be here: tensors, decisions
-(ask the scheduler), blocking.
+Lives here: the lock around the scheduler, which the loop and the workers ask in turn; what wakes whom. Must not be
+here: callers' futures (futures.py), tensors, decisions (ask the scheduler), blocking.
 
 Lanes are driven by callbacks, not by tasks: `asyncio.run` cancels every task before a drain in `finally` gets its turn.
 A worker that ends an execution takes its lane's next batch itself (`_take`): rows are bound when the core is free for
@@ -13,7 +12,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,8 @@ from typing import Any
 
 from aneuron.backends import Backend, Fault
 from aneuron.batches import Batch
-from aneuron.errors import Closed, CoreFailed, DeadlineExceeded, QueueFull
+from aneuron.errors import Closed, CoreFailed, QueueFull
+from aneuron.futures import Futures, has_left
 from aneuron.lane import TICK, Lane, Load
 from aneuron.rows import Call
 from aneuron.scheduler import Rules, Scheduler, Sizes, rounded
@@ -57,7 +57,6 @@ class Lanes:
         self._counters = counters
         self._lock = threading.Lock()  # around the scheduler, the lanes' queues and what they have in flight
         self._scheduler: Scheduler[Call] = Scheduler(rules, sizes, self._estimate)
-        self._calls: set[Call] = set()  # accepted and not ended
         self._arrivals: list[Call] = []  # of this iteration of the loop
         self._now = 0.0  # when the first of them came
         self._scheduled = False  # a dispatch is
@@ -68,7 +67,6 @@ class Lanes:
         self._late_by = Recent()  # seconds from when batches should have ended to their delivery
         self._stopped = False
         self._common = Common(backend, load.dim, load.unpad, threading.Lock(), self._post)
-        self._idle = self.loop.create_future()  # done when draining and no call is left
         self._closed = self.loop.create_future()  # done when the last core is closed
         make = getattr(backend, "workers", Workers)  # aneuron.testing has threadless ones
         for core_id in core_ids:
@@ -79,9 +77,9 @@ class Lanes:
         ]
         for lane in self._lanes:
             lane.take = partial(self._take, lane)
-        self._on_deadline = self._expire  # one bound method for all timers
         self._open_cores = len(self._lanes)
         self.clock = self._lanes[0].workers.clock
+        self.futures = Futures(self.loop, self.clock, counters, self.discard)
 
     # Lifecycle.
 
@@ -125,10 +123,9 @@ class Lanes:
         self.serving = False
         self._scheduler.draining = True
         self._dispatch_soon()  # nothing is held back any more
-        self._check_idle()
         slow = self.loop.call_later(SLOW_DRAIN, self._log_slow_drain)
         try:
-            await asyncio.shield(self._idle)
+            await asyncio.shield(self.futures.drained())
             self.stop()
             await asyncio.shield(self._closed)
             self._join()
@@ -149,7 +146,9 @@ class Lanes:
                 batches = [lane.queue.get_nowait() for _ in range(lane.queue.qsize())]
                 batches += [execution.batch for execution in lane.in_flight if not execution.begun]
                 calls += [call for batch in batches for call, _, _ in batch.chunks]
-        self._end([(call, Closed("the model was closed before it ran this call")) for call in calls], failed=True)
+        self.futures.end(
+            [(call, Closed("the model was closed before it ran this call")) for call in calls], failed=True
+        )
         self.stop()
 
     def stop(self) -> None:
@@ -171,12 +170,8 @@ class Lanes:
                     lane.counters.state, lane.counters.in_flight = "closed", 0
             self._closed.set_result(None)
 
-    def _check_idle(self) -> None:
-        if self._scheduler.draining and not self._calls and not self._idle.done():
-            self._idle.set_result(None)
-
     def _log_slow_drain(self) -> None:
-        logger.warning("closing has taken %g s; %d calls have not ended", SLOW_DRAIN, len(self._calls))
+        logger.warning("closing has taken %g s; %d calls have not ended", SLOW_DRAIN, len(self.futures.calls))
 
     # Calls in.
 
@@ -186,12 +181,9 @@ class Lanes:
             raise Closed(self.why_closed)
         if self.rules.max_pending is not None:
             self._find_room(call)
-        call.future = future = self.loop.create_future()
         if not self._arrivals:
             self._now = self.clock()  # one for all calls of this iteration
-        call.admitted = self._now
-        self._calls.add(call)
-        self._counters.accepted += 1
+        future = self.futures.accept(call, self._now)
         if timeout is not None and self._is_hopeless(call, timeout):
             return future
         if call.trace is not None:
@@ -207,23 +199,12 @@ class Lanes:
         self._scheduler.dated = self._scheduler.timed = True
         if call.admitted - self._late_by.at > FORGET:  # as service times
             self._late_by, self._scheduler.slack = Recent(), 0.0
-        call.deadline = call.admitted + timeout
-        call.timer = self.loop.call_later(timeout, self._on_deadline, call)
+        self.futures.time(call, timeout)
         with self._lock:
             hopeless = self._scheduler.hopeless(call, call.admitted)
         if hopeless:
-            call.bound = call.rows
-            self._expire(call)
+            self.futures.expire(call)
         return hopeless
-
-    def _expire(self, call: Call) -> None:
-        """The deadline has passed, or cannot be met."""
-        now, timeout = self.clock(), call.deadline - call.admitted
-        why = f"timeout={timeout:g} s has passed"
-        if now < call.deadline:
-            why = f"timeout={timeout:g} s cannot be met: {now - call.admitted:.3g} s have passed, and the cores need "
-            why += "more than the rest"
-        self._end([(call, DeadlineExceeded(f"{why}; allow more time, or send less"))], failed=True)
 
     def _find_room(self, call: Call) -> None:
         with self._lock:
@@ -298,10 +279,11 @@ class Lanes:
         self._timer = self.loop.call_later(max(due - now, TICK), self._dispatch)
 
     def _end_late(self) -> None:
-        late, self._scheduler.late = self._scheduler.late, []
+        with self._lock:
+            late, self._scheduler.late = self._scheduler.late, []
         for call in late:
             if not call.settled:
-                self._expire(call)
+                self.futures.expire(call)
 
     def _take(self, lane: Lane, ended: Execution | None) -> Execution | None:
         """The next execution of a lane whose last one has `ended`. Worker thread."""
@@ -399,7 +381,7 @@ class Lanes:
             self._count(execution, lane, now)
         if execution.error is not None:
             self._failed(execution, lane, execution.error)
-        self._end(execution.finished, now=now)
+        self.futures.end(execution.finished, now=now)
         # A traceback holds the worker's frames, and they the execution: no cycle, and nobody else's rows.
         execution.chunks, execution.error, execution.finished = (), None, []
         execution.batch.chunks = []
@@ -436,83 +418,34 @@ class Lanes:
         """Give the error to the call that caused it: a batch of several runs again in halves until it stands alone."""
         lane.counters.errors += 1
         alone = len(execution.chunks) == 1  # a caller who has left since may be the one to blame, so: of those executed
-        chunks = [(call, start, stop) for call, start, stop in execution.chunks if not _has_left(call)]
+        chunks = [(call, start, stop) for call, start, stop in execution.chunks if not has_left(call)]
         if execution.fault is not Fault.INPUT:
             logger.warning("core %d failed: %s", lane.core_id, type(error).__name__, exc_info=error)
-            self._end([(call, self._core_failed(lane, error)) for call, _, _ in chunks], failed=True)
+            self.futures.end([(call, self._core_failed(lane, error)) for call, _, _ in chunks], failed=True)
         elif alone:
             note = "aneuron: core {}, rows {} to {} of this call"
             own = [(call, _own(error, note.format(lane.core_id, start, stop - 1))) for call, start, stop in chunks]
-            self._end(own, failed=True)
+            self.futures.end(own, failed=True)
         elif not self._stopped:
             with self._lock:
                 self._scheduler.rerun(execution.batch, chunks)
             self._dispatch_soon()
         else:
             closed = "the model was closed before it could run this call again"
-            self._end([(call, Closed(closed)) for call, _, _ in chunks], failed=True)
+            self.futures.end([(call, Closed(closed)) for call, _, _ in chunks], failed=True)
 
     def _core_failed(self, lane: Lane, error: BaseException) -> CoreFailed:
         failure = CoreFailed(f"core {lane.core_id} failed while it ran this call: {text(error)}", lane.core_id)
         failure.__cause__ = error
         return failure
 
-    def _end(self, outcomes: Iterable[tuple[Call, Any]], failed: bool = False, now: float | None = None) -> None:
-        """The one function that ends calls, with a result or (`failed`) an exception each.
-
-        A call whose caller has left is left to `withdraw`.
-        """
-        now, seconds = self.clock() if now is None else now, []
-        for call, outcome in outcomes:
-            if call.settled or (future := call.future).done():  # its caller has left
-                continue
-            if failed:
-                future.set_exception(outcome)
-                self._discard(call)
-            else:
-                future.set_result(outcome)
-            seconds.append(now - call.admitted)
-            self._forget(call)
-        if failed:
-            self._counters.failed += len(seconds)
-        else:
-            self._counters.completed += len(seconds)
-        self._counters.total_seconds.add_all(seconds)
-        if self._scheduler.draining:
-            self._check_idle()
-
-    def withdraw(self, call: Call) -> None:
-        """The caller has left: its rows leave the queue, or their results will be dropped."""
-        future = call.future
-        self._discard(call)
-        self._forget(call)
-        self._counters.cancelled += 1
-        with suppress(RuntimeError):  # the loop is closed
-            future.cancel()
-        if self._scheduler.draining:
-            self._check_idle()
-
-    def _discard(self, call: Call) -> None:
+    def discard(self, call: Call) -> None:
         """Take a call's waiting rows out of the queue."""
-        if call.bound == call.rows:
-            return
         if call.sequence:
             with self._lock:
                 self._scheduler.discard(call)
         else:
             call.bound = call.rows  # it has not got there yet
-
-    def _forget(self, call: Call) -> None:
-        # At once: the call itself may be in a queue for a while, or in the frames that an exception's traceback holds.
-        if call.timer is not None:
-            call.timer.cancel()
-        call.settled = True
-        call.leaves = call.future = None
-        if call.template is not None:
-            call.template = None
-        if call.parts is not None:
-            call.parts = None
-        self._calls.discard(call)
 
     def _crash(self, error: Exception) -> None:
         """A bug of ours must not leave anybody waiting."""
@@ -520,7 +453,7 @@ class Lanes:
         why = f"the model was closed by an internal error ({text(error)}); please report it. aclose(), then start()"
         self.why_closed = why
         self._stopped = True
-        self._end([(call, Closed(why)) for call in list(self._calls)], failed=True)
+        self.futures.end([(call, Closed(why)) for call in list(self.futures.calls)], failed=True)
         self.stop()
 
     def statistics(self) -> Statistics:
@@ -551,11 +484,6 @@ class Staged:
                 return False
             self._lane.staged.remove(self._execution)
             return True
-
-
-def _has_left(call: Call) -> bool:
-    """Whether a call has ended, or its caller has left and will withdraw it."""
-    return call.settled or call.future.done()
 
 
 def _own(error: BaseException, note: str) -> Exception:

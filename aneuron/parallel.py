@@ -8,8 +8,6 @@ import asyncio
 import inspect
 import warnings
 from collections.abc import Hashable, Iterable, Sequence
-from math import isfinite
-from numbers import Real
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +24,7 @@ from aneuron.outputs import Unpad
 from aneuron.rows import Call
 from aneuron.scheduler import Rules
 from aneuron.stats import Counters, Statistics, Timing, Trace
+from aneuron.view import View, seconds
 from aneuron.waiting import Cut, Terms
 
 Model = Any  # nn.Module | ScriptModule | callable | path of a TorchScript file
@@ -197,7 +196,7 @@ class AsyncDataParallel:
         kinds = len(self._buckets.sizes) if self._buckets is not None else 1  # each fills batches of its own
         return 2 * rows * kinds * (self._lanes.rules.cores if self._lanes is not None else len(self._backend.cores()))
 
-    def options(self, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None) -> "View":
+    def options(self, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None) -> View:
         """The model on other terms: a cheap object to be called like this one, with `timed` and `map`.
 
         timeout: seconds, 0 or more, from the call to its result; None: no bound. Then `DeadlineExceeded`, at once if
@@ -254,7 +253,7 @@ class AsyncDataParallel:
             return await future
         finally:
             if not call.settled:
-                lanes.withdraw(call)
+                lanes.futures.withdraw(call)
             del future  # an exception's traceback holds this frame
 
     def _cut(self, call: Call, rules: Rules) -> Cut:
@@ -477,44 +476,6 @@ class AsyncDataParallel:
         return f"<AsyncDataParallel {state}, {self._backend!r}, batch_size={self._models.batch_size}>"
 
 
-class View:
-    """A model on other terms; what `AsyncDataParallel.options` returns."""
-
-    __slots__ = ("_model", "_terms", "_timeout")
-
-    def __init__(
-        self, model: AsyncDataParallel, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None
-    ) -> None:
-        self._model = model
-        self._timeout = None if timeout is None else seconds("timeout", timeout)
-        if not _is_finite(priority):
-            raise ValueError(f"priority={priority!r:.80}: expected a finite number; 0 is usual, negative is background")
-        try:
-            hash(tenant)
-        except TypeError:
-            raise TypeError(f"tenant={tenant!r:.80} is not hashable; pass a name, a number or a tuple") from None
-        self._terms = Terms(float(priority), tenant) if priority or tenant is not None else None
-
-    async def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Run the model on the inputs' rows."""
-        return await self._model._run(inputs, kwargs, self._terms, self._timeout)
-
-    async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
-        """The same, and how the call was run."""
-        return await self._model._timed(inputs, kwargs, self._terms, self._timeout)
-
-    def map(
-        self, source: Any, *, ordered: bool = True, limit: int | None = None, return_exceptions: bool = False
-    ) -> Map[Any]:
-        """Run the model on each element of a source; see `AsyncDataParallel.map`. The timeout is each element's."""
-        limit = self._model._outstanding() if limit is None else limit
-        return Map(self, source, ordered=ordered, limit=limit, return_exceptions=return_exceptions)
-
-    def __repr__(self) -> str:
-        priority, tenant = self._terms or Terms()
-        return f"{self._model!r}.options(timeout={self._timeout}, priority={priority:g}, tenant={tenant!r})"
-
-
 AsyncDataParallel.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     AsyncDataParallel.__init__
 ).replace(parameters=list(inspect.signature(AsyncDataParallel.__init__).parameters.values())[1:])
@@ -524,20 +485,6 @@ def _count(name: str, value: int | None) -> int | None:
     if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
         raise ValueError(f"{name}={value!r}: expected an int of at least 1, or None to leave it to aneuron")
     return value
-
-
-def seconds(name: str, value: float) -> float:
-    """A checked number of seconds."""
-    if not _is_finite(value) or value < 0:
-        raise ValueError(f"{name}={value!r:.80}: expected seconds, 0 or more and finite")
-    return float(value)
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return not isinstance(value, bool) and isinstance(value, Real) and isfinite(value)
-    except OverflowError:  # an int beyond all floats
-        return False
 
 
 __all__: Sequence[str] = ["AsyncDataParallel"]

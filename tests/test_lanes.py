@@ -564,14 +564,15 @@ async def test_close_waits_for_a_batch_whose_caller_has_left():
     assert backend[0].closed
 
 
-@pytest.mark.parametrize("where", ["_settle", "_count", "_failed", "_end", "_execution"])
+@pytest.mark.parametrize("where", ["_settle", "_count", "_failed", "end", "_execution", "_next"])
 @scenario
 async def test_an_internal_error_leaves_nobody_waiting(caplog, monkeypatch, where):
     backend, model = puppets()
     await model.start()
     calls = [call(model, n) for n in range(12)]
     await settle()
-    real, broke = getattr(model._lanes, where), []
+    owner = model._lanes.futures if where == "end" else model._lanes
+    real, broke = getattr(owner, where), []
 
     def broken(*args, **kwargs):
         if not broke:
@@ -579,11 +580,11 @@ async def test_an_internal_error_leaves_nobody_waiting(caplog, monkeypatch, wher
             raise ZeroDivisionError("a bug")
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(model._lanes, where, broken)
+    monkeypatch.setattr(owner, where, broken)
     backend[0].release(ValueError("no") if where == "_failed" else None)
     await settle()
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
-    assert sum(isinstance(outcome, Closed) for outcome in outcomes) == (8 if where == "_execution" else 12)
+    assert sum(isinstance(outcome, Closed) for outcome in outcomes) == (8 if where in ("_execution", "_next") else 12)
     assert not model.ready
     assert "a bug" in caplog.text
     assert check_sum(model).running == 0
