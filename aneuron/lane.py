@@ -22,7 +22,7 @@ from aneuron.workers import Execution, Take, Workers, warm_up
 
 logger = logging.getLogger("aneuron")
 
-COPYING_PAYS = 0.0002  # seconds of copying a batch from which on a lane has a second thread
+COPYING_PAYS = 0.0002  # seconds of CPU for copying a batch, from which on a lane has a second thread
 TICK = 0.001  # seconds: event loops' timers are no finer
 
 
@@ -53,7 +53,7 @@ class Lane:
         self.ended = 0.0  # when the last execution did
         self._backend = backend
         self._cores: dict[Shape, Core] = {}
-        self._copying = Recent()  # seconds that batches took to collate and scatter
+        self._preparing = Recent()  # seconds
         self._slow_copies = 0  # batches in a row that took long
 
     def load(self, load: Load) -> None:
@@ -115,19 +115,19 @@ class Lane:
     @property
     def lead(self) -> float:
         """Twice the time to prepare a batch."""
-        return 2 * self._copying.median + TICK
+        return 2 * self._preparing.median + TICK
 
-    def copied(self, seconds: float, now: float) -> bool:
-        """Note what the rows of a batch took to collate and scatter; whether `lead` has changed.
+    def copied(self, copying: float, preparing: float, now: float) -> bool:
+        """Note what a batch took to copy (of CPU) and to prepare; whether `lead` has changed.
 
         With small rows the handing over of the interpreter between two threads costs more than it saves. Several slow
         ones in a row count: a busy machine slows one or two.
         """
-        if self.concurrent or (self._slow_copies < 8 and seconds <= COPYING_PAYS):
+        if self.concurrent or (self._slow_copies < 8 and copying <= COPYING_PAYS):
             self._slow_copies = 0
             return False
         self._slow_copies += 1
-        self._copying.add(seconds, now)
+        self._preparing.add(preparing, now)
         if self._slow_copies == 8:
             with suppress(RuntimeError):  # no more threads to be had: then the one does both
                 self.workers.grow(2)

@@ -26,7 +26,7 @@ from aneuron.lane import TICK, Lane, Load
 from aneuron.rows import Call
 from aneuron.scheduler import Rules, Scheduler, Sizes, rounded
 from aneuron.slots import spread
-from aneuron.stats import FORGET, CoreCounters, Counters, Recent, Statistics
+from aneuron.stats import CoreCounters, Counters, Recent, Statistics
 from aneuron.workers import Common, Execution, Workers, carried, text
 
 logger = logging.getLogger("aneuron")
@@ -197,7 +197,7 @@ class Lanes:
     def _is_hopeless(self, call: Call, timeout: float) -> bool:
         """Give a call its deadline, and end it if that cannot be met."""
         self._scheduler.dated = self._scheduler.timed = True
-        if call.admitted - self._late_by.at > FORGET:  # as service times
+        if self._late_by.is_stale(call.admitted):
             self._late_by, self._scheduler.slack = Recent(), 0.0
         self.futures.time(call, timeout)
         with self._lock:
@@ -292,7 +292,7 @@ class Lanes:
                 now = self.clock()
                 if ended is not None:
                     lane.in_flight.remove(ended)
-                    self._scheduler.release(lane.index, now)
+                    self._scheduler.release(lane.index, now, ended.batch)
                 execution = None
                 if not self._stopped and (ended is None or not ended.failed):
                     execution = self._next(lane, now)
@@ -396,7 +396,7 @@ class Lanes:
         if batch.size is not None and len(self._load.models) > 1:
             with self._lock:
                 self._sizes[batch.bucket].learn(batch.size, service)
-        if lane.copied(execution.copying, now):
+        if lane.copied(execution.copying, execution.preparing, now):
             self._scheduler.lead(lane.index, lane.lead)
         counters.drained(rows, now)
         counters.device_seconds.add(ended - started)
@@ -457,13 +457,13 @@ class Lanes:
         self.stop()
 
     def statistics(self) -> Statistics:
-        """The frozen snapshot of now."""
+        """The frozen snapshot of now, from any thread."""
         with self._lock:
-            self._flush()
             for lane in self._lanes:
                 lane.counters.in_flight = self._scheduler.in_flight(lane.index)
-            waiting = self._scheduler.waiting_calls, self._scheduler.waiting_rows
-        return self._counters.snapshot(*waiting)
+            calls, rows = self._scheduler.waiting_calls, self._scheduler.waiting_rows
+        coming = [call.rows for call in tuple(self._arrivals) if not call.bound]  # the loop's to queue, not ours
+        return self._counters.snapshot(calls + len(coming), rows + sum(coming))
 
 
 class Staged:

@@ -3,7 +3,6 @@
 Must not be here: waiting calls (order.py), which batch is next (scheduler.py), clocks: `now` is an argument.
 """
 
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ class Slots:
         self._slots: list[int] = []
         self._in_flight: list[int] = []
         self._ends: list[float] = []  # when what is in flight should have ended
-        self._expected: list[deque[float]] = []  # the seconds of each batch in flight
+        self._bound: list[dict[Batch[Any], None]] = []  # the batches in flight, oldest first
         self._lead: list[float | None] = []  # how long before that the loop may bind another batch; None: never
         self._idle: dict[int, None] = {}  # lanes with nothing in flight and a slot, longest idle first
 
@@ -39,7 +38,7 @@ class Slots:
         self.timed = self.timed or self.staging
         self._in_flight += [0] * more
         self._ends += [0.0] * more
-        self._expected += [deque() for _ in range(more)]
+        self._bound += [{} for _ in range(more)]
         lanes = (*self._idle, *range(len(slots)))
         self._idle = {lane: None for lane in lanes if slots[lane] and not self._in_flight[lane]}
 
@@ -48,19 +47,19 @@ class Slots:
         self._lead[lane] = seconds
         self.staging = self.timed = True
 
-    def release(self, lane: int, now: float) -> None:
-        """Lane `lane` has a batch less in flight; what is left begins now."""
+    def release(self, lane: int, now: float, batch: Batch[Any] | None = None) -> None:
+        """A batch of a lane has ended (None: its oldest); what is left begins now."""
+        bound = self._bound[lane]
+        del bound[batch or next(iter(bound))]
         self._in_flight[lane] -= 1
-        expected = self._expected[lane]
-        expected.popleft()
-        self._ends[lane] = now + sum(expected) if expected else now
-        if not expected and self._slots[lane]:
+        self._ends[lane] = now + sum([other.expected for other in bound]) if bound else now
+        if not bound and self._slots[lane]:
             self._idle[lane] = None
 
     def move(self, batch: Batch[Any], lane: int, to: int, now: float) -> None:
         """A batch that was bound to a lane, behind another, is taken over by a third."""
+        del self._bound[lane][batch]
         self._in_flight[lane] -= 1
-        self._expected[lane].remove(batch.expected)
         self._ends[lane] -= batch.expected
         self._occupy(to, batch, now)
 
@@ -74,7 +73,7 @@ class Slots:
 
     def _occupy(self, lane: int, batch: Batch[Any], now: float) -> None:
         self._in_flight[lane] += 1
-        self._expected[lane].append(batch.expected)
+        self._bound[lane][batch] = None
         self._ends[lane] = batch.due = max(now, self._ends[lane]) + batch.expected
         self._idle.pop(lane, None)
 

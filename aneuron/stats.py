@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 SECONDS = tuple(step * 10.0**power for power in range(-5, 2) for step in (1.0, 2.5, 5.0))
 ROWS = tuple(2**power for power in range(13))
-FORGET = 10.0  # seconds after which a service time that was not seen again is no longer believed
+FORGET = 10.0  # seconds after which what was not seen again is no longer believed
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +192,10 @@ class Recent:
         self._sort()
         return self._high
 
+    def is_stale(self, now: float) -> bool:
+        """Whether the last one is too old to be believed: where it makes all calls be refused, no other will come."""
+        return now - self.at > FORGET + self.median
+
     def _sort(self) -> None:
         if not self._sorted and self._ring:
             self._sorted = True
@@ -226,21 +230,14 @@ class CoreCounters:
     def learn(self, shape: tuple[int, int], seconds: float, now: float) -> None:
         """Note what an execution of that shape, (rows, bucket), took."""
         recent = self.services.get(shape)
-        if recent is None:
+        if recent is None or recent.is_stale(now):
             recent = self.services[shape] = Recent()
         recent.add(seconds, now)
 
     def service(self, shape: tuple[int, int], now: float) -> float:
-        """Seconds that an execution of that shape takes; 0 if none was seen lately.
-
-        What was learned is not believed for ever: where it makes all calls be refused, nothing else could unlearn it.
-        """
+        """Seconds that an execution of that shape takes; 0 if none was seen lately."""
         recent = self.services.get(shape)
-        if recent is None:
-            return 0.0
-        if now - recent.at > FORGET + recent.median:
-            del self.services[shape]
-        return recent.median
+        return 0.0 if recent is None or recent.is_stale(now) else recent.median
 
     def snapshot(self) -> CoreStatistics:
         """The frozen state of now."""

@@ -85,8 +85,9 @@ class Execution:
     """
 
     __slots__ = (
-        "_again", "_collating", "_cut", "batch", "begun", "chunks", "common", "core", "ended", "error", "failed",
-        "fault", "finished", "lane", "other", "output", "posted", "prepared", "rows", "size", "staged", "started",
+        "_again", "_cut", "batch", "begun", "chunks", "common", "copying", "core", "ended", "error", "failed",
+        "fault", "finished", "lane", "other", "output", "posted", "prepared", "preparing", "rows", "size", "staged",
+        "started",
     )  # fmt: skip
 
     def __init__(self, batch: Batch[Call], size: int | None, core: Core, lane: int, common: Common) -> None:
@@ -100,28 +101,25 @@ class Execution:
         self.output: Any = None
         self.begun = self.failed = False
         self.staged: Staged | None = None  # if it was bound while another was executing
-        self.started = self.ended = self.posted = self._collating = 0.0
+        self.started = self.ended = self.posted = 0.0
+        self.preparing = 0.0  # seconds
+        self.copying = 0.0  # seconds of CPU spent collating and scattering: waiting for the interpreter does not count
         self.error: BaseException | None = None
         self.fault = Fault.INPUT
         self.finished: Sequence[Finished] = ()
         self._cut: Carried | None = None
         self._again: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]] | None = None  # collate for that bucket
 
-    @property
-    def copying(self) -> float:
-        """Seconds spent collating and scattering."""
-        return self._collating + self.posted - self.ended
-
     def prepare(self, clock: Callable[[], float]) -> None:
         """Collate the rows of the callers that are still there."""
         if self.prepared is not None:  # by a lane that another has taken it over from
             return
-        begin = clock()
+        begin, cpu = clock(), time.thread_time()
         try:
             self.prepared = self._collate()
         except BaseException as error:
             self._fail(error)
-        self._collating = clock() - begin
+        self.preparing, self.copying = clock() - begin, time.thread_time() - cpu
 
     def _collate(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.chunks, inputs, template, self.rows = rows.gather(self.chunks)
@@ -175,6 +173,7 @@ class Execution:
 
     def finish(self, clock: Callable[[], float]) -> None:
         """Give each call its rows, and post the outcome to the loop."""
+        cpu = time.thread_time()
         if self.error is None and self.begun:
             try:
                 size, common = self.size or self.rows, self.common
@@ -182,6 +181,7 @@ class Execution:
             except BaseException as error:
                 self._fail(error)
         self.output = None
+        self.copying += time.thread_time() - cpu
         self.posted = clock()
         self.common.post(self)
 

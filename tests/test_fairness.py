@@ -820,3 +820,21 @@ def test_a_late_call_is_looked_at_once(late):
         admit(s, deadline=0.5)
     assert steps(lambda: next_batch(s)) < 20 * late + 200
     assert len(s.late) == late
+
+
+def test_a_batch_may_be_taken_over_after_a_later_one_has_ended():
+    # Two threads of a lane take turns in any order. A staged batch used to be looked for by the time it would take.
+    s = scheduler(2, slots=3)
+    s.timed = True
+    s.resize([3, 0], [AT_ONCE] * 2)
+    batches = []
+    for seconds in (1.0, 2.0, 3.0):
+        s._estimate = lambda lane, rows, bucket, seconds=seconds: seconds
+        admit(s, BATCH)
+        batches.append(s.bind(0.0)[1])
+    s.resize([3, 3], [AT_ONCE] * 2)
+    s.release(0, 1.0, batches[0])
+    s.release(0, 4.0, batches[2])
+    s.move(batches[1], 0, 1, 4.0)
+    assert (s.in_flight(0), s.in_flight(1)) == (0, 1)
+    assert batches[1].due == 6.0
