@@ -3,6 +3,7 @@
 Must not be here: who goes first (order.py), when and for which lane (scheduler.py), tensors (rows.py).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic
 
@@ -26,9 +27,11 @@ class Batch(Generic[C]):
 class Filling(Generic[C]):
     """A batch that is being filled: room for `room` rows more."""
 
-    __slots__ = ("_order", "chunks", "full", "horizon", "late", "limit", "one_piece", "pace", "room", "shares")
+    __slots__ = ("_order", "chunks", "end", "full", "horizon", "late", "limit", "one_piece", "pace", "room", "shares")
 
-    def __init__(self, order: Order[C], room: int, limit: int, horizon: float, pace: float, one_piece: bool) -> None:
+    def __init__(
+        self, order: Order[C], room: int, limit: int, end: Callable[[], float], pace: float, one_piece: bool
+    ) -> None:
         self._order = order
         self.chunks: list[Chunk[C]] = []
         self.shares: list[tuple[Flow[C], int]] = []  # rows of each flow
@@ -36,7 +39,8 @@ class Filling(Generic[C]):
         self.full = False  # no further row would fit
         self.room = room
         self.limit = limit
-        self.horizon = horizon  # when the batch will have ended
+        self.end = end  # when the batch will have ended: asked once, if a call has a deadline
+        self.horizon: float | None = None
         self.pace = pace  # seconds for each further batch of a call
         self.one_piece = one_piece  # of each call, where calls are in pieces, so that they spread over the idle lanes
 
@@ -59,6 +63,8 @@ class Filling(Generic[C]):
 
     def _is_late(self, call: C) -> bool:
         """Drop a call that has a deadline and will miss it."""
+        if self.horizon is None:
+            self.horizon = self.end()
         if call.deadline >= self.horizon + (call.rows - call.bound - 1) // self.limit * self.pace:
             return False
         self._order.discard(call)

@@ -141,7 +141,7 @@ class Cover:
 
     Rows run on the cheapest set of executions that holds them, by measured times; until every size has been measured,
     on the smallest size that holds them. A size that was found to be slow is tried again after a while, where it is the
-    smallest that holds the rows: it may have been a hiccup. For one thread.
+    smallest that holds the rows: it may have been a hiccup. Whoever shares one holds a lock.
 
         >>> cover = Cover([1, 8])
         >>> cover.pick(3)

@@ -101,6 +101,7 @@ class Futures:
     def _forget(self, call: Call) -> None:
         # At once: the call itself may be in a queue for a while, or in the frames that an exception's traceback holds.
         call.settled = True
+        self.calls.discard(call)
         if call.bound < call.rows:
             self._discard(call)
         if call.timer is not None:
@@ -110,7 +111,6 @@ class Futures:
             call.template = None
         if call.parts is not None:
             call.parts = None
-        self.calls.discard(call)
 
 
 def has_left(call: Call) -> bool:

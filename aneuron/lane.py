@@ -1,6 +1,6 @@
 """One core: the queue of batches bound to it that have not begun, its loaded shapes, what is known of its speed.
 
-Must not be here: callers' futures (lanes.py), decisions (scheduler.py), how a thread works (workers.py).
+Must not be here: callers' futures (futures.py), decisions (scheduler.py), how a thread works (workers.py).
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from aneuron.workers import Execution, Take, Workers, warm_up
 
 logger = logging.getLogger("aneuron")
 
-COPYING_PAYS = 0.0002  # seconds of CPU for copying a batch, from which on a lane has a second thread
+COPYING_PAYS = 1 << 20  # bytes of a batch to copy, in and out, from which on a lane has a second thread
 TICK = 0.001  # seconds: event loops' timers are no finer
 
 
@@ -54,7 +54,8 @@ class Lane:
         self._backend = backend
         self._cores: dict[Shape, Core] = {}
         self._preparing = Recent()  # seconds
-        self._slow_copies = 0  # batches in a row that took long
+        self._slots = 1
+        self._staging = False  # whether a second thread prepares the next batch meanwhile
 
     def load(self, load: Load) -> None:
         """Load every shape and run the example twice on each. Blocking, in a worker thread."""
@@ -106,32 +107,32 @@ class Lane:
         A concurrent core has a thread for each slot, which are kept busy. Another has one thread, which takes its
         next batch when the last has ended; where copying takes long a second prepares the next batch meanwhile.
         """
+        self._slots = slots
         if self.concurrent:
             self.workers.grow(max(1, slots))
             return float("inf")
         self.workers.grow(1)
-        return self.lead if slots > 1 and self._slow_copies >= 8 else None
+        return self.lead if slots > 1 and self._staging else None
 
     @property
     def lead(self) -> float:
         """Twice the time to prepare a batch."""
         return 2 * self._preparing.median + TICK
 
-    def copied(self, copying: float, preparing: float, now: float) -> bool:
-        """Note what a batch took to copy (of CPU) and to prepare; whether `lead` has changed.
+    def copied(self, size: int, preparing: float, now: float) -> bool:
+        """Note how many bytes of a batch were copied, and the seconds to prepare it; whether `lead` has changed.
 
-        With small rows the handing over of the interpreter between two threads costs more than it saves. Several slow
-        ones in a row count: a busy machine slows one or two.
+        With small rows the handing over of the interpreter between two threads costs more than it saves. Bytes tell,
+        not seconds: on a busy machine most of these are waiting for the interpreter, which a second one makes worse.
         """
-        if self.concurrent or (self._slow_copies < 8 and copying <= COPYING_PAYS):
-            self._slow_copies = 0
+        if not self._staging and (size < COPYING_PAYS or self.concurrent or self._slots < 2):
             return False
-        self._slow_copies += 1
         self._preparing.add(preparing, now)
-        if self._slow_copies == 8:
+        if not self._staging:
+            self._staging = True
             with suppress(RuntimeError):  # no more threads to be had: then the one does both
                 self.workers.grow(2)
-        return self._slow_copies >= 8
+        return True
 
     def stop(self, closed: Callable[[], None]) -> None:
         """Let the threads end; the last one closes the core and says `closed`."""

@@ -181,7 +181,7 @@ class Lanes:
             raise Closed(self.why_closed)
         if self.rules.max_pending is not None:
             self._find_room(call)
-        if not self._arrivals:
+        if not self._arrivals or timeout is not None:
             self._now = self.clock()  # one for all calls of this iteration
         future = self.futures.accept(call, self._now)
         if timeout is not None and self._is_hopeless(call, timeout):
@@ -196,7 +196,7 @@ class Lanes:
 
     def _is_hopeless(self, call: Call, timeout: float) -> bool:
         """Give a call its deadline, and end it if that cannot be met."""
-        self._scheduler.dated = self._scheduler.timed = True
+        self._scheduler.timed = True
         if self._late_by.is_stale(call.admitted):
             self._late_by, self._scheduler.slack = Recent(), 0.0
         self.futures.time(call, timeout)
@@ -212,6 +212,8 @@ class Lanes:
             room = self._scheduler.room(call.rows, call.bucket)
         if not room:
             self._dispatch()  # what idle cores can take does not wait
+            if not self.serving:
+                raise Closed(self.why_closed)
             if not self._scheduler.room(call.rows, call.bucket):
                 raise self._refusal(call)
 
@@ -390,19 +392,19 @@ class Lanes:
         counters, batch, rows = self._counters, execution.batch, execution.rows
         started, ended = execution.started, execution.ended
         service = max(0.0, ended - max(started, lane.ended))
-        lane.ended = ended
+        lane.ended = max(lane.ended, ended)
         padded = (execution.size or rows) - rows
         lane.counters.executed(rows, padded, service, (batch.size or rounded(rows), batch.bucket), now)
-        if batch.size is not None and len(self._load.models) > 1:
+        if batch.size is not None and len(self._load.models) > 1 and service:
             with self._lock:
                 self._sizes[batch.bucket].learn(batch.size, service)
-        if lane.copied(execution.copying, execution.preparing, now):
+        if lane.copied(execution.copied, execution.preparing, now):
             self._scheduler.lead(lane.index, lane.lead)
         counters.drained(rows, now)
         counters.device_seconds.add(ended - started)
         if batch.expected:
-            self._late_by.add(now - batch.due, now)
-            self._scheduler.slack = max(0.0, self._late_by.high)
+            self._late_by.add(ended - batch.due, now)
+            self._scheduler.slack = min(max(0.0, self._late_by.high), batch.expected)
         if batch.because != "rerun":
             counters.closed_because[batch.because] += 1
             counters.batch_rows.add(rows)
@@ -436,7 +438,7 @@ class Lanes:
 
     def _core_failed(self, lane: Lane, error: BaseException) -> CoreFailed:
         failure = CoreFailed(f"core {lane.core_id} failed while it ran this call: {text(error)}", lane.core_id)
-        failure.__cause__ = error
+        failure.__cause__ = error.with_traceback(None)  # its frames hold the rows of all who shared the batch
         return failure
 
     def discard(self, call: Call) -> None:
@@ -452,12 +454,16 @@ class Lanes:
         logger.critical("the lanes failed and are closed; please report this", exc_info=error)
         why = f"the model was closed by an internal error ({text(error)}); please report it. aclose(), then start()"
         self.why_closed = why
-        self._stopped = True
-        self.futures.end([(call, Closed(why)) for call in list(self.futures.calls)], failed=True)
         self.stop()
+        calls = list(self.futures.calls)
+        for call in calls:
+            with suppress(Exception):  # the queue may be what is broken
+                self.discard(call)
+            call.bound = call.rows
+        self.futures.end([(call, Closed(why)) for call in calls], failed=True)
 
     def statistics(self) -> Statistics:
-        """The frozen snapshot of now, from any thread."""
+        """The frozen snapshot of now; from another thread than the loop's its numbers may be of moments close by."""
         with self._lock:
             for lane in self._lanes:
                 lane.counters.in_flight = self._scheduler.in_flight(lane.index)

@@ -169,8 +169,8 @@ class Kind(Generic[C]):
         if first is not None:
             yield first[large]
             yield first[not large]
-        for priority in [-negative for negative in self._priorities] if len(self._priorities) > 1 else ():
-            pair = self._heaps[priority]
+        for negative in self._priorities if len(self._priorities) > 1 else ():
+            pair = self._heaps[-negative]
             if pair is not first:
                 yield pair[large]
                 yield pair[not large]

@@ -1,6 +1,6 @@
 """`AsyncDataParallel`: what the user holds. Checks, settings, lifecycle.
 
-Lives here: the arguments and what they mean, starting and closing. Must not be here: futures (lane.py), threads
+Lives here: the arguments and what they mean, starting and closing. Must not be here: futures (futures.py), threads
 (workers.py), tensor work (rows.py), which rows run next (scheduler.py).
 """
 
@@ -194,7 +194,11 @@ class AsyncDataParallel:
         """One-row calls that keep every core busy: two batches for each."""
         rows = self._models.batch_size or int(getattr(self._backend, "preferred_rows", 32))
         kinds = len(self._buckets.sizes) if self._buckets is not None else 1  # each fills batches of its own
-        return 2 * rows * kinds * (self._lanes.rules.cores if self._lanes is not None else len(self._backend.cores()))
+        if self._lanes is not None:
+            cores = self._lanes.rules.cores
+        else:
+            cores = len(self._ids if self._ids is not None else self._backend.cores())
+        return min(2 * rows * kinds * cores, self._max_pending or rows * kinds * cores * 2)
 
     def options(self, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None) -> View:
         """The model on other terms: a cheap object to be called like this one, with `timed` and `map`.

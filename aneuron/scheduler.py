@@ -12,6 +12,7 @@ entry.
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, Protocol
 
 from aneuron.batches import Batch, Filling
@@ -54,6 +55,7 @@ class Sizes(Protocol):
     """The compiled sizes of one bucket."""
 
     limit: int  # the largest
+    sizes: list[int]
 
     def pick(self, rows: int) -> int:
         """The one to execute now if `rows` rows wait."""
@@ -80,7 +82,6 @@ class Scheduler(Slots, Generic[C]):
         self.late: list[C] = []  # calls dropped because they cannot meet their deadline; whoever binds ends them
         self.slack = 0.0  # seconds to allow for beyond what was estimated, when deadlines are judged
         self.timed = rules.max_delay is None
-        self.dated = False  # whether any call has had a deadline
         self._order: Order[C] = Order()
         self._hold: Hold[C] = Hold(self._order)
         self._sizes = sizes or {}
@@ -111,7 +112,8 @@ class Scheduler(Slots, Generic[C]):
 
     def excess(self, rows: int, bucket: int = 0) -> int:
         """Rows that must leave before `room(rows)` holds."""
-        return self._ahead(rows, bucket) + rows - (self.rules.max_pending or 0)
+        ahead = self._ahead(rows, bucket)
+        return min(ahead, ahead + rows - (self.rules.max_pending or 0))
 
     def _ahead(self, rows: int, bucket: int) -> int:
         """Waiting rows that count for a call of `rows` rows."""
@@ -130,18 +132,16 @@ class Scheduler(Slots, Generic[C]):
 
     def hopeless(self, call: C, now: float) -> bool:
         """Whether a call cannot meet its deadline even alone, on cores that wait for it."""
-        if call.deadline < now:
-            return True
-        limit = self._limit(call.bucket)
+        limit, sizes = self._limit(call.bucket), self._sizes.get(call.bucket)
+        shapes = [rounded(min(call.cut.piece or call.rows, limit))] if sizes is None else sizes.sizes
+        times = [self._estimate(lane, shape, call.bucket) for lane in self._lanes() for shape in shapes]
         rounds = -(-call.rows // (limit * max(1, self.rules.cores)))
-        rows = self._shape(call.bucket, min(call.rows, limit))
-        quickest = min((self._estimate(lane, rows, call.bucket) for lane in self._lanes()), default=0.0)
-        return call.deadline < now + rounds * quickest
+        return call.deadline < now + rounds * min(times, default=0.0)
 
     def admit(self, *calls: C) -> None:
         """Queue calls."""
-        if not self.dated and any(call.deadline is not NEVER for call in calls):
-            self.dated = self.timed = True
+        if not self.timed and any(call.deadline is not NEVER for call in calls):
+            self.timed = True
         self._order.push(calls, self._limit)
         if self.rules.max_delay != 0.0:
             for call in calls:
@@ -182,7 +182,7 @@ class Scheduler(Slots, Generic[C]):
         self.due = None
         if not self.has_work:
             return None
-        lane = self._idlest(now) if self.dated else next(iter(self._idle), None)
+        lane = self._idlest() if self.timed else next(iter(self._idle), None)
         if lane is None and self.staging and (self._again or self._order.has_full()):
             lane = self._next_to_end(now)
         batch = None if lane is None else self.pull(lane, now)
@@ -218,10 +218,10 @@ class Scheduler(Slots, Generic[C]):
         self._occupy(lane, batch, now)
         return lane, batch
 
-    def _idlest(self, now: float) -> int | None:
-        """The idle lane that would be soonest to end the next batch: a slow one must not miss others' deadlines."""
-        head = self._order.head()
-        if head is None or len(self._idle) < 2:
+    def _idlest(self) -> int | None:
+        """The idle lane for the next batch: the fastest if it has a deadline, else the one longest idle."""
+        head = self._order.head() if len(self._idle) > 1 else None
+        if head is None or head.calls[0].deadline is NEVER:
             return next(iter(self._idle), None)
         shape = self._shape(head.kind.bucket, min(head.kind.rows, head.kind.limit))
         return min(self._idle, key=lambda lane: self._estimate(lane, shape, head.kind.bucket))
@@ -260,16 +260,11 @@ class Scheduler(Slots, Generic[C]):
         """A batch that starts with `head`; None if all its calls were late."""
         sizes = self._sizes.get(kind.bucket)
         size = kind.limit if sizes is None or not kind.anywhere else sizes.pick(min(kind.rows, kind.limit))
-        expected = horizon = 0.0
-        if self.timed:
-            shape = self._shape(kind.bucket, min(kind.rows, size))
-            expected = self._estimate(lane, shape, kind.bucket)
-            if busy and expected:
-                horizon = self._ends[lane] + expected + self.slack
-            elif self.dated:
-                horizon = self._horizon(shape, kind.bucket, now)
+        shape = self._shape(kind.bucket, min(kind.rows, size))
+        expected = self._estimate(lane, shape, kind.bucket) if self.timed else 0.0
+        end = partial(self._end, lane, busy, shape, kind.bucket, now)
         pace = expected / max(1, self.rules.cores)
-        filling = Filling(self._order, size, kind.limit, horizon, pace, one_piece=not busy and len(self._idle) > 1)
+        filling = Filling(self._order, size, kind.limit, end, pace, one_piece=not busy and len(self._idle) > 1)
         filling.take(head, kind)
         if kind.bucket and not filling.full and not busy:
             for shorter in self._shorter_kinds(kind):
@@ -284,21 +279,24 @@ class Scheduler(Slots, Generic[C]):
         if sizes is None:
             compiled = None
         else:
-            compiled = sizes.fit(rows)
+            compiled = size if kind.anywhere and not filling.late else sizes.fit(rows)
             if rows < compiled and self._order.rows:
                 filling.charge(compiled - rows, rows)
-        self._hold.mend(kind.signature)
+        for flow, _ in filling.shares:
+            self._hold.mend(flow.kind.signature)
         because = "full" if filling.full else self._reason(chunks[0][0], kind, now)
         return Batch(chunks, rows, because, compiled, kind.bucket, expected)
 
-    def _horizon(self, shape: int, bucket: int, now: float) -> float:
-        """When an execution of that shape will have ended, on the lane that is soonest; -inf if that is not known."""
-        soonest = NEVER
-        for lane in self._lanes():
-            if not (expected := self._estimate(lane, shape, bucket)):
+    def _end(self, lane: int, busy: bool, shape: int, bucket: int, now: float) -> float:
+        """When an execution of that shape will have ended: behind what the lane executes, or else on the lane that is
+        soonest; -inf if that is not known.
+        """
+        ends = []
+        for each in (lane,) if busy else self._lanes():
+            if not (expected := self._estimate(each, shape, bucket)):
                 return -NEVER
-            soonest = min(soonest, max(now, self._ends[lane]) + expected)
-        return soonest + self.slack
+            ends.append(max(now, self._ends[each]) + expected)
+        return min(ends) + (self.slack if len(self._idle) < 2 else 0.0)
 
     def _reason(self, first: C, kind: Kind[C], now: float) -> str:
         """Why a batch that is not full starts."""

@@ -58,9 +58,13 @@ class Slots:
 
     def move(self, batch: Batch[Any], lane: int, to: int, now: float) -> None:
         """A batch that was bound to a lane, behind another, is taken over by a third."""
-        del self._bound[lane][batch]
+        bound = self._bound[lane]
+        del bound[batch]
         self._in_flight[lane] -= 1
         self._ends[lane] -= batch.expected
+        if not bound and self._slots[lane]:  # the other has just ended
+            self._ends[lane] = now
+            self._idle[lane] = None
         self._occupy(to, batch, now)
 
     def has_slot(self, lane: int) -> bool:

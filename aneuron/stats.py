@@ -86,10 +86,10 @@ class Statistics:
 class Timing:
     """How a call was run; what `model.timed()` returns beside the result.
 
-    `queued`: seconds from the call to the beginning of its first execution; `device`: from there to the end of its
-    last; `total`: until the result was there. The rest is about the execution that ended last: its core's id, the
-    rows of all callers in it, those added to fill the compiled size, and why it was not made larger (the keys of
-    `Statistics.closed_because`, or "rerun" after another call's error).
+    `queued`: seconds from when the call was accepted to the beginning of its first execution; `device`: from there to
+    the end of its last; `total`: until the result was there. The rest is about the execution that ended last: its
+    core's id, the rows of all callers in it, those added to fill the compiled size, and why it was not made larger (the
+    keys of `Statistics.closed_because`, or "rerun" after another call's error).
     """
 
     queued: float
@@ -249,7 +249,7 @@ class CoreCounters:
 
 
 class Counters:
-    """All the running numbers of one model; they outlive its restarts. Touched on the loop thread only."""
+    """All the running numbers of one model; they outlive its restarts. Touched on the loop thread."""
 
     def __init__(self) -> None:
         self.accepted = self.completed = self.failed = self.cancelled = self.refused = 0

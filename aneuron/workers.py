@@ -85,7 +85,7 @@ class Execution:
     """
 
     __slots__ = (
-        "_again", "_cut", "batch", "begun", "chunks", "common", "copying", "core", "ended", "error", "failed",
+        "_again", "_cut", "batch", "begun", "chunks", "common", "copied", "core", "ended", "error", "failed",
         "fault", "finished", "lane", "other", "output", "posted", "prepared", "preparing", "rows", "size", "staged",
         "started",
     )  # fmt: skip
@@ -103,7 +103,7 @@ class Execution:
         self.staged: Staged | None = None  # if it was bound while another was executing
         self.started = self.ended = self.posted = 0.0
         self.preparing = 0.0  # seconds
-        self.copying = 0.0  # seconds of CPU spent collating and scattering: waiting for the interpreter does not count
+        self.copied = 0  # bytes that were collated and scattered, as far as they are seen at a glance
         self.error: BaseException | None = None
         self.fault = Fault.INPUT
         self.finished: Sequence[Finished] = ()
@@ -112,14 +112,15 @@ class Execution:
 
     def prepare(self, clock: Callable[[], float]) -> None:
         """Collate the rows of the callers that are still there."""
-        if self.prepared is not None:  # by a lane that another has taken it over from
+        if self.prepared is not None or self.failed:  # on a lane that another has taken it over from
             return
-        begin, cpu = clock(), time.thread_time()
+        begin = clock()
         try:
             self.prepared = self._collate()
         except BaseException as error:
             self._fail(error)
-        self.preparing, self.copying = clock() - begin, time.thread_time() - cpu
+            self._again = None
+        self.preparing = clock() - begin
 
     def _collate(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.chunks, inputs, template, self.rows = rows.gather(self.chunks)
@@ -147,11 +148,13 @@ class Execution:
         assert self.prepared is not None
         args, kwargs = self.prepared
         self.prepared = None
+        self.copied = _bytes(args) + _bytes(kwargs)
         try:
             self.output = self.core.execute(args, kwargs)
             if self.common.unpad is not None and self.batch.bucket:
                 self._cut = self._carried(self.common.unpad)
         except BaseException as error:
+            args, kwargs = (), {}  # a traceback holds this frame
             self._fail(error)
         self._again = None
         self.ended = clock()
@@ -173,15 +176,14 @@ class Execution:
 
     def finish(self, clock: Callable[[], float]) -> None:
         """Give each call its rows, and post the outcome to the loop."""
-        cpu = time.thread_time()
         if self.error is None and self.begun:
             try:
                 size, common = self.size or self.rows, self.common
                 self.finished = rows.scatter(self.output, self.chunks, size, common.dim, common.guard, self._cut)
             except BaseException as error:
                 self._fail(error)
+        self.copied += _bytes(self.output)
         self.output = None
-        self.copying += time.thread_time() - cpu
         self.posted = clock()
         self.common.post(self)
 
@@ -191,6 +193,14 @@ class Execution:
             self.fault = self.common.backend.classify(error) if self.begun else Fault.INPUT
         except BaseException:
             logger.exception("the %s backend could not classify an error", self.common.backend.name)
+
+
+def _bytes(value: Any) -> int:
+    """What the tensors at the top of an argument or output take."""
+    if type(value) is torch.Tensor:
+        return value.nbytes
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return sum([each.nbytes for each in values if isinstance(each, torch.Tensor)])
 
 
 def warm_up(

@@ -628,3 +628,95 @@ async def test_times_are_those_of_the_clock():
     assert stats.cores[0].service_seconds == pytest.approx(2.0)
     assert stats.queue_seconds.sum == pytest.approx(4 * 2.0)
     assert stats.total_seconds.sum == pytest.approx(4 * 2.0 + 4 * 4.0)
+
+
+# Found by a reviewer; each was seen to fail.
+
+
+@scenario
+async def test_a_broken_queue_leaves_nobody_waiting(monkeypatch):
+    _, model = puppets()
+    await model.start()
+    calls = [call(model, n) for n in range(4)]
+    await settle()
+    calls += [call(model, n) for n in range(8)]
+    await settle()
+    scheduler = model._lanes._scheduler
+    scheduler._order.kinds.clear()
+
+    def broken(*_):
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(scheduler, "bind", broken)
+    calls.append(call(model, 0))
+    await settle()
+    outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert all(isinstance(outcome, Closed) for outcome in outcomes)
+    assert not model.ready
+    await model.abort()
+
+
+@scenario
+async def test_a_deadline_counts_from_its_own_call_and_not_from_the_first_of_the_iteration():
+    now = asyncio.get_running_loop()._jumping
+    backend, model = puppets()
+    async with model:
+        first = call(model, 1)
+
+        async def after_work():
+            now.now += 0.3  # somebody computes on the loop
+            return await model.options(timeout=0.2)(row(2))
+
+        late = asyncio.ensure_future(after_work())
+        await settle()
+        backend[0].release()
+        assert (await first)[0, 0] == -1
+        assert (await late)[0, 0] == -2
+
+
+@scenario
+async def test_a_stall_of_the_loop_does_not_refuse_calls_afterwards():
+    loop = asyncio.get_running_loop()
+    _, model = puppets(cores=2, batch_size=1)
+    backend = PuppetBackend(2, service_time=0.005)
+    model = AsyncDataParallel(torch.neg, backend=backend, batch_size=1)
+    async with model:
+        view = model.options(timeout=0.2)
+        for _ in range(8):
+            calls = [asyncio.ensure_future(view(row(n))) for n in range(4)]
+            await settle()
+            loop._jumping.now += 0.1  # the loop is held up
+            await asyncio.gather(*calls, return_exceptions=True)
+        assert model._lanes._scheduler.slack <= 0.005
+        assert (await view(row(1)))[0, 0] == -1
+
+
+@scenario
+async def test_map_keeps_within_max_pending():
+    backend = PuppetBackend(1, service_time=0.01)
+    async with AsyncDataParallel(torch.neg, backend=backend, batch_size=4, max_pending=4) as model:
+        assert model._outstanding() == 4
+
+        async def rows():
+            for n in range(50):
+                yield row(n)
+
+        assert [y[0, 0].item() async for y in model.map(rows())] == [-n for n in range(50)]
+
+
+def test_a_core_that_fails_does_not_hand_out_other_callers_rows():
+    import traceback
+
+    backend, model = puppets()
+
+    async def main():
+        async with model:
+            calls = [call(model, n) for n in (1, 2)]
+            await settle()
+            backend[0].release(OSError("dead"))
+            return await asyncio.gather(*calls, return_exceptions=True)
+
+    for error in run(main()):
+        assert isinstance(error, CoreFailed)
+        frames = [frame for frame, _ in traceback.walk_tb(error.__cause__.__traceback__)]
+        assert not frames
