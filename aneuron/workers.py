@@ -148,8 +148,8 @@ class Execution:
         assert self.prepared is not None
         args, kwargs = self.prepared
         self.prepared = None
-        self.copied = _bytes(args) + _bytes(kwargs)
         try:
+            self.copied = _bytes(args) + _bytes(kwargs)
             self.output = self.core.execute(args, kwargs)
             if self.common.unpad is not None and self.batch.bucket:
                 self._cut = self._carried(self.common.unpad)
@@ -180,9 +180,9 @@ class Execution:
             try:
                 size, common = self.size or self.rows, self.common
                 self.finished = rows.scatter(self.output, self.chunks, size, common.dim, common.guard, self._cut)
+                self.copied += _bytes(self.output)
             except BaseException as error:
                 self._fail(error)
-        self.copied += _bytes(self.output)
         self.output = None
         self.posted = clock()
         self.common.post(self)
