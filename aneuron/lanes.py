@@ -64,7 +64,7 @@ class Lanes:
         self._done: deque[Execution] = deque()  # filled by the workers
         self._posted = False  # a delivery is
         self._traced = False  # whether any call was asked how it was run
-        self._late_by = Recent()  # seconds from when batches should have ended to their delivery
+        self._late_by = Recent()  # seconds that batches have ended after they should have
         self._stopped = False
         self._common = Common(backend, load.dim, load.unpad, threading.Lock(), self._post)
         self._closed = self.loop.create_future()  # done when the last core is closed
@@ -298,8 +298,9 @@ class Lanes:
                 execution = None
                 if not self._stopped and (ended is None or not ended.failed):
                     execution = self._next(lane, now)
-                asks = (execution is None and self._scheduler.has_work) or bool(self._scheduler.late)
-            if asks:  # held back, or for the loop to decide
+                idles = execution is None and not lane.in_flight and self._scheduler.has_work
+                asks = idles or bool(self._scheduler.late)
+            if asks:  # what waits is held back, or for the loop to decide
                 self._call_loop(self._dispatch_soon)
             return execution
         except Exception as error:

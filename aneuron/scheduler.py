@@ -140,8 +140,6 @@ class Scheduler(Slots, Generic[C]):
 
     def admit(self, *calls: C) -> None:
         """Queue calls."""
-        if not self.timed and any(call.deadline is not NEVER for call in calls):
-            self.timed = True
         self._order.push(calls, self._limit)
         if self.rules.max_delay != 0.0:
             for call in calls:
@@ -212,9 +210,9 @@ class Scheduler(Slots, Generic[C]):
         batch = Batch(
             [(call, 0, call.rows) for call in calls], rows, because, None if sizes is None else size, first.bucket
         )
-        if self.timed:
-            batch.expected = self._estimate(next(iter(self._idle)), self._shape(first.bucket, rows), first.bucket)
         lane = next(iter(self._idle))
+        if self.timed:
+            batch.expected = self._estimate(lane, self._shape(first.bucket, rows), first.bucket)
         self._occupy(lane, batch, now)
         return lane, batch
 
@@ -228,10 +226,11 @@ class Scheduler(Slots, Generic[C]):
 
     def pull(self, lane: int, now: float) -> Batch[C] | None:
         """The next batch of a lane that has a free slot, by the rules of `bind`."""
-        busy = self._in_flight[lane]
-        if not self.has_work or busy >= self._slots[lane] or (busy and self._too_early(lane, now)):
+        bound = len(self._bound[lane])
+        busy = bound > 0
+        if not self.has_work or bound >= self._slots[lane] or (busy and self._too_early(lane, now)):
             return None
-        batch = self._again.popleft() if self._again else self._form(lane, busy > 0, now)
+        batch = self._again.popleft() if self._again else self._form(lane, busy, now)
         if batch is not None:
             self._occupy(lane, batch, now)
         return batch
@@ -284,7 +283,7 @@ class Scheduler(Slots, Generic[C]):
                 filling.charge(compiled - rows, rows)
         for flow, _ in filling.shares:
             self._hold.mend(flow.kind.signature)
-        because = "full" if filling.full else self._reason(chunks[0][0], kind, now)
+        because = "full" if filling.full else self._reason(kind)
         return Batch(chunks, rows, because, compiled, kind.bucket, expected)
 
     def _end(self, lane: int, busy: bool, shape: int, bucket: int, now: float) -> float:
@@ -298,7 +297,7 @@ class Scheduler(Slots, Generic[C]):
             ends.append(max(now, self._ends[each]) + expected)
         return min(ends) + (self.slack if len(self._idle) < 2 else 0.0)
 
-    def _reason(self, first: C, kind: Kind[C], now: float) -> str:
+    def _reason(self, kind: Kind[C]) -> str:
         """Why a batch that is not full starts."""
         if self.draining:
             return "drain"
@@ -317,8 +316,8 @@ class Scheduler(Slots, Generic[C]):
 
     def _is_held(self, lane: int, kind: Kind[C], now: float) -> bool:
         """Whether a batch that is not full is held back for company: while another lane executes, and not for long."""
-        busy = not self.draining and sum(self._in_flight) > self._in_flight[lane]
-        seconds = self.rules.max_delay if busy else 0.0
+        others = any(bound for other, bound in enumerate(self._bound) if other != lane)
+        seconds = self.rules.max_delay if others and not self.draining else 0.0
         if seconds is None:
             service = self._estimate(lane, self._shape(kind.bucket, kind.limit), kind.bucket)
             seconds = self._hold.learned(service, self.rules.cores, now)

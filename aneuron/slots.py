@@ -20,7 +20,6 @@ class Slots:
         self.timed = False  # whether service times are asked for: there are deadlines, or leads
         self._estimate = estimate
         self._slots: list[int] = []
-        self._in_flight: list[int] = []
         self._ends: list[float] = []  # when what is in flight should have ended
         self._bound: list[dict[Batch[Any], None]] = []  # the batches in flight, oldest first
         self._lead: list[float | None] = []  # how long before that the loop may bind another batch; None: never
@@ -36,11 +35,10 @@ class Slots:
         self._lead = list(leads) if leads is not None else [None] * len(slots)
         self.staging = any(lead is not None for lead in self._lead)
         self.timed = self.timed or self.staging
-        self._in_flight += [0] * more
         self._ends += [0.0] * more
         self._bound += [{} for _ in range(more)]
         lanes = (*self._idle, *range(len(slots)))
-        self._idle = {lane: None for lane in lanes if slots[lane] and not self._in_flight[lane]}
+        self._idle = {lane: None for lane in lanes if slots[lane] and not self._bound[lane]}
 
     def lead(self, lane: int, seconds: float) -> None:
         """Change a lane's lead."""
@@ -50,36 +48,34 @@ class Slots:
     def release(self, lane: int, now: float, batch: Batch[Any] | None = None) -> None:
         """A batch of a lane has ended (None: its oldest); what is left begins now."""
         bound = self._bound[lane]
-        del bound[batch or next(iter(bound))]
-        self._in_flight[lane] -= 1
-        self._ends[lane] = now + sum([other.expected for other in bound]) if bound else now
-        if not bound and self._slots[lane]:
-            self._idle[lane] = None
+        self._unbind(lane, batch or next(iter(bound)))
+        self._ends[lane] = now + sum([other.expected for other in bound])
 
     def move(self, batch: Batch[Any], lane: int, to: int, now: float) -> None:
         """A batch that was bound to a lane, behind another, is taken over by a third."""
-        bound = self._bound[lane]
-        del bound[batch]
-        self._in_flight[lane] -= 1
+        self._unbind(lane, batch)
         self._ends[lane] -= batch.expected
-        if not bound and self._slots[lane]:  # the other has just ended
-            self._ends[lane] = now
-            self._idle[lane] = None
         self._occupy(to, batch, now)
 
     def has_slot(self, lane: int) -> bool:
         """Whether a lane may have another batch."""
-        return self._in_flight[lane] < self._slots[lane]
+        return len(self._bound[lane]) < self._slots[lane]
 
     def in_flight(self, lane: int) -> int:
         """Batches that are bound to a lane or executing on it."""
-        return self._in_flight[lane]
+        return len(self._bound[lane])
 
     def _occupy(self, lane: int, batch: Batch[Any], now: float) -> None:
-        self._in_flight[lane] += 1
         self._bound[lane][batch] = None
         self._ends[lane] = batch.due = max(now, self._ends[lane]) + batch.expected
         self._idle.pop(lane, None)
+
+    def _unbind(self, lane: int, batch: Batch[Any]) -> None:
+        """However a batch leaves a lane: one that has a slot and nothing left is idle."""
+        bound = self._bound[lane]
+        del bound[batch]
+        if not bound and self._slots[lane]:
+            self._idle[lane] = None
 
     def _lanes(self) -> Iterator[int]:
         return (lane for lane, slots in enumerate(self._slots) if slots)
