@@ -6,9 +6,10 @@ import threading
 
 import pytest
 import torch
+from puppets import call, release_all, row, scenario
 from test_exactly_once import history
 from test_fairness import BATCH, Cores, History, admit, batches, next_batch, scheduler, steps
-from test_terms import call, fate, now, puppets, release_all, row, scenario
+from test_terms import fate, now, puppets
 
 from aneuron import AsyncDataParallel, SimulatedBackend
 from aneuron.testing import PuppetBackend, PuppetWorkers, run, settle

@@ -1,24 +1,16 @@
 """Queueing, cancelling and failing on virtual time: puppet cores, no threads, no waiting."""
 
 import asyncio
-import functools
 import logging
 import time
 
 import anyio
 import pytest
 import torch
+from puppets import call, check_sum, release_all, row, scenario
 
 from aneuron import AsyncDataParallel, Closed, CoreFailed, Fault, QueueFull, SimulatedBackend
 from aneuron.testing import PuppetBackend, run, settle
-
-
-def row(value, rows=1):
-    return torch.full((rows, 2), float(value))
-
-
-def call(model, value, rows=1):
-    return asyncio.ensure_future(model(row(value, rows)))
 
 
 def values(args_and_kwargs):
@@ -26,34 +18,10 @@ def values(args_and_kwargs):
     return args_and_kwargs[0][0][:, 0].tolist()
 
 
-def check_sum(model):
-    calls = model.statistics().calls
-    assert calls.accepted == calls.completed + calls.failed + calls.cancelled + calls.waiting + calls.running
-    return calls
-
-
-def scenario(test):
-    """Run an async test on a virtual-time loop."""
-
-    @functools.wraps(test)
-    def wrapper(*args, **kwargs):
-        return run(test(*args, **kwargs))
-
-    return wrapper
-
-
 def puppets(cores=1, concurrent=False, **settings):
     backend = PuppetBackend(cores, faults={OSError: Fault.CORE}, concurrent=concurrent)
     settings.setdefault("batch_size", 4)
     return backend, AsyncDataParallel(torch.neg, backend=backend, **settings)
-
-
-async def release_all(backend, *tasks):
-    while not all(task.done() for task in tasks):
-        for core in backend.loaded.values():
-            if core.executing is not None:
-                core.release()
-        await settle()
 
 
 @scenario

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextvars
-import functools
 import gc
 import itertools
 import logging
@@ -18,14 +17,11 @@ import anyio
 import numpy as np
 import pytest
 import torch
+from puppets import row, scenario
 
 from aneuron import AsyncDataParallel, Closed, QueueFull, ShapeError, SimulatedBackend
 from aneuron.bulk import Map
-from aneuron.testing import PuppetBackend, run, settle
-
-
-def row(value, rows=1):
-    return torch.full((rows, 2), float(value))
+from aneuron.testing import PuppetBackend, settle
 
 
 def value(y):
@@ -42,16 +38,6 @@ async def rows_later(count):
 
 
 SOURCES = [rows, rows_later]
-
-
-def scenario(test):
-    """Run an async test on a virtual-time loop."""
-
-    @functools.wraps(test)
-    def wrapper(*args, **kwargs):
-        return run(test(*args, **kwargs))
-
-    return wrapper
 
 
 async def until(condition):

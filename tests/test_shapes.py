@@ -4,7 +4,6 @@ Every model here was compiled for one shape: it refuses all others, as a device 
 """
 
 import asyncio
-import functools
 import time
 import warnings
 from collections import Counter
@@ -14,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from puppets import scenario
 
 from aneuron import AsyncDataParallel, Buckets, OutputError, ShapeError, SimulatedBackend
 from aneuron.buckets import AGE
@@ -103,16 +103,6 @@ async def train(model, compiled, *inputs):
     for x in inputs:
         await model(x)
     compiled.take()
-
-
-def scenario(test):
-    """Run an async test on a virtual-time loop."""
-
-    @functools.wraps(test)
-    def wrapper(*args, **kwargs):
-        return run(test(*args, **kwargs))
-
-    return wrapper
 
 
 # What cannot be meant.

@@ -4,7 +4,6 @@ On virtual time with puppet cores; the last ones with real threads.
 """
 
 import asyncio
-import functools
 import gc
 import random
 import threading
@@ -16,6 +15,7 @@ import anyio
 import pytest
 import torch
 import uvloop
+from puppets import call, check_sum, release_all, row, scenario
 
 from aneuron import AsyncDataParallel, Closed, SimulatedBackend
 from aneuron.errors import AneuronError, DeadlineExceeded, QueueFull
@@ -24,29 +24,11 @@ from aneuron.testing import PuppetBackend, run, settle
 NAN, INF = float("nan"), float("inf")
 
 
-def scenario(test):
-    """Run an async test on a virtual-time loop."""
-
-    @functools.wraps(test)
-    def wrapper(*args, **kwargs):
-        return run(test(*args, **kwargs))
-
-    return wrapper
-
-
-def row(value=0.0, rows=1):
-    return torch.full((rows, 2), float(value))
-
-
 def puppets(cores=1, service_time=None, concurrent=False, **settings):
     """Cores that wait to be released, or that take `service_time`."""
     settings.setdefault("batch_size", 4)
     backend = PuppetBackend(cores, service_time, concurrent=concurrent)
     return backend, AsyncDataParallel(torch.neg, backend=backend, **settings)
-
-
-def call(model, value=0.0, rows=1):
-    return asyncio.ensure_future(model(row(value, rows)))
 
 
 def now():
@@ -61,21 +43,6 @@ def executed(backend):
 
 def executed_rows(backend):
     return [value for batch in executed(backend) for value in batch]
-
-
-def check_sum(model):
-    calls = model.statistics().calls
-    assert calls.accepted == calls.completed + calls.failed + calls.cancelled + calls.waiting + calls.running
-    assert min(calls.waiting, calls.running) >= 0
-    return calls
-
-
-async def release_all(backend, *tasks):
-    while not all(task.done() for task in tasks):
-        for core in backend.loaded.values():
-            if core.executing is not None:
-                core.release()
-        await settle()
 
 
 async def fate(awaitable):
