@@ -59,7 +59,7 @@ class Futures:
 
         A call whose caller has left is left to `withdraw`.
         """
-        now, seconds = self._clock() if now is None else now, []
+        now, seconds, forget = self._clock() if now is None else now, [], self._forget
         for call, outcome in outcomes:
             if call.settled or (future := call.future).done():  # its caller has left
                 continue
@@ -68,7 +68,7 @@ class Futures:
             else:
                 future.set_result(outcome)
             seconds.append(now - call.admitted)
-            self._forget(call)
+            forget(call)
         if failed:
             self._counters.failed += len(seconds)
         else:

@@ -57,8 +57,7 @@ class Lanes:
         self._counters = counters
         self._lock = threading.Lock()  # around the scheduler, the lanes' queues and what they have in flight
         self._scheduler: Scheduler[Call] = Scheduler(rules, sizes, self._estimate)
-        self._arrivals: list[Call] = []  # of this iteration of the loop
-        self._now = 0.0  # when the first of them came
+        self._arrivals: deque[Call] = deque()  # appended by the loop, taken with the lock, by whoever binds next
         self._scheduled = False  # a dispatch is
         self._timer: asyncio.TimerHandle | None = None  # a dispatch that is due later
         self._done: deque[Execution] = deque()  # filled by the workers
@@ -141,7 +140,7 @@ class Lanes:
         """Fail what has not begun to execute, and let the threads end after what they execute."""
         with self._lock:
             self._stopped = True
-            calls = self._arrivals + self._scheduler.calls()
+            calls = [*self._arrivals, *self._scheduler.calls()]
             for lane in self._lanes:
                 batches = [lane.queue.get_nowait() for _ in range(lane.queue.qsize())]
                 batches += [execution.batch for execution in lane.in_flight if not execution.begun]
@@ -181,16 +180,14 @@ class Lanes:
             raise Closed(self.why_closed)
         if self.rules.max_pending is not None:
             self._find_room(call)
-        if not self._arrivals or timeout is not None:
-            self._now = self.clock()  # one for all calls of this iteration
-        future = self.futures.accept(call, self._now)
+        future = self.futures.accept(call, self.clock())
         if timeout is not None and self._is_hopeless(call, timeout):
             return future
         if call.trace is not None:
             self._traced = True
             call.trace.admitted, call.trace.clock = call.admitted, self.clock
-        self._arrivals.append(call)
-        if not self._scheduled:
+        self._arrivals.append(call)  # before the question: a lane that falls idle looks here after it has said so
+        if not self._scheduled and self._scheduler.wants_calls:
             self._dispatch_soon()
         return future
 
@@ -258,7 +255,7 @@ class Lanes:
             return woken
         bound = self._scheduler.bind_at_once(self._arrivals, now) if self._arrivals else None
         if bound is not None:
-            self._arrivals = []
+            self._arrivals.clear()
         else:
             self._flush()
             bound = self._scheduler.bind(now)
@@ -270,10 +267,9 @@ class Lanes:
         return woken
 
     def _flush(self) -> None:
-        """With the lock: let the scheduler have the calls of this iteration."""
-        if self._arrivals:
-            arrivals, self._arrivals = self._arrivals, []
-            self._scheduler.admit(*arrivals)
+        """With the lock: let the scheduler have the calls that have come."""
+        if count := len(self._arrivals):
+            self._scheduler.admit([self._arrivals.popleft() for _ in range(count)])
 
     def _dispatch_at(self, due: float, now: float) -> None:
         if self._timer is not None:
@@ -298,9 +294,9 @@ class Lanes:
                 execution = None
                 if not self._stopped and (ended is None or not ended.failed):
                     execution = self._next(lane, now)
-                idles = execution is None and not lane.in_flight and self._scheduler.has_work
-                asks = idles or bool(self._scheduler.late)
-            if asks:  # what waits is held back, or for the loop to decide
+                idles = execution is None and not lane.in_flight
+                waits = self._scheduler.has_work or self._arrivals
+            if self._scheduler.late or (idles and waits):  # what waits is held back, or for the loop to decide
                 self._call_loop(self._dispatch_soon)
             return execution
         except Exception as error:
@@ -310,7 +306,11 @@ class Lanes:
     def _next(self, lane: Lane, now: float) -> Execution | None:
         """With the lock: from the lane's queue, or from the scheduler, or from a lane that is late."""
         staged = bool(lane.in_flight)
-        batch = lane.queue.get_nowait() if not lane.queue.empty() else self._scheduler.pull(lane.index, now)
+        if lane.queue.empty():
+            self._flush()
+            batch = self._scheduler.pull(lane.index, now)
+        else:
+            batch = lane.queue.get_nowait()
         if batch is None:
             return None if staged or not self._scheduler.staging else self._take_over(lane, now)
         execution = self._execution(lane, batch)
@@ -372,7 +372,7 @@ class Lanes:
                 self._settle(self._done.popleft(), now)
         except Exception as error:
             self._crash(error)
-        if not self._scheduler.has_work:
+        if not self._scheduler.has_work and not self._arrivals:
             self._counters.relaxed()
         elif self._scheduler.staging:
             self._dispatch_soon()
@@ -444,11 +444,11 @@ class Lanes:
 
     def discard(self, call: Call) -> None:
         """Take a call's waiting rows out of the queue."""
-        if call.sequence:
-            with self._lock:
+        with self._lock:
+            if call.sequence:
                 self._scheduler.discard(call)
-        else:
-            call.bound = call.rows  # it has not got there yet
+            else:
+                call.bound = call.rows  # it has not got there yet
 
     def _crash(self, error: Exception) -> None:
         """A bug of ours must not leave anybody waiting."""
@@ -469,7 +469,7 @@ class Lanes:
             for lane in self._lanes:
                 lane.counters.in_flight = self._scheduler.in_flight(lane.index)
             calls, rows = self._scheduler.waiting_calls, self._scheduler.waiting_rows
-        coming = [call.rows for call in tuple(self._arrivals) if not call.bound]  # the loop's to queue, not ours
+            coming = [call.rows for call in self._arrivals.copy() if not call.bound]
         return self._counters.snapshot(calls + len(coming), rows + sum(coming))
 
 

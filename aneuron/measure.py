@@ -22,6 +22,10 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Path]:
     return where + [path for key in sorted(kwargs) for path in paths(kwargs[key], f"input {key!r}", (key,))]
 
 
+# Of the last lone tensor: calls alike get the same object as their signature, and are found to be alike faster.
+_last: tuple[Any, Any, Any] = (None, None, None)  # shape, dtype, signature
+
+
 def measure(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -35,28 +39,24 @@ def measure(
     `lengths` are those of the example (`Compiled.lengths`): which inputs have a length is then not asked again.
     """
     if len(args) == 1 and not kwargs and not dim and type(x := args[0]) is torch.Tensor:  # the short way, same results
-        if x.is_cpu and x.layout is torch.strided and not x.is_nested and (shape := x.shape) and (rows := shape[0]):
+        try:
+            fits = x.is_cpu and x.layout is torch.strided and (shape := x.shape) and (rows := shape[0])
+        except RuntimeError:  # a nested tensor has no shape
+            fits = False
+        if fits:
             if buckets is None:
-                return Call(rows, _signature(shape, x.dtype), args, None)
+                global _last
+                last_shape, last_dtype, signature = _last
+                if shape != last_shape or x.dtype is not last_dtype:
+                    signature = (shape[1:], x.dtype)
+                    _last = (shape, x.dtype, signature)
+                return Call(rows, signature, args, None)
             call = _lone(args, buckets, lengths)
             if call is not None:
                 return call
         else:
             raise _unfit(args, kwargs, list(args), dim)
     return _measure(args, kwargs, dim, buckets, lengths)
-
-
-_last: tuple[Any, Any, Any] = (None, None, None)
-
-
-def _signature(shape: torch.Size, dtype: torch.dtype) -> tuple[Any, ...]:
-    """That of a lone tensor; the same object for calls alike, so that they are found to be alike faster."""
-    global _last
-    last_shape, last_dtype, signature = _last
-    if shape != last_shape or dtype is not last_dtype:
-        signature = (shape[1:], dtype)
-        _last = (shape, dtype, signature)
-    return signature  # type: ignore[no-any-return]
 
 
 def _measure(

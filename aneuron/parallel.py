@@ -7,7 +7,7 @@ Lives here: the arguments and what they mean, starting and closing. Must not be 
 import asyncio
 import inspect
 import warnings
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Coroutine, Hashable, Iterable, Sequence
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
@@ -163,9 +163,9 @@ class AsyncDataParallel:
 
     # Calls.
 
-    async def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Run the model on the inputs' rows; see the class."""
-        return await self._run(inputs, kwargs)
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        """Run the model on the inputs' rows; see the class. To be awaited."""
+        return self._run(inputs, kwargs)  # not through a coroutine of its own, which each call would pay for
 
     async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
         """The same, and how the call was run."""

@@ -116,18 +116,14 @@ class Parts:
 Finished = tuple[Call, Any]  # a call and its result
 
 
-def gather(chunks: Sequence[Chunk[Call]]) -> tuple[list[Chunk[Call]], list[Sequence[Any]], Any, int]:
-    """The chunks whose callers are still there, their calls' tensors, what these stand in, and the number of rows."""
-    there, inputs, template, rows = [], [], None, 0
-    for chunk in chunks:
-        call, start, stop = chunk
-        own, leaves = call.template, call.leaves  # in this order: the loop lets go of the leaves first
-        if leaves is not None:
-            there.append(chunk)
-            inputs.append(leaves)
-            template = own
-            rows += stop - start
-    return there, inputs, template, rows
+def gather(chunks: Sequence[Chunk[Call]]) -> tuple[Sequence[Chunk[Call]], list[Sequence[Any]], Any]:
+    """The chunks whose callers are still there, their calls' tensors, and what these stand in."""
+    templates = [call.template for call, _, _ in chunks]  # before the leaves, of which the loop lets go first
+    inputs: list[Any] = [call.leaves for call, _, _ in chunks]
+    if None in inputs:
+        there = [index for index, leaves in enumerate(inputs) if leaves is not None]
+        chunks, templates, inputs = [[each[index] for index in there] for each in (chunks, templates, inputs)]
+    return chunks, inputs, templates[0] if templates else None
 
 
 def collate(
@@ -144,14 +140,11 @@ def collate(
     joined = []
     pads = chunks[0][0].pads if bucket else None
     rows = sum([stop - start for _, start, stop in chunks])
-    for index in range(len(inputs[0])):
-        pieces = []
-        for (call, start, stop), leaves in zip(chunks, inputs, strict=True):
-            leaf = leaves[index]
-            if stop - start == call.rows and type(leaf) is torch.Tensor:
-                pieces.append(leaf)
-            else:
-                pieces.append(_piece(leaf, start, stop, dim))
+    for index, column in enumerate(zip(*inputs, strict=True)):
+        pieces = [
+            leaf if stop - start == call.rows and type(leaf) is torch.Tensor else _piece(leaf, start, stop, dim)
+            for (call, start, stop), leaf in zip(chunks, column, strict=True)
+        ]
         if pads is not None and (value := pads.values[index]) is not None:
             pieces = [padded(piece, pads.dim, bucket, value) for piece in pieces]
         if rows < size:
@@ -184,13 +177,14 @@ def scatter(
     """
     if not chunks[0][0].cut.shared:
         return _keep_piece(value, chunks[0], dim, guard, cut)
-    sizes = [stop - start for _, start, stop in chunks]
+    calls, sizes = [call for call, _, _ in chunks], [stop - start for _, start, stop in chunks]
     rows = sum(sizes)
-    spread = [chunk for chunk, own in zip(chunks, sizes, strict=True) if own != chunk[0].rows]
-    if type(value) is torch.Tensor and not spread:  # the short way, same results
+    whole = sizes == [call.rows for call in calls]
+    if type(value) is torch.Tensor and whole:  # the short way, same results
         leaf = checked(value, size, dim)
         copies = _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, False, *(cut or ()))
-        return list(zip([call for call, _, _ in chunks], copies, strict=True))
+        return list(zip(calls, copies, strict=True))
+    spread = [] if whole else [chunk for chunk, own in zip(chunks, sizes, strict=True) if own != chunk[0].rows]
     output = Output(value, size, dim)
     split = [
         _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, bool(spread), dims)

@@ -138,7 +138,7 @@ class Scheduler(Slots, Generic[C]):
         rounds = -(-call.rows // (limit * max(1, self.rules.cores)))
         return call.deadline < now + rounds * min(times, default=0.0)
 
-    def admit(self, *calls: C) -> None:
+    def admit(self, calls: Sequence[C]) -> None:
         """Queue calls."""
         self._order.push(calls, self._limit)
         if self.rules.max_delay != 0.0:
@@ -165,6 +165,11 @@ class Scheduler(Slots, Generic[C]):
     # The decision.
 
     @property
+    def wants_calls(self) -> bool:
+        """Whether a call that comes may begin, or be bound, before a lane ends what it executes."""
+        return self.staging or bool(self._idle)
+
+    @property
     def has_work(self) -> bool:
         """Whether anything waits for a lane."""
         return self._order.rows > 0 or bool(self._again)
@@ -178,7 +183,7 @@ class Scheduler(Slots, Generic[C]):
         rows wait in the queue, not behind a lane. Of several the one that should end first.
         """
         self.due = None
-        if not self.has_work:
+        if not self._order.rows and not self._again:
             return None
         lane = self._idlest() if self.timed else next(iter(self._idle), None)
         if lane is None and self.staging and (self._again or self._order.has_full()):
@@ -228,7 +233,7 @@ class Scheduler(Slots, Generic[C]):
         """The next batch of a lane that has a free slot, by the rules of `bind`."""
         bound = len(self._bound[lane])
         busy = bound > 0
-        if not self.has_work or bound >= self._slots[lane] or (busy and self._too_early(lane, now)):
+        if not (self._order.rows or self._again) or bound >= self._slots[lane] or (busy and self._too_early(lane, now)):
             return None
         batch = self._again.popleft() if self._again else self._form(lane, busy, now)
         if batch is not None:

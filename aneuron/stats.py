@@ -194,7 +194,7 @@ class Recent:
 
     def is_stale(self, now: float) -> bool:
         """Whether the last one is too old to be believed: where it makes all calls be refused, no other will come."""
-        return now - self.at > FORGET + self.median
+        return now - self.at > FORGET and now - self.at > FORGET + self.median
 
     def _sort(self) -> None:
         if not self._sorted and self._ring:

@@ -3,7 +3,7 @@
 Lives here: what may be asked for. Must not be here: what becomes of it (scheduler.py).
 """
 
-from collections.abc import Hashable
+from collections.abc import Coroutine, Hashable
 from math import isfinite
 from numbers import Real
 from typing import Any, Protocol
@@ -45,9 +45,9 @@ class View:
             raise TypeError(f"tenant={tenant!r:.80} is not hashable; pass a name, a number or a tuple") from None
         self._terms = Terms(float(priority), tenant) if priority or tenant is not None else None
 
-    async def __call__(self, *inputs: Any, **kwargs: Any) -> Any:
-        """Run the model on the inputs' rows."""
-        return await self._model._run(inputs, kwargs, self._terms, self._timeout)
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+        """Run the model on the inputs' rows. To be awaited."""
+        return self._model._run(inputs, kwargs, self._terms, self._timeout)
 
     async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
         """The same, and how the call was run."""

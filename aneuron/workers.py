@@ -32,6 +32,8 @@ logger = logging.getLogger("aneuron")
 P = ParamSpec("P")
 T = TypeVar("T")
 
+NOTABLE = 5e-5  # seconds: no less than it takes to copy half a megabyte
+
 
 def carried(error: BaseException) -> Exception:
     """An exception as a future can carry it to a caller.
@@ -103,7 +105,7 @@ class Execution:
         self.staged: Staged | None = None  # if it was bound while another was executing
         self.started = self.ended = self.posted = 0.0
         self.preparing = 0.0  # seconds
-        self.copied = 0  # bytes that were collated and scattered, as far as they are seen at a glance
+        self.copied = 0  # bytes that were collated and scattered, seen at a glance, where that took a notable time
         self.error: BaseException | None = None
         self.fault = Fault.INPUT
         self.finished: Sequence[Finished] = ()
@@ -123,9 +125,10 @@ class Execution:
         self.preparing = clock() - begin
 
     def _collate(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.chunks, inputs, template, self.rows = rows.gather(self.chunks)
+        self.chunks, inputs, template = rows.gather(self.chunks)
         if not inputs:
             return None
+        self.rows = sum([stop - start for _, start, stop in self.chunks])
         size, common = self.size or self.rows, self.common
         if common.unpad is not None:
             self._again = partial(rows.collate, self.chunks, inputs, template, size, common.dim)
@@ -149,7 +152,8 @@ class Execution:
         args, kwargs = self.prepared
         self.prepared = None
         try:
-            self.copied = _bytes(args) + _bytes(kwargs)
+            if self.preparing > NOTABLE:
+                self.copied = _bytes(args) + _bytes(kwargs)
             self.output = self.core.execute(args, kwargs)
             if self.common.unpad is not None and self.batch.bucket:
                 self._cut = self._carried(self.common.unpad)
@@ -180,7 +184,8 @@ class Execution:
             try:
                 size, common = self.size or self.rows, self.common
                 self.finished = rows.scatter(self.output, self.chunks, size, common.dim, common.guard, self._cut)
-                self.copied += _bytes(self.output)
+                if self.copied:
+                    self.copied += _bytes(self.output)
             except BaseException as error:
                 self._fail(error)
         self.output = None

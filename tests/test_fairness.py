@@ -42,7 +42,7 @@ def admit(target, rows=1, signature="a", now=0.0, priority=0.0, tenant=None, dea
     terms = Terms(priority, tenant) if priority or tenant is not None else None
     call = Waiting(rows, signature, target.rules.cut(rows), terms, now, deadline)
     target.timed = target.timed or deadline < NEVER  # as the lanes tell it
-    target.admit(call)
+    target.admit([call])
     return call
 
 

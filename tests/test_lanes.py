@@ -602,9 +602,10 @@ async def test_times_are_those_of_the_clock():
 # Found by a reviewer; each was seen to fail.
 
 
+@pytest.mark.parametrize("where", ["bind", "pull"])
 @scenario
-async def test_a_broken_queue_leaves_nobody_waiting(monkeypatch):
-    _, model = puppets()
+async def test_a_broken_queue_leaves_nobody_waiting(monkeypatch, where):
+    backend, model = puppets(concurrent=where == "bind")  # by the loop, which binds early to concurrent cores
     await model.start()
     calls = [call(model, n) for n in range(4)]
     await settle()
@@ -615,12 +616,15 @@ async def test_a_broken_queue_leaves_nobody_waiting(monkeypatch):
     def broken(*_):
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(scheduler, "bind", broken)
+    monkeypatch.setattr(scheduler, where, broken)
     monkeypatch.setattr(scheduler, "discard", broken)
     calls.append(call(model, 0))
     await settle()
+    if where == "pull":  # by the worker that has ended
+        backend[0].release()
+        await settle()
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
-    assert all(isinstance(outcome, Closed) for outcome in outcomes)
+    assert all(isinstance(outcome, Closed) for outcome in outcomes[4:])
     assert not model.ready
     await model.abort()
 
@@ -690,3 +694,40 @@ def test_a_core_that_fails_does_not_hand_out_other_callers_rows():
         assert isinstance(error, CoreFailed)
         frames = [frame for frame, _ in traceback.walk_tb(error.__cause__.__traceback__)]
         assert not frames
+
+
+@scenario
+async def test_calls_that_no_lane_can_begin_cost_the_loop_nothing_and_leave_as_they_came():
+    backend, model = puppets()
+    async with model:
+        first = call(model, 0, rows=4)
+        await settle()
+        late = [call(model, n) for n in range(1, 5)]
+        await asyncio.sleep(0)
+        assert not model._lanes._scheduled  # nothing to dispatch: the worker that ends will take them
+        assert check_sum(model).waiting == 4
+        assert model.statistics().waiting_rows == 4
+        late[1].cancel()
+        await settle()
+        assert (check_sum(model).waiting, check_sum(model).cancelled) == (3, 1)
+        backend[0].release()
+        await settle()
+        assert values(backend[0].executing) == [1, 3, 4, 4]
+        backend[0].release()
+        assert len(await asyncio.gather(first, *late, return_exceptions=True)) == 5
+        check_sum(model)
+
+
+@scenario
+async def test_a_lane_that_ends_with_an_error_still_gets_what_came_meanwhile():
+    backend, model = puppets()
+    async with model:
+        first = call(model, 0)
+        await settle()
+        second = call(model, 1)
+        await settle()
+        backend[0].release(ValueError("of the first"))
+        await settle()
+        assert isinstance(first.exception(), ValueError)
+        backend[0].release()
+        assert (await second)[0, 0] == -1

@@ -29,7 +29,7 @@ def scheduler(slots=(2, 2, 2, 2), **changes):
 
 def admit(target, rows, signature="a"):
     call = Waiting(rows, signature, target.rules.cut(rows))
-    target.admit(call)
+    target.admit([call])
     return call
 
 
