@@ -4,7 +4,6 @@ Lives here: `NeuronBackend`, and how a core runs a batch. Must not be here: whic
 model (placement.py, native.py), what an error means (faults.py).
 """
 
-import logging
 import os
 import time
 import warnings
@@ -17,9 +16,12 @@ from aneuron.backends.neuron.cores import Found, Package
 from aneuron.backends.neuron.faults import Kind, Repeated
 from aneuron.errors import DeviceError
 
-logger = logging.getLogger("aneuron")
-
 BACK_OFF = tuple(0.001 * 2**k for k in range(9))  # seconds; about half a second in all, while the core's queue is full
+
+_NO_DEVICE = (
+    "there is no /dev/neuron*: this is no Inf or Trn instance, the driver is missing, or the container is not given "
+    "the devices"
+)
 
 
 class NeuronBackend:
@@ -98,8 +100,7 @@ class NeuronBackend:
     def _package(self) -> Package:
         here = cores.package()
         if here.kind == cores.NONE:
-            lacks = "; and there is no /dev/neuron*: this is no Inf or Trn instance, or the driver is missing"
-            raise DeviceError(f"{here.problem}{'' if machine.chips(self._root) else lacks}")
+            raise DeviceError(here.problem if machine.chips(self._root) else f"{here.problem}, and {_NO_DEVICE}")
         return here
 
     def global_id(self, core_id: int) -> int | None:
@@ -158,10 +159,7 @@ class NeuronBackend:
             if taken:
                 why = f"{taken}. Stop them, or divide the cores of the machine: {cores.DIVIDE}"
             elif not machine.chips(self._root):
-                why = (
-                    "there is no /dev/neuron*: this is no Inf or Trn instance, the driver is missing, or the container "
-                )
-                why += "is not given the devices"
+                why = _NO_DEVICE
         return DeviceError(f"{text}; {why}" if why else text)
 
     def classify(self, error: BaseException) -> Fault:
@@ -204,24 +202,24 @@ class NeuronCore:
         """Call the model; copies in and out are part of it, and the GIL is released for the whole."""
         if os.getpid() != self._pid:
             cores.check_fork()
-        for delay in (*BACK_OFF, None):
+        delays = iter(BACK_OFF)
+        while True:
             try:
                 output = self._model(*args, **kwargs)
+                self._suspect = False
+                return output
             except Exception as error:
                 cause = faults.cause(error)
-                if cause is None:
-                    raise
-                if cause.kind is not Kind.RETRY or delay is None:
+                delay = next(delays, None) if cause is not None and cause.kind is Kind.RETRY else None
+                if delay is None:
                     self._blame(error, cause)
                     raise
                 time.sleep(delay)
-            else:
-                self._suspect = False
-                return output
-        raise AssertionError("unreachable")
 
-    def _blame(self, error: Exception, cause: faults.Cause) -> None:
+    def _blame(self, error: Exception, cause: faults.Cause | None) -> None:
         """Say in an error what is known of it. One that is nobody's fault is the core's when it repeats."""
+        if cause is None:
+            return
         if cause.kind in (Kind.SUSPECT, Kind.RETRY):
             if self._suspect:
                 # Without the traceback, whose frames hold the rows of all who share the batch.
