@@ -15,7 +15,7 @@ from doubles import tracing
 from doubles.hardware import Config, Machine, build, machine
 
 HERE = Path(__file__).parent
-__all__ = ["Config", "build", "machine", "neuronx"]
+__all__ = ["Config", "build", "machine", "neuron", "neuronx"]
 PACKAGES = ("torch_neuronx", "torch_neuron")
 
 
@@ -36,9 +36,15 @@ def _installed(flavour: str, config: dict[str, Any]) -> Iterator[Machine]:
         _forget()
         tracing.uninstall()
         vars(torch.classes.neuron).pop("Runtime", None)
+        vars(torch).pop("neuron", None)
         machine.reset(Config())
 
 
 def neuronx(**config: Any) -> contextlib.AbstractContextManager[Machine]:
     """torch_neuronx, SDK up to 2.31; arguments are those of `Config`."""
     return _installed("neuronx", config)
+
+
+def neuron(**config: Any) -> contextlib.AbstractContextManager[Machine]:
+    """The legacy torch_neuron, which `torch.neuron` is too; an inf1.xlarge unless told otherwise."""
+    return _installed("neuron", {"cores_per_chip": 4, "family": "inf1", **config})
