@@ -9,9 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from doubles import tracing
 from doubles.hardware import Config, Machine, build, machine
 
 HERE = Path(__file__).parent
@@ -26,6 +23,10 @@ def _forget() -> None:
 
 @contextlib.contextmanager
 def _installed(flavour: str, config: dict[str, Any]) -> Iterator[Machine]:
+    import torch  # here, for processes that only need the machine
+
+    from doubles import tracing
+
     machine.reset(Config(**config))
     sys.path.insert(0, str(HERE / flavour))
     _forget()
