@@ -9,13 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from doubles import tracing
 from doubles.hardware import Config, Machine, build, machine
 
 HERE = Path(__file__).parent
-__all__ = ["Config", "build", "machine", "neuronx"]
+__all__ = ["Config", "build", "machine", "neuron", "neuronx"]
 PACKAGES = ("torch_neuronx", "torch_neuron")
 
 
@@ -26,6 +23,10 @@ def _forget() -> None:
 
 @contextlib.contextmanager
 def _installed(flavour: str, config: dict[str, Any]) -> Iterator[Machine]:
+    import torch  # here, for processes that only need the machine
+
+    from doubles import tracing
+
     machine.reset(Config(**config))
     sys.path.insert(0, str(HERE / flavour))
     _forget()
@@ -36,9 +37,15 @@ def _installed(flavour: str, config: dict[str, Any]) -> Iterator[Machine]:
         _forget()
         tracing.uninstall()
         vars(torch.classes.neuron).pop("Runtime", None)
+        vars(torch).pop("neuron", None)
         machine.reset(Config())
 
 
 def neuronx(**config: Any) -> contextlib.AbstractContextManager[Machine]:
     """torch_neuronx, SDK up to 2.31; arguments are those of `Config`."""
     return _installed("neuronx", config)
+
+
+def neuron(**config: Any) -> contextlib.AbstractContextManager[Machine]:
+    """The legacy torch_neuron, which `torch.neuron` is too; an inf1.xlarge unless told otherwise."""
+    return _installed("neuron", {"cores_per_chip": 4, "family": "inf1", **config})

@@ -7,6 +7,7 @@ on the buffer's own tensor object, so a deepcopy and a load from a file begin wi
 Must not be here: which core (placement.py), which process has it (hardware.py).
 """
 
+import contextlib
 import ctypes
 import io
 import itertools
@@ -29,6 +30,7 @@ MAGIC = b"NEFF"
 HEAD = 3 + len(MAGIC)
 unpatched_load = torch.jit.load
 
+_creating = threading.Lock()
 _library = torch.library.Library("neuron", "FRAGMENT")
 _library.define("forward_v2(Tensor[] inputs, Tensor model) -> Tensor[]")
 
@@ -121,36 +123,43 @@ class Model:
 
     def place(self, start: int, count: int, gil: bool = False) -> None:
         """Unload, and load on `count` cores from `start`; -1: the least used, as many as one replica needs."""
-        visible = machine.start()
+        machine.start()
         with self._lock:
             for replica in self._replicas:
                 replica.free()
                 _pass(machine.config.unload_time, gil)
             self._replicas = []
-            compiled = self.compiled
-            width = compiled.cores
-            size = width if count == -1 else count
-            if compiled.family != machine.config.family and os.environ.get("NEURON_RT_ALLOW_LEGACY_NEFF") is None:
-                raise not_loaded(10)
-            if compiled.lnc != machine.lnc:
-                log(
-                    "nrt_load Mismatch detected between Runtime configuration and NEFF: "
-                    f"compiled with lnc={compiled.lnc}, NEURON_LOGICAL_NC_CONFIG={machine.lnc}"
-                )
-                raise not_loaded(2)
-            if start == -1:
-                starts = range(max(1, len(visible) - size + 1))
-                start = min(starts, key=lambda at: sum(machine.core(i).models for i in range(at, at + size)))
-            if size < width or start < 0 or start + size > len(visible):
-                raise not_loaded(9)
-            for at in range(start, start + size // width * width, width):
-                _pass(machine.config.load_time * width, gil)
-                try:
-                    self._replicas.append(Replica(self, [machine.core(at + i) for i in range(width)]))
-                except RuntimeError:
-                    while self._replicas:
-                        self._replicas.pop().free()
-                    raise
+            self._place(start, count, gil)
+
+    def _place(self, start: int, count: int, gil: bool) -> None:
+        self._check_compiler()
+        cores = [machine.core(i) for i in range(len(machine.start()))]
+        width = self.compiled.cores
+        size = width if count == -1 else count
+        if start == -1:
+            starts = range(max(1, len(cores) - size + 1))
+            start = min(starts, key=lambda at: sum(core.models for core in cores[at : at + size]))
+        if size < width or start < 0 or start + size > len(cores):
+            raise not_loaded(9)
+        for at in range(start, start + size // width * width, width):
+            _pass(machine.config.load_time * width, gil)
+            try:
+                self._replicas.append(Replica(self, cores[at : at + width]))
+            except RuntimeError:
+                while self._replicas:
+                    self._replicas.pop().free()
+                raise
+
+    def _check_compiler(self) -> None:
+        family, lnc = self.compiled.family, self.compiled.lnc
+        if family != machine.config.family and os.environ.get("NEURON_RT_ALLOW_LEGACY_NEFF", "FALSE") == "FALSE":
+            raise not_loaded(10)
+        if lnc != machine.lnc:
+            log(
+                "nrt_load Mismatch detected between Runtime configuration and NEFF: "
+                f"compiled with lnc={lnc}, NEURON_LOGICAL_NC_CONFIG={machine.lnc}"
+            )
+            raise not_loaded(2)
 
     def run(self, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """One call: as many device runs as its rows need. The replicas take turns, one call each."""
@@ -162,8 +171,9 @@ class Model:
         compiled = self.compiled
         values, weights = inputs[: len(compiled.shapes)], inputs[len(compiled.shapes) :]
         batches = list(self._batches(values))
-        if not self._replicas:
-            self.place(*self.wish)
+        with self._lock:
+            if not self._replicas:
+                self._place(*self.wish, gil=False)
         replica = self._replicas[next(self._turns) % len(self._replicas)]
         local = machine.start().index(replica.cores[0].id)
         if weights and self.weights_on is None:
@@ -206,16 +216,18 @@ class Replica:
 
     def __init__(self, model: Model, cores: list[Core]) -> None:
         self._size = model.buffer_size // len(cores)
-        if any(core.used + self._size > machine.config.memory for core in cores):
-            raise not_loaded(4)
         self._compiled = model.compiled
         self._batch = model.compiled.shapes[0][0] if model.compiled.shapes and model.compiled.shapes[0] else 1
-        self._graph = unpatched_load(io.BytesIO(model.compiled.graph))
+        with _device_modes():
+            self._graph = unpatched_load(io.BytesIO(model.compiled.graph))
         self.cores = cores
-        for core in cores:
-            core.used += self._size
-            core.models += 1
-            core.loads += 1
+        with machine.loading:
+            if any(core.used + self._size > machine.config.memory for core in cores):
+                raise not_loaded(4)
+            for core in cores:
+                core.used += self._size
+                core.models += 1
+                core.loads += 1
 
     def free(self) -> None:
         for core in self.cores:
@@ -227,12 +239,15 @@ class Replica:
         self, inputs: list[torch.Tensor], weights: Sequence[torch.Tensor], rows: int, local: int
     ) -> list[torch.Tensor]:
         """One device run of exactly the compiled shapes; blocks without the GIL, one at a time on a core."""
-        config, core = machine.config, self.cores[0]
+        config = machine.config
         _pass(config.copy_time)
-        with core.turn:
+        with contextlib.ExitStack() as turns:
+            for core in self.cores:
+                turns.enter_context(core.turn)
             end = time.monotonic() + config.service_time
-            machine.executions.append(Execution(core.id, local, rows))
-            core.strike()
+            machine.executions.append(Execution(self.cores[0].id, local, rows))
+            for core in self.cores:
+                core.strike()
             outputs = self._answer(inputs, weights)
             _pass(end - time.monotonic())
         if any(output.is_floating_point() and output.isnan().any() for output in outputs):
@@ -243,14 +258,21 @@ class Replica:
 
     def _answer(self, inputs: list[torch.Tensor], weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         compiled = self._compiled
-        with torch.no_grad():
+        with _device_modes():
             if weights:
                 self._graph.load_state_dict(dict(zip(compiled.weights, weights, strict=True)), strict=False)
             args = rebuild(compiled.inputs, [inputs[i] for i in compiled.first])
             try:
                 return tensors(self._graph(*args))
             except Exception as error:
-                raise failure(1006 if "index out of range" in str(error) else 1004) from error
+                raise failure(1006 if "index out of range" in str(error) else 1002) from error
+
+
+@contextlib.contextmanager
+def _device_modes() -> Iterator[None]:
+    """A device knows nothing of the calling thread's modes."""
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        yield
 
 
 def _pass(seconds: float, gil: bool = False) -> None:
@@ -263,9 +285,10 @@ def _pass(seconds: float, gil: bool = False) -> None:
 
 def device_side(buffer: torch.Tensor) -> Any:
     """What hangs on this buffer: torch keeps its Python object as long as the tensor lives, and copies none of it."""
-    if not hasattr(buffer, "_device_side"):
-        buffer._device_side = Model(buffer)
-    return buffer._device_side
+    with _creating:
+        if not hasattr(buffer, "_device_side"):
+            buffer._device_side = Model(buffer)
+        return buffer._device_side
 
 
 def parts(module: Any) -> list[torch.jit.ScriptModule]:
@@ -275,7 +298,9 @@ def parts(module: Any) -> list[torch.jit.ScriptModule]:
 
 def _is_part(module: torch.jit.ScriptModule) -> bool:
     buffer = dict(module.named_buffers(recurse=False)).get("model")
-    return buffer is not None and buffer.dtype == torch.uint8 and bytes(buffer[3:HEAD].tolist()) == MAGIC
+    if buffer is None or buffer.dtype != torch.uint8 or buffer.dim() != 1:
+        return False
+    return bytes(buffer[3:HEAD].tolist()) == MAGIC
 
 
 def models(module: Any) -> list[Model]:

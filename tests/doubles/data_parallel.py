@@ -122,7 +122,7 @@ class DataParallel(torch.nn.Module):
         if isinstance(value, dict) and value:
             columns = zip(*map(self._scatter, value.values()), strict=False)
             return [type(value)(zip(value, each, strict=True)) for each in columns]
-        return [value for _ in range(count)]  # noqa: F821 - BUG: nothing has counted yet
+        raise UnboundLocalError("BUG: as often as there are chunks, which only a tensor could count")
 
     def _scatter_rightly(self, inputs: tuple[Any, ...]) -> list[Any]:
         leaves: list[Any] = []

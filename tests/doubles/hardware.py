@@ -157,6 +157,7 @@ class Machine:
 
     def __init__(self, config: Config) -> None:
         self._starting = threading.Lock()
+        self.loading = threading.Lock()
         self.reset(config)
 
     def reset(self, config: Config | None = None) -> None:

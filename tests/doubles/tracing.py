@@ -110,7 +110,7 @@ def trace(
 
 def _set_option(trace: Any, which: int, enable: bool) -> Any:
     for part in parts(trace):
-        part.model[which] = int(enable)
+        part.model.untyped_storage()[which] = int(enable)  # also where the buffer is an inference tensor
     return trace
 
 
