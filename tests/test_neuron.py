@@ -493,6 +493,38 @@ def test_the_configuration_beside_a_file_in_this_folder(backend, tmp_path, monke
     assert backend.compiled_rows("model.neuron") == 4
 
 
+# The legacy package, on Inf1.
+
+
+def test_models_of_the_legacy_package(tmp_path):
+    with doubles.neuron() as machine:
+        import torch_neuron
+
+        backend = NeuronBackend(root=tmp_path / "no such root")
+        assert list(backend.cores()) == [0, 1, 2, 3]
+        model = torch_neuron.trace(NET, X)
+        path = saved(tmp_path / "net.pt", model)
+        for each in (model, path):
+            loaded = [backend.load(each, core, 2) for core in (0, 1, 2, 3)]
+            assert [where(lambda x, core=core: core.execute((x,), {})) for core in loaded] == [{0}, {1}, {2}, {3}]
+        assert machine.loads == [2, 2, 2, 2]
+        check_backend(backend, model, (X,))
+        pipeline = torch_neuron.trace(NET, X, compiler_args=["--neuroncore-pipeline-cores", "2"])
+        with pytest.raises(DeviceError, match=r"status=9.*no NeuronCore Pipeline"):
+            backend.load(pipeline, 0, 2)
+
+
+def test_the_legacy_package_cuts_what_was_traced_so(tmp_path):
+    with doubles.neuron():
+        import torch_neuron
+
+        backend = NeuronBackend(root=tmp_path / "no such root")
+        with pytest.warns(UserWarning, match="dynamic_batch_size=True"):
+            core = backend.load(torch_neuron.trace(NET, X, dynamic_batch_size=True), 0, None)
+        x = torch.randn(5, 4)
+        assert torch.allclose(core.execute((x,), {}), NET(x))
+
+
 # Running.
 
 

@@ -124,13 +124,13 @@ def test_an_inf1_6xlarge_as_the_seeds_have_it(tmp_path, processes):
     def chip_and_core(cores):
         return [divmod(core, 4) for core in cores]
 
-    alone = processes(root, INF1)
+    alone = processes(root, "torch_neuron")
     assert (alone.count, alone.taken) == (16, None)  # counted, not taken
     assert chip_and_core(alone.use("nc:0")) == [(0, 0)]
     assert chip_and_core(alone.use("nc:14")) == [(3, 2)]
     alone.kill()
-    first = processes(root, INF1, NEURON_RT_VISIBLE_CORES="0-6")
-    second = processes(root, INF1, NEURON_RT_VISIBLE_CORES="7-15")
+    first = processes(root, "torch_neuron", NEURON_RT_VISIBLE_CORES="0-6")
+    second = processes(root, "torch_neuron", NEURON_RT_VISIBLE_CORES="7-15")
     assert (first.count, second.count) == (7, 9)
     for process in (first, second):
         refused = process.use("nc:14")
@@ -140,9 +140,6 @@ def test_an_inf1_6xlarge_as_the_seeds_have_it(tmp_path, processes):
     assert chip_and_core(second.use("nc:0")) == [(1, 3)]
     assert first.use() == list(range(7))
     assert second.use() == list(range(7, 16))
-
-
-INF1 = "torch_neuronx"
 
 
 def test_an_inf2_48xlarge_in_two_halves(tmp_path, processes):

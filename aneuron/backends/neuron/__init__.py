@@ -144,8 +144,9 @@ class NeuronBackend:
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(
-                "it is not known how many rows the model was compiled for, so the core cuts and pads, and calls do not "
-                "share runs; pass batch_size=, what the model was traced with, or {batch_size: model}",
+                "it is not known how many rows the model was compiled for, so the Neuron package cuts and pads (on "
+                "Inf1: if it was traced with dynamic_batch_size=True), and calls do not share runs; pass batch_size=, "
+                "what the model was traced with, or {batch_size: model}",
                 stacklevel=2,
             )
 
