@@ -41,8 +41,9 @@ ERRORS = {
 ORDER = [
     "errors", "waiting", "order", "batches", "slots", "holding", "scheduler", "health", "buckets", "nested", "lengths",
     "outputs", "rows", "measure", "models", "stats", "backends", "backends.cpu", "backends.simulated",
-    "backends.neuron", "backends.cuda", "workers", "lane", "futures", "lanes", "sources", "bulk", "view", "parallel",
-    "testing", "web", "cli", "__main__",
+    "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores", "backends.neuron.placement",
+    "backends.neuron.native", "backends.neuron", "backends.cuda", "workers", "lane", "futures", "lanes", "sources",
+    "bulk", "view", "parallel", "testing", "web", "cli", "__main__",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.

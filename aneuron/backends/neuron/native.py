@@ -1,0 +1,60 @@
+"""TorchNeuron, the native device: eager or compiled PyTorch models on `neuron:i`.
+
+Lives here: loading such a model, running it and waiting for it. Must not be here: traced models (placement.py).
+
+The device: https://awsdocs-neuron.readthedocs-hosted.com/en/latest/frameworks/torch/pytorch-native-overview.html.
+"""
+
+import copy
+import os
+import warnings
+from typing import Any
+
+import torch
+
+from aneuron.backends.neuron.placement import is_neuron
+from aneuron.nested import fill, walk
+
+
+def load(device: Any, model: Any, core_id: int, compiled: bool) -> "NativeModel":
+    """A copy of the model on a core. `device` is `torch.neuron`."""
+    if is_neuron(model):
+        raise ValueError(
+            "the model was traced with torch_neuronx (SDK up to 2.31), and the one installed here has a native device "
+            "instead; pass the module that was traced, or install the SDK that it was traced with"
+        )
+    if not isinstance(model, (str, os.PathLike, torch.nn.Module)):
+        raise ValueError(f"model={model!r:.80}: a plain function has no weights to move to a core; pass an nn.Module")
+    device.set_device(core_id)  # of this thread
+    if isinstance(model, torch.nn.Module):
+        module = copy.deepcopy(model)
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.load itself, from torch 2.13 on
+            module = torch.jit.load(model, map_location="cpu")  # type: ignore[no-untyped-call]
+    call: Any = module.to(f"neuron:{core_id}")
+    if compiled:
+        call = torch.compile(call, backend="neuron", dynamic=False)
+    return NativeModel(device, call, core_id)
+
+
+class NativeModel:
+    """A model on the device, to be called with host tensors and from any thread. Returns host tensors."""
+
+    def __init__(self, device: Any, model: Any, core_id: int) -> None:
+        self._device, self._model, self._core_id = device, model, core_id
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run, and wait for it without the GIL."""
+        self._device.set_device(self._core_id)  # the current device is a thread's
+        args, kwargs = _on((args, kwargs), f"neuron:{self._core_id}")
+        output = self._model(*args, **kwargs)
+        self._device.current_stream().record_event().synchronize()  # operations return before they are done
+        return _on(output, "cpu")
+
+
+def _on(value: Any, device: str) -> Any:
+    """A structure with its tensors on a device. A host tensor that is sent may be written to at once."""
+    leaves: list[Any] = []
+    walk(value, leaves, [], [])
+    return fill(value, iter([leaf.to(device, non_blocking=device != "cpu") for leaf in leaves]))
