@@ -17,23 +17,28 @@ from aneuron.backends import Fault
 T = TypeVar("T")
 
 _lock = threading.Lock()  # around the process's number of threads, and the files that are loaded
-_loaded: "weakref.WeakValueDictionary[tuple[str, int, int], torch.nn.Module]" = weakref.WeakValueDictionary()
+_loaded: "weakref.WeakValueDictionary[tuple[object, ...], torch.nn.Module]" = weakref.WeakValueDictionary()
 
 
-def open_model(model: Any) -> Any:
+def open_model(model: Any, device: torch.device = torch.device("cpu")) -> Any:  # noqa: B008
     """What to call: the model itself, or what the TorchScript file at this path holds, once for all cores."""
     if not isinstance(model, (str, os.PathLike)):
         return model
     path = os.path.abspath(os.fspath(model))
     file = os.stat(path)
-    key = (path, file.st_mtime_ns, file.st_size)
+    key = (device, path, file.st_mtime_ns, file.st_size)
     with _lock:
         module = _loaded.get(key)
         if module is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.load itself, from torch 2.13 on
-                module = _loaded[key] = torch.jit.load(path, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+            module = _loaded[key] = load_script(path, device).eval()
         return module
+
+
+def load_script(file: Any, device: torch.device) -> torch.nn.Module:
+    """What a TorchScript file holds, on a device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.load itself, from torch 2.13 on
+        return torch.jit.load(file, map_location=device)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class CpuBackend:
