@@ -69,9 +69,7 @@ class CpuBackend:
         for name, value in (("cores", cores), ("threads_per_core", threads_per_core)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected an int of at least 1, or None to choose")
-        self._cores = cores or len(
-            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        )
+        self._cores = cores or _cpus()
         self._threads_per_core = threads_per_core
 
     def __repr__(self) -> str:
@@ -80,6 +78,12 @@ class CpuBackend:
     def cores(self) -> Sequence[int]:
         """As many as were asked for."""
         return range(self._cores)
+
+    def report(self) -> dict[str, object]:
+        """What there is, why, and what is missing."""
+        cpus = _cpus()
+        why = f"this process may use {cpus} CPU{'s' * (cpus != 1)}"
+        return {"found": True, "cores": self._cores, "why": why, "lacks": []}
 
     def load(self, model: Any, core_id: int, batch_size: int | None) -> "CpuCore":
         """Nothing to load but a file, once for all cores."""
@@ -90,6 +94,11 @@ class CpuBackend:
     def classify(self, error: BaseException) -> Fault:
         """A CPU does not fail alone: whatever the model raises is about its input."""
         return Fault.INPUT
+
+
+def _cpus() -> int:
+    """The CPUs available to the process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class CpuCore:
