@@ -5,6 +5,7 @@ This is the front door; what is not exported here may move.
 
 from aneuron.backends import Backend, Core, Fault
 from aneuron.backends.cpu import CpuBackend
+from aneuron.backends.cuda import CudaBackend
 from aneuron.backends.simulated import SimulatedBackend
 from aneuron.buckets import Buckets
 from aneuron.errors import (
@@ -29,6 +30,7 @@ __all__ = [
     "Core",
     "CoreFailed",
     "CpuBackend",
+    "CudaBackend",
     "DeadlineExceeded",
     "DeviceError",
     "Fault",

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,31 @@ def test_programs_of_the_original_documentation(program: str, said: list[str]) -
     output = run(program)
     for line in said:
         assert line in output
+
+
+def test_the_resnet_program_serves_a_small_network_on_cpu_cores(tmp_path: Path) -> None:
+    quick = [
+        "--backend",
+        "cpu",
+        "--images",
+        "26",
+        "--callers",
+        "5",
+        "--batch-size",
+        "8",
+        "--file",
+        f"{tmp_path}/net.pt",
+    ]
+    first, second = run("resnet50_neuron.py", *quick), run("resnet50_neuron.py", *quick)
+    assert first.startswith("compiling for 8 images ...\nserving on ")
+    assert second.startswith("serving on ")  # the file is there
+    for output in (first, second):
+        assert "of 16 images 16 get the plain model's class" in output
+        assert re.search(r"^single images from 5 callers: [\d,]+ images/s$", output, re.MULTILINE)
+        assert re.search(r"^one batch of 26: [\d,]+ images/s$", output, re.MULTILINE)
+        per_core = re.search(r"^images per core: \[(.*)\]$", output, re.MULTILINE)
+        assert per_core is not None
+        assert sum(map(int, per_core[1].split(","))) == 2 * 26
 
 
 @pytest.mark.skipif(

@@ -17,23 +17,28 @@ from aneuron.backends import Fault
 T = TypeVar("T")
 
 _lock = threading.Lock()  # around the process's number of threads, and the files that are loaded
-_loaded: "weakref.WeakValueDictionary[tuple[str, int, int], torch.nn.Module]" = weakref.WeakValueDictionary()
+_loaded: "weakref.WeakValueDictionary[tuple[object, ...], torch.nn.Module]" = weakref.WeakValueDictionary()
 
 
-def open_model(model: Any) -> Any:
+def open_model(model: Any, device: torch.device = torch.device("cpu")) -> Any:  # noqa: B008
     """What to call: the model itself, or what the TorchScript file at this path holds, once for all cores."""
     if not isinstance(model, (str, os.PathLike)):
         return model
     path = os.path.abspath(os.fspath(model))
     file = os.stat(path)
-    key = (path, file.st_mtime_ns, file.st_size)
+    key = (device, path, file.st_mtime_ns, file.st_size)
     with _lock:
         module = _loaded.get(key)
         if module is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.load itself, from torch 2.13 on
-                module = _loaded[key] = torch.jit.load(path, map_location="cpu").eval()  # type: ignore[no-untyped-call]
+            module = _loaded[key] = load_script(path, device).eval()
         return module
+
+
+def load_script(file: Any, device: torch.device) -> torch.nn.Module:
+    """What a TorchScript file holds, on a device."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.load itself, from torch 2.13 on
+        return torch.jit.load(file, map_location=device)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class CpuBackend:
@@ -64,9 +69,7 @@ class CpuBackend:
         for name, value in (("cores", cores), ("threads_per_core", threads_per_core)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected an int of at least 1, or None to choose")
-        self._cores = cores or len(
-            os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-        )
+        self._cores = cores or _cpus()
         self._threads_per_core = threads_per_core
 
     def __repr__(self) -> str:
@@ -75,6 +78,12 @@ class CpuBackend:
     def cores(self) -> Sequence[int]:
         """As many as were asked for."""
         return range(self._cores)
+
+    def report(self) -> dict[str, object]:
+        """What there is, why, and what is missing."""
+        cpus = _cpus()
+        why = f"this process may use {cpus} CPU{'s' * (cpus != 1)}"
+        return {"found": True, "cores": self._cores, "why": why, "lacks": []}
 
     def load(self, model: Any, core_id: int, batch_size: int | None) -> "CpuCore":
         """Nothing to load but a file, once for all cores."""
@@ -85,6 +94,11 @@ class CpuBackend:
     def classify(self, error: BaseException) -> Fault:
         """A CPU does not fail alone: whatever the model raises is about its input."""
         return Fault.INPUT
+
+
+def _cpus() -> int:
+    """The CPUs available to the process."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class CpuCore:

@@ -96,6 +96,11 @@ class SimulatedBackend:
         """As many as were asked for."""
         return range(self._cores)
 
+    def report(self) -> dict[str, object]:
+        """What there is, why, and what is missing."""
+        why = "timing and faults as asked for, anywhere; for tests and planning"
+        return {"found": True, "cores": self._cores, "why": why, "lacks": []}
+
     def load(self, model: Any, core_id: int, batch_size: int | None) -> "SimulatedCore":
         """Takes `load_time`."""
         if self.load_time:

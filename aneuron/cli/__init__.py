@@ -9,13 +9,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from aneuron.cli import tune
+from aneuron.cli import info, tune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit status: 0, 1 for a negative answer, 2 for arguments that do not fit."""
     parser = argparse.ArgumentParser(prog="aneuron", description="Run PyTorch models on many cores from asyncio.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    info.add(subparsers)
     tune.add(subparsers)
     args = parser.parse_args(argv)
     try:

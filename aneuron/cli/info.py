@@ -1,0 +1,91 @@
+"""`aneuron info`: which backends this machine has, and which one would be chosen.
+
+Lives here: the question to each backend, and the answers in words. Must not be here: looking for devices (each backend
+reports for itself).
+"""
+
+import argparse
+import json
+import platform
+import shutil
+import textwrap
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+
+import aneuron
+
+DESCRIPTION = """\
+Say which backends this machine has for this process, with how many cores, why, and what those that are not found lack;
+and which one backend="auto" takes for a model. Nothing is loaded, and no core is claimed."""
+
+ABSENT = {"found": False, "cores": 0, "why": "not in this version of aneuron", "lacks": []}
+WHOLE_WORDS: Mapping[str, Any] = {"break_long_words": False, "break_on_hyphens": False}  # addresses are copied
+Report = Mapping[str, Any]
+
+
+def add(subparsers: Any) -> None:
+    """Add the subcommand to those of `aneuron`."""
+    parser: argparse.ArgumentParser = subparsers.add_parser(
+        "info", help="say which backends were found, why, and what the others lack", description=DESCRIPTION
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Say it."""
+    classes = {
+        name: getattr(aneuron, f"{name.title()}Backend", None) for name in ("neuron", "cuda", "cpu", "simulated")
+    }
+    backends = {name: report(backend) for name, backend in classes.items()}
+    versions = {"torch": torch.__version__, "python": platform.python_version()}
+    auto = automatic({name for name, answer in backends.items() if answer["found"]})
+    if args.json:
+        print(json.dumps({**versions, "backends": backends, "auto": auto}, indent=2))
+    else:
+        print(f"PyTorch {versions['torch']}, Python {versions['python']}\n\n{table(backends)}\n\n{choices(auto)}")
+    return 0
+
+
+def report(backend: Any) -> Report:
+    """What a backend says of itself; if it cannot even say, then why."""
+    if not hasattr(backend, "report"):
+        return ABSENT
+    try:
+        answer: Report = backend().report()
+    except Exception as error:
+        return {**ABSENT, "why": f"looking for it failed: {type(error).__name__}: {error}"}
+    return answer
+
+
+def automatic(found: set[str]) -> dict[str, str | None]:
+    """What backend="auto" takes for each kind of model; None: there is nothing to run it."""
+    return {
+        "callable": "cpu",
+        "module": "cuda" if "cuda" in found else "cpu",
+        "neuron": "neuron" if "neuron" in found else None,
+    }
+
+
+def table(backends: Mapping[str, Report]) -> str:
+    """A line for each backend, and below it what it lacks."""
+    width = max(map(len, backends))
+    columns = max(60, shutil.get_terminal_size((120, 0)).columns)
+    lines = [f"{'backend':<{width}}  found  cores"]
+    for name, answer in backends.items():
+        start = f"{name:<{width}}  {'yes' if answer['found'] else 'no':<5}  {answer['cores']:>5}  "
+        said = [answer["why"], *(f"lacks: {each}" for each in answer["lacks"])]
+        for line in chain.from_iterable(textwrap.wrap(each, columns - len(start), **WHOLE_WORDS) for each in said):
+            lines.append(start + line)
+            start = " " * len(start)
+    return "\n".join(lines)
+
+
+def choices(auto: Mapping[str, str | None]) -> str:
+    """What is chosen, in words."""
+    kinds = {"callable": "a callable", "module": "an nn.Module", "neuron": "a model traced for Neuron"}
+    said = [f"  {kinds[kind]}: {name or 'an error, there is no NeuronCore'}" for kind, name in auto.items()]
+    return "\n".join(['backend="auto" takes for', *said])

@@ -1,0 +1,621 @@
+"""The CUDA backend: on a double of `torch.cuda` everywhere, and on the real one where there is a GPU."""
+
+import asyncio
+import copy
+import gc
+import os
+import re
+import subprocess
+import sys
+import threading
+import types
+import typing
+import weakref
+
+import pytest
+import torch
+from fake_cuda import Device, FakeCuda, On
+
+from aneuron import AsyncDataParallel, CoreFailed, CudaBackend, DeviceError, Fault, OutputError
+from aneuron.testing import check_backend
+
+X = torch.arange(12.0).reshape(3, 4)
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is False")
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Two devices that are not there."""
+    return FakeCuda(monkeypatch, devices=2)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "net.pt"
+    torch.jit.trace(net(), X).save(path)
+    return path
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Linear(4, 2)
+        self.register_buffer("shift", torch.ones(2))
+
+    def forward(self, x):
+        return self.layer(x) + self.shift
+
+
+def net():
+    torch.manual_seed(0)
+    return Net().eval()
+
+
+def outcome(core, *args, **kwargs):
+    """What an execution on a thread of its own returns or raises."""
+    ends = []
+
+    def run():
+        torch.set_grad_enabled(False)
+        try:
+            ends.append(core.execute(args, kwargs))
+        except Exception as error:
+            ends.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    return ends[0]
+
+
+async def serve(model, *calls, **settings):
+    async with AsyncDataParallel(model, **settings) as served:
+        return await asyncio.gather(*(served(*args) for args in calls), return_exceptions=True)
+
+
+# Cores and settings.
+
+
+@pytest.mark.parametrize(
+    ("devices", "cores_per_device", "ids"), [(0, 1, []), (0, 3, []), (2, 1, [0, 1]), (2, 3, [0, 1, 2, 3, 4, 5])]
+)
+def test_cores_are_so_many_of_each_device_and_none_is_touched(cuda, devices, cores_per_device, ids):
+    cuda.devices = devices
+    backend = CudaBackend(cores_per_device)
+    assert list(backend.cores()) == ids
+    assert (backend.report()["found"], backend.report()["cores"]) == (bool(devices), len(ids))
+    assert cuda.touched == set()
+
+
+@pytest.mark.parametrize("name", ["cores_per_device", "staging_bytes"])
+@pytest.mark.parametrize("value", [-1, True, 1.0, "2", None])
+def test_settings_are_counts(name, value):
+    with pytest.raises(ValueError, match=f"{name}={re.escape(repr(value))}: expected an int of at least [01]"):
+        CudaBackend(**{name: value})
+
+
+def test_a_device_is_at_least_one_core():
+    with pytest.raises(ValueError, match="cores_per_device=0: expected an int of at least 1"):
+        CudaBackend(cores_per_device=0)
+    assert repr(CudaBackend(staging_bytes=0)) == "CudaBackend(cores_per_device=1, staging_bytes=0)"
+
+
+async def test_no_device_is_a_device_error(cuda):
+    cuda.devices = 0
+    with pytest.raises(DeviceError, match="the cuda backend sees no cores"):
+        await serve(torch.neg, backend=CudaBackend())
+
+
+@pytest.mark.parametrize(
+    ("devices", "version", "visible", "why", "lacks"),
+    [
+        (2, "12.8", None, "2 devices, PyTorch", []),
+        (1, "12.8", "3", "1 device, PyTorch .*, CUDA_VISIBLE_DEVICES='3'", []),
+        (0, None, None, "is built without CUDA", ["a PyTorch with CUDA"]),
+        (0, "12.8", None, "finds no device", ["a visible NVIDIA GPU"]),
+        (0, "12.8", "", "finds no device, CUDA_VISIBLE_DEVICES=''", ["a visible NVIDIA GPU"]),
+    ],
+)
+def test_the_report_says_why(cuda, monkeypatch, devices, version, visible, why, lacks):
+    cuda.devices = devices
+    monkeypatch.setattr(torch.version, "cuda", version)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    report = CudaBackend().report()
+    assert re.search(why + "$" if visible is not None else why, report["why"])
+    assert [said.startswith(start) for said, start in zip(report["lacks"], lacks, strict=True)] == [True] * len(lacks)
+
+
+# Executing.
+
+
+@pytest.mark.parametrize("cores_per_device", [1, 2])
+def test_the_contract_on_the_double(cuda, cores_per_device):
+    check_backend(CudaBackend(cores_per_device))
+    check_backend(CudaBackend(cores_per_device, staging_bytes=0), net(), (X,))
+    assert set(cuda.log) == {"event", "stream"}  # no thread waits by spinning
+
+
+def test_an_execution_stays_on_its_thread_s_stream(cuda):
+    backend = CudaBackend(cores_per_device=2)
+    cores = [backend.load(net(), core, None) for core in backend.cores()]
+    cuda.copies.clear()
+    inside = threading.Barrier(2)
+    together = backend.load(lambda x: inside.wait(10.0) * 0 + x, 3, None)
+    threads = [threading.Thread(target=outcome, args=(together, X)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({stream for *_, stream, _ in cuda.copies}) == 2  # each slot has its own
+    for core_id, core in enumerate(cores):
+        cuda.copies.clear()
+        cuda.kernels.clear()
+        assert torch.equal(outcome(core, X), net()(X))
+        (stream,) = {stream for *_, stream, _ in cuda.copies} | {kernel.stream for kernel in cuda.kernels}
+        assert stream.device.index == core_id // 2
+        assert stream is not cuda._defaults.get(core_id // 2)
+        assert [(way, pinned) for way, pinned, *_ in cuda.copies] == [("in", True), ("out", True)]
+
+
+def test_a_thread_keeps_its_stream_whichever_of_its_cores_it_serves(cuda):
+    backend = CudaBackend()
+    small, large = (backend.load(torch.neg, 0, size) for size in (1, 8))
+    streams = []
+
+    def run():
+        for core in (small, large, small):
+            core.execute((X,), {})
+            streams.append(cuda.copies[-1].stream)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert len(streams) == 3
+    assert len(set(streams)) == 1
+
+
+def test_devices_that_are_not_used_are_not_touched(cuda):
+    core = CudaBackend().load(net(), 1, None)
+    assert torch.equal(outcome(core, X), net()(X))
+    assert cuda.touched == {1}
+
+
+def test_loading_waits_for_the_weights(cuda):
+    CudaBackend().load(net(), 1, None)
+    assert cuda.log == ["stream"]
+
+
+@pytest.mark.parametrize(
+    ("bound", "pinned"),  # of the two inputs, of 48 and 24 bytes, and of the output, of 48
+    [
+        (0, [False, False, False]),
+        (23, [False, False, False]),
+        (24, [False, True, False]),
+        (48, [True, False, False]),
+        (95, [True, True, False]),
+        (119, [True, True, False]),
+        (120, [True, True, True]),
+    ],
+)
+def test_so_many_bytes_of_a_batch_are_pinned(cuda, bound, pinned):
+    core = CudaBackend(staging_bytes=bound).load(lambda x, y: x + y.float().sum(), 0, None)
+    y = torch.ones(3, dtype=torch.long)
+    cuda.log.clear()
+    twice = types.SimpleNamespace(execute=lambda *batch: [core.execute(*batch) for _ in range(2)])
+    assert all(torch.equal(result, X + 3) for result in outcome(twice, X, y))
+    assert [copy.pinned for copy in cuda.copies] == pinned * 2  # as many of the next batch
+    assert cuda.log == ["event"] * (2 if pinned[2] else 4)  # an ordinary copy begins when its thread has slept
+
+
+class Pair(typing.NamedTuple):
+    first: torch.Tensor
+    second: typing.Any
+
+
+def test_structures_go_and_come_as_they_are(cuda):
+    seen = []
+
+    def model(inputs, scale, *, flag):
+        seen.append((type(inputs["a"]), type(inputs["b"][0]), scale, flag))
+        assert torch.is_inference_mode_enabled()
+        host = torch.full((3,), 7)
+        return Pair(inputs["a"] * scale, {"b": inputs["b"][0], "none": None, "host": host})
+
+    core = CudaBackend().load(model, 1, None)
+    first, rest = outcome(core, {"a": X, "b": [X.bool()]}, 2, flag="on")
+    assert seen == [(On[1], On[1], 2, "on")]
+    assert torch.equal(first, X * 2)
+    assert torch.equal(rest["b"], X.bool())
+    assert rest["none"] is None
+    assert torch.equal(rest["host"], torch.full((3,), 7))
+    assert cuda.log[-1:] == ["event"]  # the tensor on the host is not waited for by itself
+    assert cuda.log.count("event") == 1
+    assert type(outcome(core, {"a": X, "b": [X]}, 1, flag="off")) is Pair
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        X.bool(),
+        X.to(torch.int8),
+        X.long(),
+        X.half(),
+        X.bfloat16(),
+        X.double(),
+        X.to(torch.complex64) * 1j,
+        torch.empty(3, 0),
+        X.reshape(3, 2, 2).transpose(1, 2),
+    ],
+    ids=lambda x: f"{str(x.dtype)[6:]} {list(x.shape)}",
+)
+@pytest.mark.parametrize("bound", [0, 1 << 20])
+def test_any_dense_tensor_comes_back(cuda, x, bound):
+    core = CudaBackend(staging_bytes=bound).load(lambda x: x, 0, None)
+    result = outcome(core, x)
+    assert result.dtype == x.dtype
+    assert torch.equal(result, x)
+
+
+def test_a_bit_that_stands_for_a_conjugation_is_resolved_on_the_device(cuda):
+    x = X * (1 + 1j)
+    core = CudaBackend().load(lambda x: (x.conj(), (x * 1j).conj().imag), 0, None)
+    conjugate, imaginary = outcome(core, x)
+    assert torch.equal(conjugate, x.conj())
+    assert torch.equal(imaginary, (x * 1j).conj().imag)
+
+
+def test_an_output_of_another_device_is_waited_for_by_itself(cuda):
+    other = torch.ones(3).as_subclass(On[0])
+    core = CudaBackend().load(lambda x: (x, other), 1, None)
+    cuda.copies.clear()
+    assert torch.equal(outcome(core, X)[1], torch.ones(3))
+    assert [(copy.way, copy.pinned) for copy in cuda.copies] == [("in", True), ("out", True), ("out", False)]
+
+
+def test_an_error_is_raised_when_the_device_has_read_what_it_was_given(cuda):
+    def fail(x):
+        raise LookupError("no such row")
+
+    core = CudaBackend().load(fail, 0, None)
+    cuda.log.clear()
+    error = outcome(core, X)
+    assert isinstance(error, LookupError)
+    assert CudaBackend().classify(error) is Fault.INPUT
+    assert cuda.log == ["event"]
+    assert cuda.copies[-1].stream.pending == []
+
+
+async def test_two_slots_of_a_core_serve_calls_at_once(cuda):
+    meeting = threading.Barrier(2)
+
+    def model(x):
+        meeting.wait(10.0)
+        return x * 2
+
+    settings = {"backend": CudaBackend(), "device_ids": [1], "batch_size": 3, "num_workers": 2}
+    results = await serve(model, *([X + n] for n in range(4)), **settings)
+    assert all(torch.equal(result, (X + n) * 2) for n, result in enumerate(results))
+    assert not any(isinstance(result, Device) or result.is_inference() for result in results)
+
+
+async def test_an_error_that_ends_cuda_fails_the_call_as_the_core_s(cuda):
+    def model(x):
+        cuda.poison = RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be ...")
+        raise LookupError("what the host makes of it")
+
+    (failure,) = await serve(model, [X], backend=CudaBackend(), device_ids=[0])
+    assert type(failure) is CoreFailed
+    assert failure.__cause__ is cuda.poison
+
+
+async def test_a_batch_that_needs_too_much_memory_runs_in_halves(cuda):
+    sizes = []
+
+    def model(x):
+        sizes.append(len(x))
+        if len(x) > 1:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return x * 2
+
+    rows = [X[n : n + 1] for n in range(3)]
+    results = await serve(model, *([row] for row in rows), backend=CudaBackend(), device_ids=[0])
+    assert all(torch.equal(result, row * 2) for row, result in zip(rows, results, strict=True))
+    assert max(sizes) == 3
+
+
+# Loading.
+
+
+def test_cores_of_a_device_share_the_weights(cuda):
+    model = net().train()
+    before = copy.deepcopy(model.state_dict())
+    cores = [CudaBackend(cores_per_device=2).load(model, core, None) for core in range(4)]
+    modules = [core._copy.module for core in cores]
+    assert modules[0] is modules[1]
+    assert modules[2] is modules[3]
+    assert modules[0] is not modules[2]
+    assert len(cuda.copies) == 2 * 3  # tensors
+    assert model not in modules
+    assert all(module.training for module in modules)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_weights_are_freed_with_the_last_core(cuda):
+    model = net()
+    first, second = (CudaBackend().load(model, 0, size) for size in (1, 8))
+    weights = weakref.ref(first._copy.module)
+    first.close()
+    assert weights() is not None
+    second.close()
+    gc.collect()
+    assert weights() is None
+
+
+def test_a_copy_is_found_by_the_model_that_it_is_of(cuda):
+    model = net()
+    core = CudaBackend().load(model, 0, None)
+    source = weakref.ref(model)
+    del model
+    gc.collect()
+    assert source() is not None  # or its id would be another's
+    core.close()
+    gc.collect()
+    assert source() is None
+
+
+def test_weights_that_were_written_to_are_copied_again(cuda):
+    model = net()
+    old = CudaBackend().load(model, 0, None)
+    with torch.no_grad():
+        model.layer.weight.add_(1.0)
+    new = CudaBackend().load(model, 0, None)
+    assert torch.equal(outcome(new, X), model(X))
+    assert torch.equal(outcome(old, X), net()(X))
+
+
+def test_weights_made_under_inference_mode_can_be_loaded(cuda):
+    with torch.inference_mode():
+        model = net()
+    assert torch.equal(outcome(CudaBackend().load(model, 0, None), X), net()(X))
+
+
+@pytest.mark.parametrize("kind", ["path", "str", "traced", "scripted"])
+def test_compiled_models_are_loaded_on_the_device_once(cuda, saved, kind):
+    kinds = {"path": lambda: saved, "str": lambda: str(saved), "scripted": lambda: torch.jit.script(net())}
+    model = kinds.get(kind, lambda: torch.jit.trace(net(), X))()
+    cores = [CudaBackend(cores_per_device=2).load(model, core, None) for core in range(4)]
+    assert [device.index for device in cuda.loaded] == [0, 1]
+    assert all(torch.equal(outcome(core, X), net()(X)) for core in cores)
+
+
+def test_a_callable_is_left_where_it_is(cuda):
+    model = net()
+    core = CudaBackend().load(model.forward, 0, None)
+    error = outcome(core, X)
+    assert isinstance(error, RuntimeError)
+    assert "same device" in str(error)
+    assert CudaBackend().classify(error) is Fault.INPUT
+
+
+# Errors.
+
+
+def accelerator_error(text, code):
+    error = getattr(torch, "AcceleratorError", RuntimeError)(text)
+    error.error_code = code
+    return error
+
+
+SAYS = "CUDA error: {}\nCUDA kernel errors might be asynchronously reported at some other API call."
+SCRIPT = "The following operation failed in the TorchScript interpreter.\nTraceback ...\nRuntimeError: CUDA error: {}\n"
+UNAVAILABLE = "CUDA-capable device(s) is/are busy or unavailable"
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        *((RuntimeError(SAYS.format(text)), Fault.FATAL) for text in (
+            "an illegal memory access was encountered", "the launch timed out and was terminated",
+            "device-side assert triggered", "an illegal instruction was encountered", "misaligned address",
+            "unspecified launch failure", "driver shutting down",
+        )),
+        (RuntimeError(SCRIPT.format("device-side assert triggered")), Fault.FATAL),
+        (accelerator_error(SAYS.format("something in words of the next version"), 710), Fault.FATAL),
+        (accelerator_error(SAYS.format("tensor memory ..."), 721), Fault.FATAL),
+        (RuntimeError("Cannot re-initialize CUDA in forked subprocess. To use CUDA with ..."), Fault.FATAL),
+        (DeviceError("this process was forked"), Fault.FATAL),
+        (RuntimeError(SAYS.format(UNAVAILABLE)), Fault.CORE),
+        (RuntimeError(SAYS.format("uncorrectable ECC error encountered")), Fault.CORE),
+        (accelerator_error(SAYS.format("unknown error"), 999), Fault.CORE),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."), Fault.INPUT),
+        (accelerator_error(SAYS.format("out of memory"), 2), Fault.INPUT),
+        (accelerator_error(SAYS.format("invalid configuration argument"), 9), Fault.INPUT),
+        (accelerator_error(SAYS.format("no kernel image is available for execution on the device"), 209), Fault.INPUT),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), Fault.INPUT),
+        (RuntimeError("Expected all tensors to be on the same device"), Fault.INPUT),
+        (RuntimeError("an unknown error in the model, with a misaligned address"), Fault.INPUT),
+        (accelerator_error("of another accelerator", 710), Fault.INPUT),
+        (KeyboardInterrupt(), Fault.INPUT),
+    ],
+    ids=lambda value: re.sub(r"\s+", " ", str(value))[:60],
+)  # fmt: skip
+def test_errors_are_sorted(error, fault):
+    assert CudaBackend().classify(error) is fault
+
+
+def test_a_forked_process_is_told_what_to_do(cuda, monkeypatch):
+    core = CudaBackend().load(torch.neg, 0, None)
+    cuda.forked = True
+    with pytest.raises(DeviceError, match="does not survive a fork: start processes by 'spawn'"):
+        CudaBackend().load(torch.neg, 0, None)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    error = outcome(core, X)
+    assert isinstance(error, DeviceError)
+    assert CudaBackend().classify(error) is Fault.FATAL
+
+
+# The double itself.
+
+
+def test_the_double_shows_what_is_not_waited_for(cuda):
+    stream = torch.cuda.Stream("cuda:0")
+    with torch.cuda.stream(stream):
+        there = X.pin_memory().to(torch.device("cuda", 0), non_blocking=True)
+        host = torch.empty(3, 4, pin_memory=True).copy_(there, non_blocking=True)
+        assert not torch.equal(host, X)
+        with pytest.raises(AssertionError, match="needs pinned memory"):
+            torch.empty(3, 4).copy_(there, non_blocking=True)
+        with pytest.raises(RuntimeError, match="same device"):
+            there + X
+        with pytest.raises(RuntimeError, match="same device"):
+            there + X.to(torch.device("cuda", 1))
+    stream.synchronize()
+    assert torch.equal(host, X)
+
+
+def test_the_double_sees_pinned_memory_that_is_written_to_early(cuda):
+    stream = torch.cuda.Stream("cuda:0")
+    with torch.cuda.stream(stream):
+        staged = X.pin_memory()
+        staged.to(torch.device("cuda", 0), non_blocking=True)
+        staged.add_(1)
+    with pytest.raises(AssertionError, match="while it was being copied"):
+        stream.synchronize()
+
+
+# On a GPU.
+
+
+@gpu
+@pytest.mark.parametrize("cores_per_device", [1, 2])
+@pytest.mark.parametrize("staging_bytes", [0, 1 << 20])
+def test_the_contract(cores_per_device, staging_bytes):
+    check_backend(CudaBackend(cores_per_device, staging_bytes))
+    check_backend(CudaBackend(cores_per_device, staging_bytes), net(), (X,))
+
+
+@gpu
+@pytest.mark.parametrize("kind", ["module", "path", "traced", "frozen"])
+async def test_answers_are_those_of_the_plain_model(saved, kind):
+    traced = torch.jit.trace(net(), X)
+    model = {"module": net(), "path": saved, "traced": traced, "frozen": torch.jit.freeze(traced)}[kind]
+    calls = [torch.randn(1 + n % 7, 4) for n in range(100)]
+    settings = {"backend": CudaBackend(cores_per_device=2), "batch_size": 3, "example_inputs": X}
+    results = await serve(model, *([x] for x in calls), **settings)
+    for x, result in zip(calls, results, strict=True):
+        torch.testing.assert_close(result, net()(x).detach())
+
+
+@gpu
+@pytest.mark.parametrize("staging_bytes", [0, 1 << 20, 1 << 26])
+async def test_large_inputs_and_outputs_come_back(staging_bytes):
+    calls = [torch.randn(64, 1 << 16) for _ in range(8)]  # 16 MiB each
+    settings = {"backend": CudaBackend(staging_bytes=staging_bytes), "batch_size": 64, "num_workers": 3}
+    results = await serve(lambda x: (x * 2, x > 0), *([x] for x in calls), **settings)
+    for x, (double, positive) in zip(calls, results, strict=True):
+        assert torch.equal(double, x * 2)
+        assert torch.equal(positive, x > 0)
+
+
+@gpu
+def test_no_more_is_pinned_than_was_said():
+    before = torch.cuda.host_memory_stats()["allocated_bytes.allocated"]
+    core = CudaBackend(staging_bytes=1 << 20).load(torch.neg, 0, None)
+    assert torch.equal(outcome(core, torch.ones(1 << 20)), -torch.ones(1 << 20))  # 4 MiB
+    assert torch.cuda.host_memory_stats()["allocated_bytes.allocated"] == before
+    assert torch.equal(outcome(core, X), -X)
+    assert 0 < torch.cuda.host_memory_stats()["allocated_bytes.allocated"] - before <= 1 << 20
+
+
+@gpu
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.conj(),
+        lambda x: (x * 1j).imag,  # with a bit for its sign
+        lambda x: x.t().contiguous().t(),
+        lambda x: x[:, ::2],
+        lambda x: x.t()[::2].t(),
+        lambda x: x.real.half(),
+        lambda x: x.real.bfloat16(),
+        lambda x: x.real > 5,
+        lambda x: x.real.long(),
+        lambda x: x[:, :1].expand(-1, 1000),
+        lambda x: x[:, :0],
+    ],
+)
+def test_any_dense_output_comes_back(change):
+    x = torch.randn(999, 40, dtype=torch.complex64)
+    core = CudaBackend().load(change, 0, None)
+    for _ in range(20):
+        assert torch.equal(outcome(core, x), change(x))
+
+
+@gpu
+async def test_a_sparse_output_is_refused():
+    (failure,) = await serve(lambda x: x.to_sparse(), [X], backend=CudaBackend(), batch_size=3)
+    assert isinstance(failure, OutputError)
+
+
+@gpu
+async def test_the_device_is_used_after_it_was_out_of_memory():
+    def model(x):
+        return torch.empty(1 << 60, dtype=torch.uint8, device=x.device) if (x < 0).any() else x * 2
+
+    failure, result = await serve(model, [-X - 1], [X], backend=CudaBackend(), batch_size=8)
+    assert isinstance(failure, torch.cuda.OutOfMemoryError)
+    assert torch.equal(result, X * 2)
+
+
+DEATH = """
+import asyncio, torch
+from aneuron import AsyncDataParallel, CoreFailed, CudaBackend, Fault
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.words = torch.nn.Embedding(4, 2)
+    def forward(self, ids):
+        return self.words(ids)
+async def main():
+    backend = CudaBackend()
+    async with AsyncDataParallel(Net().eval(), backend=backend) as model:
+        await model(torch.tensor([1]))
+        for ids in ([9], [1]):
+            try:
+                await model(torch.tensor(ids))
+            except CoreFailed as error:
+                print(backend.classify(error.__cause__))
+asyncio.run(main())
+"""
+
+FORK = """
+import os, torch
+from aneuron import CudaBackend, DeviceError
+backend = CudaBackend()
+core = backend.load(torch.neg, 0, None)
+child = os.fork()
+if child:
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+said = 0
+for use in (lambda: core.execute((torch.ones(2),), {}), lambda: backend.load(torch.neg, 0, None)):
+    try:
+        use()
+    except DeviceError:
+        said += 1
+os._exit(said - 2)
+"""
+
+
+@gpu
+def test_a_device_side_assert_is_fatal():
+    done = subprocess.run([sys.executable, "-c", DEATH], capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == ["Fault.FATAL", "Fault.FATAL"], done.stderr
+
+
+@gpu
+def test_a_fork_is_a_clear_error():
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,125 @@
+"""`aneuron info`: what it asks, what it prints, and that it goes on where a backend cannot answer."""
+
+import json
+import sys
+
+import pytest
+import torch
+from fake_cuda import FakeCuda
+
+import aneuron
+from aneuron import AsyncDataParallel
+from aneuron.cli import info, main
+
+
+class NeuronBackend:
+    """Twelve cores of an inf2.24xlarge."""
+
+    def report(self):
+        return {"found": True, "cores": 12, "why": "6 chips, package torch_neuronx", "lacks": []}
+
+
+class Broken:
+    def report(self):
+        raise OSError("/dev/neuron0: permission denied")
+
+
+class Poor:
+    def report(self):
+        lacks = ["the driver: https://example.org/a-long-address-that-is-not-broken", "a package " + "word " * 30]
+        return {"found": False, "cores": 0, "why": "no device file", "lacks": lacks}
+
+
+class Silent:
+    pass
+
+
+@pytest.fixture
+def asked(monkeypatch, capsys):
+    """What the command prints, with this as the Neuron backend."""
+
+    def ask(*arguments, neuron=None, columns="120"):
+        monkeypatch.setenv("COLUMNS", columns)
+        if neuron is not None:
+            monkeypatch.setattr(aneuron, "NeuronBackend", neuron, raising=False)
+        else:
+            monkeypatch.delattr(aneuron, "NeuronBackend", raising=False)
+        assert main(["info", *arguments]) == 0
+        return capsys.readouterr().out
+
+    return ask
+
+
+def test_every_backend_has_a_line(asked, monkeypatch):
+    FakeCuda(monkeypatch, devices=2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    lines = asked(neuron=NeuronBackend).splitlines()
+    assert lines[0] == f"PyTorch {torch.__version__}, Python {sys.version.split()[0]}"
+    assert lines[2] == "backend    found  cores"
+    assert lines[3] == "neuron     yes       12  6 chips, package torch_neuronx"
+    assert lines[4] == f"cuda       yes        2  2 devices, PyTorch {torch.__version__}"
+    assert lines[5].startswith(f"cpu        yes  {len(aneuron.CpuBackend().cores()):>7}  this process may use ")
+    assert lines[6].startswith("simulated  yes        4  timing and faults")
+    assert lines[8:] == [
+        'backend="auto" takes for',
+        "  a callable: cpu",
+        "  an nn.Module: cuda",
+        "  a model traced for Neuron: neuron",
+    ]
+
+
+@pytest.mark.parametrize("neuron", [None, NeuronBackend, Broken, Poor, Silent])
+def test_json_says_the_same(asked, neuron):
+    answer = json.loads(asked("--json", neuron=neuron))
+    assert list(answer["backends"]) == ["neuron", "cuda", "cpu", "simulated"]
+    for backend in answer["backends"].values():
+        assert {name: type(value) for name, value in backend.items()} == {
+            "found": bool, "cores": int, "why": str, "lacks": list,
+        }  # fmt: skip
+    assert answer["backends"]["neuron"]["found"] is (neuron is NeuronBackend)
+    assert answer["auto"]["neuron"] == ("neuron" if neuron is NeuronBackend else None)
+    assert answer["torch"] == torch.__version__
+    for name, backend in answer["backends"].items():
+        assert f"{name:<9}  {'yes' if backend['found'] else 'no':<5}  {backend['cores']:>5}  " in asked(neuron=neuron)
+
+
+def test_a_backend_that_cannot_answer_is_not_found(asked):
+    said = asked(neuron=Broken)
+    assert "neuron     no         0  looking for it failed: OSError: /dev/neuron0: permission denied\n" in said
+    assert "a model traced for Neuron: an error, there is no NeuronCore" in said
+    assert "neuron     no         0  not in this version of aneuron\n" in asked(neuron=Silent)
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+def test_long_lines_are_folded_under_their_column(asked, columns):
+    said = asked(neuron=Poor, columns=str(columns))
+    lines = said.splitlines()
+    first = lines.index("neuron     no         0  no device file")
+    folded = lines[first + 1 : next(n for n, line in enumerate(lines) if line.startswith("cuda"))]
+    assert all(line.startswith(" " * 25) and line[25] != " " for line in folded)
+    assert all(len(line) <= columns or "https://" in line for line in folded)
+    assert " ".join(" ".join(folded).split()) == " ".join(
+        " ".join(f"lacks: {each}" for each in Poor().report()["lacks"]).split()
+    )
+    assert (len(folded) == 2) is (columns == 200)
+
+
+@pytest.mark.parametrize(
+    ("found", "callable_", "module", "neuron"),
+    [
+        (set(), "cpu", "cpu", None),
+        ({"cpu", "simulated"}, "cpu", "cpu", None),
+        ({"cuda"}, "cpu", "cuda", None),
+        ({"neuron"}, "cpu", "cpu", "neuron"),
+        ({"neuron", "cuda"}, "cpu", "cuda", "neuron"),
+    ],
+)
+def test_what_auto_takes(found, callable_, module, neuron):
+    assert info.automatic(found) == {"callable": callable_, "module": module, "neuron": neuron}
+
+
+def test_what_auto_takes_is_what_is_taken():
+    found = {"cuda"} if torch.cuda.is_available() else set()
+    said = info.automatic(found)
+    for model, kind in ((torch.neg, "callable"), (torch.nn.ReLU().eval(), "module")):
+        assert f"{said[kind].title()}Backend(" in repr(AsyncDataParallel(model))
