@@ -23,7 +23,7 @@ def check_model(model: Any) -> None:
             f"model={model!r:.80}: expected a module, a callable, the path of a TorchScript file, or a mapping "
             "from batch sizes, or (batch size, bucket), to these"
         )
-    if isinstance(model, torch.nn.Module) and model.training:
+    if isinstance(model, torch.nn.Module) and getattr(model, "training", False):  # a frozen graph cannot say
         warnings.warn(
             "the model is in training mode: dropout would be active, and batch statistics would mix callers; "
             "call model.eval() first",

@@ -52,6 +52,16 @@ def test_cores_that_overlap_copies_keep_the_contract():
     assert backend.load(torch.neg, 0, None).concurrent
 
 
+def test_a_frozen_graph_is_served():
+    frozen = torch.jit.freeze(torch.jit.trace(net(), GOOD))  # has neither weights nor a mode
+
+    async def main():
+        async with AsyncDataParallel(frozen, backend=CpuBackend(cores=1), example_inputs=GOOD) as model:
+            return await model(GOOD[:2])
+
+    assert torch.equal(asyncio.run(main()), net()(GOOD[:2]))
+
+
 def documented():
     """The backend that the docstring of `Backend` shows, word for word."""
     block = re.search(r"::\n\n(.*?)\n    `aneuron.testing", Backend.__doc__ + "", re.DOTALL)
