@@ -6,6 +6,7 @@ This is the front door; what is not exported here may move.
 from aneuron.backends import Backend, Core, Fault
 from aneuron.backends.cpu import CpuBackend
 from aneuron.backends.cuda import CudaBackend
+from aneuron.backends.neuron import NeuronBackend
 from aneuron.backends.simulated import SimulatedBackend
 from aneuron.buckets import Buckets
 from aneuron.errors import (
@@ -34,6 +35,7 @@ __all__ = [
     "DeadlineExceeded",
     "DeviceError",
     "Fault",
+    "NeuronBackend",
     "OutputError",
     "QueueFull",
     "ShapeError",

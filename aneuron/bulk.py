@@ -26,6 +26,7 @@ from aneuron.sources import check_source, open_source
 T = TypeVar("T")
 
 Call = Callable[..., Awaitable[Any]]
+Limit = int | Callable[[], Awaitable[int]]  # or who knows it, asked once, before the source is touched
 
 
 class Map(AsyncIterator[T]):
@@ -62,11 +63,11 @@ class Map(AsyncIterator[T]):
     """
 
     def __init__(
-        self, call: Call, source: Any, *, limit: int, ordered: bool = True, return_exceptions: bool = False
+        self, call: Call, source: Any, *, limit: Limit, ordered: bool = True, return_exceptions: bool = False
     ) -> None:
         self._window: _Window | None = None
         self._closed = False
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
+        if not callable(limit) and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
             raise ValueError(f"limit={limit!r}: expected an int of at least 1, the calls that may be outstanding")
         check_source(source)
         self._call, self._source, self._limit = call, source, limit
@@ -79,9 +80,7 @@ class Map(AsyncIterator[T]):
         """The next result; see the class."""
         if self._closed:
             raise Closed("the map is closed: it was left, or has raised; a map is used once: make a new one")
-        window = self._window
-        if window is None:
-            window = self._window = _Window(self._call, self._source, self._limit, self._ordered)
+        window = self._window or await self._open()
         while not window.ready:
             if window.over:
                 if window.error is None:
@@ -100,6 +99,14 @@ class Map(AsyncIterator[T]):
             error.add_note(f"raised for element {index} of the map")
             await self._fail(error)
         return result if self._ordered else (index, result)  # type: ignore[return-value]  # T follows `ordered`
+
+    async def _open(self) -> "_Window":
+        limit = self._limit if isinstance(self._limit, int) else await self._limit()
+        if self._closed:
+            raise Closed("the map was closed while its model was started")
+        if self._window is None:
+            self._window = _Window(self._call, self._source, limit, self._ordered)
+        return self._window
 
     async def _fail(self, error: BaseException) -> NoReturn:
         await self.aclose()

@@ -33,7 +33,8 @@ class Load:
     models: Mapping[Shape, Any]
     dim: int
     compiled: Compiled | None  # the example to warm up with
-    packing: bool
+    packing: bool  # whether calls share batches
+    dynamic: bool  # whether cores may cut batches, where that is what they do
     unpad: Unpad | None = None  # which outputs carry the length of their bucket
 
 
@@ -63,7 +64,7 @@ class Lane:
         for (size, bucket), model in load.models.items():
             try:
                 key = (id(model), size)
-                core = loaded.get(key) or self._backend.load(model, self.core_id, size)
+                core = loaded.get(key) or self._load_one(model, size, load.dynamic)
                 loaded[key] = self._cores[size, bucket] = core
             except Exception as error:
                 _name(error, size, bucket, len(load.models))
@@ -73,6 +74,12 @@ class Lane:
             self.workers.let_in_together()
         if load.compiled is not None:
             self._warm_up(load, load.compiled)
+
+    def _load_one(self, model: Any, size: int | None, dynamic: bool) -> Core:
+        if getattr(self._backend, "cuts_batches", False):
+            load: Callable[..., Core] = self._backend.load
+            return load(model, self.core_id, size, dynamic_batching=dynamic)
+        return self._backend.load(model, self.core_id, size)
 
     def _warm_up(self, load: Load, compiled: Compiled) -> None:
         outputs: dict[int | None, tuple[Output, int]] = {}  # by size, that of the first bucket

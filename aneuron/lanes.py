@@ -82,32 +82,58 @@ class Lanes:
 
     # Lifecycle.
 
-    async def start(self, num_workers: int) -> None:
-        """Load the cores one after the other. If one fails, or the caller is cancelled, those loaded are freed."""
+    async def start(self, min_cores: int) -> None:
+        """Load the cores one after the other; those that fail are left out, as long as `min_cores` of them remain.
+
+        If fewer do, or the caller is cancelled, those loaded are freed. Serving begins with `resize`.
+        """
+        failures: list[Exception] = []
         try:
             for lane in self._lanes:
-                lane.counters.state, lane.counters.owner = "loading", self
-                lane.workers.grow(1)
-                await asyncio.wrap_future(lane.workers.submit(lane.load, self._load))
-                lane.counters.state = "ready"
+                try:
+                    lane.counters.state, lane.counters.owner = "loading", self
+                    lane.workers.grow(1)
+                    await asyncio.wrap_future(lane.workers.submit(lane.load, self._load))
+                    lane.counters.state = "ready"
+                except Exception as error:
+                    failures.append(error)
+                    self._leave_out(lane, error)
+                    if len(self._lanes) - len(failures) < min_cores or self._is_fatal(error):
+                        raise failures[0] from failures[0].__cause__
         except BaseException as error:
             self.stop()
             if isinstance(error, Exception):
-                _note(error, f"aneuron: while loading core {lane.core_id} of the {self._backend.name} backend")
                 await asyncio.shield(self._closed)
                 self._join()
             raise
+        self.change(cores=len(self._lanes) - len(failures))
         for core in self._counters.cores.values():
             for (rows, bucket), recent in core.services.items():
                 if bucket in self._sizes:
                     self._sizes[bucket].learn(rows, recent.median)
         self.serving = True
-        self.resize(num_workers)
+
+    def _leave_out(self, lane: Lane, error: Exception) -> None:
+        """A core has not loaded: the others serve without it."""
+        _note(error, f"aneuron: while loading core {lane.core_id} of the {self._backend.name} backend")
+        logger.warning("core %d did not load: %s", lane.core_id, text(error))
+        lane.counters.state = "failed"
+        lane.counters.errors += 1
+        lane.stop(self._lane_closed)
+
+    def _is_fatal(self, error: Exception) -> bool:
+        """Whether the other cores would not load either."""
+        try:
+            return self._backend.classify(error) is Fault.FATAL
+        except Exception:
+            logger.exception("the %s backend could not classify an error", self._backend.name)
+            return False
 
     def resize(self, num_workers: int) -> None:
-        """Spread `num_workers` slots over the lanes; batches in flight are left alone."""
-        slots = spread(num_workers, len(self._lanes))
-        leads = [lane.widen(own) for lane, own in zip(self._lanes, slots, strict=True)]
+        """Spread `num_workers` slots over the lanes that are up; batches in flight are left alone."""
+        shares = iter(spread(num_workers, self.rules.cores))
+        slots = [0 if lane.counters.state == "failed" else next(shares) for lane in self._lanes]
+        leads = [lane.widen(own) if own else None for lane, own in zip(self._lanes, slots, strict=True)]
         with self._lock:
             self._scheduler.resize(slots, leads)
         self._dispatch_soon()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from aneuron.backends import Backend
 from aneuron.buckets import Buckets, Cover
 
 Shape = tuple[int | None, int]  # rows (None = any number) and bucket (0 = none) of an execution
@@ -62,6 +63,22 @@ class Models:
     def compiled(self) -> bool:
         """Whether calls are held to the example's shapes."""
         return self.batch_size is not None or is_compiled(self._given)
+
+    @property
+    def given(self) -> list[Any]:
+        """What the user gave, without the shapes."""
+        return list(self._given.values()) if self._by_size else [self._given]
+
+    def ask(self, backend: Backend, example_rows: int | None) -> None:
+        """Ask the backend how many rows the model was compiled for, if nobody has said so.
+
+        Where every model is compiled, whatever its type, that is what the example has.
+        """
+        if self.batch_size is None and not self._by_size:
+            if hasattr(backend, "compiled_rows"):
+                self.batch_size = backend.compiled_rows(self._given)
+            if self.batch_size is None and getattr(backend, "cuts_batches", False):
+                self.batch_size = example_rows
 
     def take_size(self, rows: int) -> None:
         """A compiled graph without a batch size has that of its example."""

@@ -12,10 +12,10 @@ from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
 
-from aneuron.backends import Backend, choose_backend, choose_cores, parse_device_ids
+from aneuron.backends import Backend, automatic, check_ids, choose_backend, choose_cores, parse_device_ids
 from aneuron.buckets import Buckets, Cover
 from aneuron.bulk import Map
-from aneuron.errors import Closed, DeadlineExceeded, ShapeError
+from aneuron.errors import Closed, DeadlineExceeded, DeviceError, ShapeError
 from aneuron.lane import Load
 from aneuron.lanes import Lanes
 from aneuron.measure import Compiled, measure
@@ -26,6 +26,7 @@ from aneuron.scheduler import Rules
 from aneuron.stats import Counters, Statistics, Timing, Trace
 from aneuron.view import View, seconds
 from aneuron.waiting import Cut, Terms
+from aneuron.workers import Workers
 
 Model = Any  # nn.Module | ScriptModule | callable | path of a TorchScript file
 
@@ -61,11 +62,13 @@ class AsyncDataParallel:
     model: an `nn.Module`, a `ScriptModule`, a callable, or the path of a TorchScript file. Or a mapping from batch
         sizes to such models, `{1: net1, 8: net8}`, or from batch sizes and buckets, `{(8, 64): net}`: rows run on the
         set of executions that takes the least time, as measured. Excludes `batch_size`.
-    device_ids: ints or "nc:#", zero-based in the cores that this process sees; None for all of them.
+    device_ids: ints or "nc:#", zero-based in the cores that this process sees ("cuda:#" for CUDA devices); None for all
+        of them.
     dim: the batch dimension. Dynamic batching works for 0 only.
     set_dynamic_batching: whether inputs are cut, packed and padded to the compiled rows. When off, a call's inputs are
         cut over the cores and `rows / cores` must equal the compiled rows, if those are known.
-    backend: "auto", "cpu", or an object with the methods of `aneuron.Backend`.
+    backend: "neuron", "cuda", "cpu", or an object with the methods of `aneuron.Backend`. "auto" is, at start, neuron if
+        this process has NeuronCores, else cuda if it has a device, else cpu; and cpu for a plain callable.
     batch_size: rows in one execution, as compiled; every batch is padded to it. None: any number of rows.
     example_inputs: what the model was traced with: a tensor, a tuple of positional or a dict of keyword inputs. It is
         run twice on each core before the model is ready. For a ScriptModule, or with `batch_size`, it also fixes
@@ -78,6 +81,8 @@ class AsyncDataParallel:
         while another core works. None: one core's share of the service time, where so many rows come that it pays.
     buckets: the lengths that the model was compiled for, see `Buckets`; calls of any length are padded to the smallest
         that fits, and their outputs cut back.
+    min_cores: how many of the cores must load the model to start; None: all. Below it the start fails, with the error
+        of the first, and what was loaded is freed; else those that failed stay out, with a warning in the log.
 
     Raises, from the call: `ShapeError` for inputs that do not fit, `QueueFull`, `Closed`, `CoreFailed`, `OutputError`
     for outputs that cannot be handed out, `RuntimeError` when used from a second event loop, and whatever the model
@@ -116,6 +121,7 @@ class AsyncDataParallel:
         max_pending: int | None = None,
         max_delay: float | None = 0.0,
         buckets: Buckets | None = None,
+        min_cores: int | None = None,
     ) -> None:
         self._lanes: Lanes | None = None
         self._starting: _Start | None = None
@@ -126,6 +132,8 @@ class AsyncDataParallel:
             raise ValueError(f"dim={dim!r}: expected an int, the dimension that counts rows")
         self._dim = dim
         self._backend = choose_backend(backend)
+        if self._backend is not None:
+            check_ids(self._backend, self._ids)
         if buckets is not None and not isinstance(buckets, Buckets):
             raise TypeError(f"buckets={buckets!r}: expected aneuron.Buckets(dim=..., sizes=(...), pad=...), or None")
         self._buckets = buckets
@@ -134,6 +142,7 @@ class AsyncDataParallel:
         self._max_delay = None if max_delay is None else seconds("max_delay", max_delay)
         self._num_workers = _count("num_workers", num_workers)
         self._split_size = _count("split_size", split_size)
+        self._min_cores = _count("min_cores", min_cores)
         self._packing = bool(set_dynamic_batching) and dim == 0
         self._example = self._read_example(example_inputs)
         self._compiled = self._example if self._models.compiled else None
@@ -187,18 +196,15 @@ class AsyncDataParallel:
             >>> asyncio.run(main())
             [0.0, 0.0, 1.0]
         """
-        limit = self._outstanding() if limit is None else limit
-        return Map(self, source, ordered=ordered, limit=limit, return_exceptions=return_exceptions)
+        bound = self._outstanding if limit is None else limit
+        return Map(self, source, ordered=ordered, limit=bound, return_exceptions=return_exceptions)
 
-    def _outstanding(self) -> int:
+    async def _outstanding(self) -> int:
         """One-row calls that keep every core busy: two batches for each."""
-        rows = self._models.batch_size or int(getattr(self._backend, "preferred_rows", 32))
+        rules = (await self._started()).rules
         kinds = len(self._buckets.sizes) if self._buckets is not None else 1  # each fills batches of its own
-        if self._lanes is not None:
-            cores = self._lanes.rules.cores
-        else:
-            cores = len(self._ids if self._ids is not None else self._backend.cores())
-        return min(2 * rows * kinds * cores, self._max_pending or rows * kinds * cores * 2)
+        busy = 2 * (rules.batch_size or rules.preferred) * kinds * rules.cores
+        return min(busy, self._max_pending or busy)
 
     def options(self, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None) -> View:
         """The model on other terms: a cheap object to be called like this one, with `timed` and `map`.
@@ -276,7 +282,7 @@ class AsyncDataParallel:
                     f"the rows of a call, divided by the cores, must be those that the model was compiled for"
                     + (f" (split_size={rules.split_size})" if rules.split_size else "")
                 )
-        if pieces % rules.cores:
+        if pieces % rules.cores and (rules.split_size is not None or not self._packing):
             warnings.warn(
                 f"the cores are not fully used: {call.rows} rows in {pieces} pieces on {rules.cores} cores",
                 stacklevel=3,
@@ -403,28 +409,50 @@ class AsyncDataParallel:
 
     async def _start(self, start: _Start) -> Lanes:
         try:
-            ids = choose_cores(self._backend, self._ids)
+            backend, ids = await self._find_cores()
+            self._compiled = self._example if self._models.compiled else None
+            if self._min_cores is not None and self._min_cores > len(ids):
+                raise DeviceError(f"min_cores={self._min_cores}, and there are {len(ids)} cores to start on: {ids}")
+            packing = self._packs(backend)
             rules = Rules(
                 cores=len(ids),
                 batch_size=self._models.batch_size,
-                preferred=getattr(self._backend, "preferred_rows", 32),
+                preferred=getattr(backend, "preferred_rows", 32),
                 split_size=self._split_size,
-                packing=self._packing,
+                packing=packing,
                 max_pending=self._max_pending,
                 max_delay=self._max_delay,
             )
             unpad = Unpad(self._buckets) if self._buckets is not None else None
-            load = Load(self._models.by_shape(self._dim), self._dim, self._example, self._packing, unpad)
+            load = Load(self._models.by_shape(self._dim), self._dim, self._example, packing, self._packing, unpad)
             self._sizes = self._models.sizes(self._dim)
-            lanes = Lanes(self._backend, ids, rules, load, self._sizes, self._counters)
-            await lanes.start(self._num_workers or 2 * len(ids))
-            lanes.change(split_size=self._split_size, packing=self._packing)  # as set while it loaded
-            lanes.resize(self._num_workers or 2 * len(ids))
+            lanes = Lanes(backend, ids, rules, load, self._sizes, self._counters)
+            await lanes.start(self._min_cores or len(ids))
+            lanes.change(split_size=self._split_size, packing=packing and self._packing)  # as set while it loaded
+            lanes.resize(self._num_workers or 2 * lanes.rules.cores)
             self._lanes = lanes
             return lanes
         finally:
             if self._starting is start:
                 self._starting = None
+
+    async def _find_cores(self) -> tuple[Backend, list[int]]:
+        """The backend, and the cores to load on. To look for them may take long: in a thread."""
+        workers = getattr(self._backend, "workers", Workers)("aneuron-start")
+        workers.grow(1)
+        try:
+            return await asyncio.wrap_future(workers.submit(self._look_for_cores))
+        finally:
+            workers.stop()
+
+    def _look_for_cores(self) -> tuple[Backend, list[int]]:
+        backend = self._backend = self._backend or automatic(self._models.given)
+        self._models.ask(backend, self._example.rows if self._example is not None else None)
+        return backend, choose_cores(backend, self._ids)
+
+    def _packs(self, backend: Backend) -> bool:
+        """Whether calls may share batches: not where cores cut batches themselves, nobody knows to how many rows."""
+        return self._packing and (self._models.batch_size is not None or not getattr(backend, "cuts_batches", False))
 
     async def aclose(self) -> None:
         """Refuse new calls, finish the accepted ones, free cores and threads. If cancelled, `abort()` instead."""
@@ -477,7 +505,7 @@ class AsyncDataParallel:
 
     def __repr__(self) -> str:
         state = "ready" if self.ready else "closed" if self._closed else "starting" if self._starting else "not started"
-        return f"<AsyncDataParallel {state}, {self._backend!r}, batch_size={self._models.batch_size}>"
+        return f"<AsyncDataParallel {state}, {self._backend or 'auto'!r}, batch_size={self._models.batch_size}>"
 
 
 AsyncDataParallel.__signature__ = inspect.signature(  # type: ignore[attr-defined]

@@ -24,7 +24,7 @@ class Model(Protocol):
         self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None, timeout: float | None
     ) -> tuple[Any, Timing]: ...
 
-    def _outstanding(self) -> int: ...
+    async def _outstanding(self) -> int: ...
 
 
 class View:
@@ -57,8 +57,8 @@ class View:
         self, source: Any, *, ordered: bool = True, limit: int | None = None, return_exceptions: bool = False
     ) -> Map[Any]:
         """Run the model on each element of a source; see `AsyncDataParallel.map`. The timeout is each element's."""
-        limit = self._model._outstanding() if limit is None else limit
-        return Map(self, source, ordered=ordered, limit=limit, return_exceptions=return_exceptions)
+        bound = self._model._outstanding if limit is None else limit
+        return Map(self, source, ordered=ordered, limit=bound, return_exceptions=return_exceptions)
 
     def __repr__(self) -> str:
         priority, tenant = self._terms or Terms()

@@ -8,15 +8,14 @@ import torch
 from fake_cuda import FakeCuda
 
 import aneuron
-from aneuron import AsyncDataParallel
-from aneuron.cli import info, main
+from aneuron.cli import main
 
 
 class NeuronBackend:
     """Twelve cores of an inf2.24xlarge."""
 
     def report(self):
-        return {"found": True, "cores": 12, "why": "6 chips, package torch_neuronx", "lacks": []}
+        return {"found": True, "cores": 12, "why": "6 chips", "lacks": [], "takes": "traced models"}
 
 
 class Broken:
@@ -56,14 +55,14 @@ def test_every_backend_has_a_line(asked, monkeypatch):
     lines = asked(neuron=NeuronBackend).splitlines()
     assert lines[0] == f"PyTorch {torch.__version__}, Python {sys.version.split()[0]}"
     assert lines[2] == "backend    found  cores"
-    assert lines[3] == "neuron     yes       12  6 chips, package torch_neuronx"
+    assert lines[3] == "neuron     yes       12  6 chips"
     assert lines[4] == f"cuda       yes        2  2 devices, PyTorch {torch.__version__}"
     assert lines[5].startswith(f"cpu        yes  {len(aneuron.CpuBackend().cores()):>7}  this process may use ")
     assert lines[6].startswith("simulated  yes        4  timing and faults")
     assert lines[8:] == [
         'backend="auto" takes for',
         "  a callable: cpu",
-        "  an nn.Module: cuda",
+        "  an nn.Module: an error: trace it for NeuronCores, or say backend='cpu'",
         "  a model traced for Neuron: neuron",
     ]
 
@@ -73,7 +72,7 @@ def test_json_says_the_same(asked, neuron):
     answer = json.loads(asked("--json", neuron=neuron))
     assert list(answer["backends"]) == ["neuron", "cuda", "cpu", "simulated"]
     for backend in answer["backends"].values():
-        assert {name: type(value) for name, value in backend.items()} == {
+        assert {name: type(value) for name, value in backend.items() if name != "takes"} == {
             "found": bool, "cores": int, "why": str, "lacks": list,
         }  # fmt: skip
     assert answer["backends"]["neuron"]["found"] is (neuron is NeuronBackend)
@@ -86,7 +85,7 @@ def test_json_says_the_same(asked, neuron):
 def test_a_backend_that_cannot_answer_is_not_found(asked):
     said = asked(neuron=Broken)
     assert "neuron     no         0  looking for it failed: OSError: /dev/neuron0: permission denied\n" in said
-    assert "a model traced for Neuron: an error, there is no NeuronCore" in said
+    assert "a model traced for Neuron: an error: no NeuronCore" in said
     assert "neuron     no         0  not in this version of aneuron\n" in asked(neuron=Silent)
 
 
@@ -102,24 +101,3 @@ def test_long_lines_are_folded_under_their_column(asked, columns):
         " ".join(f"lacks: {each}" for each in Poor().report()["lacks"]).split()
     )
     assert (len(folded) == 2) is (columns == 200)
-
-
-@pytest.mark.parametrize(
-    ("found", "callable_", "module", "neuron"),
-    [
-        (set(), "cpu", "cpu", None),
-        ({"cpu", "simulated"}, "cpu", "cpu", None),
-        ({"cuda"}, "cpu", "cuda", None),
-        ({"neuron"}, "cpu", "cpu", "neuron"),
-        ({"neuron", "cuda"}, "cpu", "cuda", "neuron"),
-    ],
-)
-def test_what_auto_takes(found, callable_, module, neuron):
-    assert info.automatic(found) == {"callable": callable_, "module": module, "neuron": neuron}
-
-
-def test_what_auto_takes_is_what_is_taken():
-    found = {"cuda"} if torch.cuda.is_available() else set()
-    said = info.automatic(found)
-    for model, kind in ((torch.neg, "callable"), (torch.nn.ReLU().eval(), "module")):
-        assert f"{said[kind].title()}Backend(" in repr(AsyncDataParallel(model))

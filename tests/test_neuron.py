@@ -88,6 +88,7 @@ def test_cores_are_counted_without_taking_them(machine, tmp_path, monkeypatch, e
         "cores": number,
         "why": f"{backend.found().why} (trace)",
         "lacks": [],
+        "takes": "traced models",
     }
 
 

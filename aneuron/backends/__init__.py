@@ -1,13 +1,17 @@
 """What finds cores, loads the model on one, and runs it: the protocols, and how a backend and its cores are chosen.
 
-Lives here: `Backend`, `Core`, `Fault`, `device_ids`. Must not be here: asyncio, queues, who runs when.
+Lives here: `Backend`, `Core`, `Fault`, `device_ids`, what "auto" means. Must not be here: asyncio, queues, who runs
+when.
 """
 
 import operator
+import os
 import re
 from collections.abc import Iterable, Sequence
 from enum import Enum
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
 
 from aneuron.errors import DeviceError
 
@@ -49,8 +53,13 @@ class Core(Protocol):
 class Backend(Protocol):
     """What finds cores and loads models on them. One object may serve several models.
 
-    A backend may have an attribute `preferred_rows`: the rows that calls are packed up to where the model takes any
-    number (32 where there is none).
+    A backend may have besides:
+
+    - `preferred_rows`: the rows that calls are packed up to where the model takes any number (32 where there is none);
+    - `compiled_rows(model)`: the rows that a model was compiled for, None if it cannot tell;
+    - `cuts_batches = True`: every model is compiled for a number of rows, and where nobody knows which, its cores cut
+      and pad what they are given. Calls are not packed then, and `load` is told by a keyword `dynamic_batching` whether
+      cores may do so.
 
     A complete one, for a model that is a plain function::
 
@@ -103,39 +112,65 @@ class Backend(Protocol):
         ...
 
 
-def parse_device_ids(device_ids: Iterable[int | str] | None) -> list[int] | None:
-    """The core ids that the user wrote as ints or "nc:#", in the user's order. What needs no device is checked here."""
+class DeviceId(NamedTuple):
+    """A core as the user wrote it: an int or "nc:#" is the id of a core, "cuda:#" the number of a device."""
+
+    number: int
+    device: bool = False
+
+
+def parse_device_ids(device_ids: Iterable[int | str] | None) -> list[DeviceId] | None:
+    """The cores that the user named, in the user's order. What needs no device is checked here."""
     if device_ids is None:
         return None
     if isinstance(device_ids, (str, bytes)) or not isinstance(device_ids, Iterable):
         raise DeviceError(
             f"device_ids={device_ids!r}: expected a list such as [0, 1] or ['nc:0', 'nc:1'], or None for all"
         )
-    ids = [_parse_id(value) for value in device_ids]
+    given = list(device_ids)
+    ids = [_parse_id(value) for value in given]
     if not ids:
         raise DeviceError("device_ids=[] names no core; name one at least, or pass None for all that this process sees")
-    twice = sorted({core for core in ids if ids.count(core) > 1})
+    twice = sorted({each for each in ids if ids.count(each) > 1})
     if twice:
-        raise DeviceError(f"device_ids={ids} names {twice} more than once; each core is loaded once")
+        several = ", and backend=CudaBackend(cores_per_device=2) makes two of a device" if twice[0].device else ""
+        raise DeviceError(
+            f"device_ids={given} names {[each.number for each in twice]} more than once; each core is loaded once"
+            f"{several}"
+        )
     return ids
 
 
-def _parse_id(value: Any) -> int:
-    match = re.fullmatch(r"nc:(\d+)", value, re.ASCII) if isinstance(value, str) else None
+def _parse_id(value: Any) -> DeviceId:
+    match = re.fullmatch(r"(nc|cuda):(\d+)", value, re.ASCII) if isinstance(value, str) else None
     try:
-        core = int(match[1]) if match else operator.index(value)
+        number = int(match[2]) if match else operator.index(value)
     except (TypeError, ValueError):
-        core = -1
-    if core < 0 or isinstance(value, bool):
-        raise DeviceError(f"device id {value!r}: expected an int from 0 or 'nc:#' such as 'nc:0'") from None
-    return core
+        number = -1
+    if number < 0 or isinstance(value, bool):
+        raise DeviceError(
+            f"device id {value!r}: expected an int from 0 or 'nc:#' such as 'nc:0' (for a CUDA device 'cuda:#')"
+        ) from None
+    return DeviceId(number, match is not None and match[1] == "cuda")
 
 
-def choose_cores(backend: Backend, ids: list[int] | None) -> list[int]:
+def check_ids(backend: Backend, named: list[DeviceId] | None) -> None:
+    """Raise `DeviceError` for CUDA devices of a backend that has none."""
+    for each in named or ():
+        if each.device and not hasattr(backend, "cores_per_device"):
+            raise DeviceError(
+                f"device id 'cuda:{each.number}' with the {backend.name} backend, which has no CUDA devices; name its "
+                "cores by ints or 'nc:#', or pass backend='cuda'"
+            )
+
+
+def choose_cores(backend: Backend, named: list[DeviceId] | None) -> list[int]:
     """The cores to load on: those asked for, or all. Raises `DeviceError` for one that this process does not see."""
     seen = list(backend.cores())
     if not seen:
         raise DeviceError(f"the {backend.name} backend sees no cores in this process")
+    check_ids(backend, named)
+    ids = None if named is None else [core for each in named for core in _cores_of(backend, each)]
     missing = [core for core in ids or () if core not in seen]
     if missing:
         raise DeviceError(
@@ -146,14 +181,58 @@ def choose_cores(backend: Backend, ids: list[int] | None) -> list[int]:
     return seen if ids is None else ids
 
 
-def choose_backend(backend: str | Backend) -> Backend:
-    """The backend that `backend=` means."""
-    from aneuron.backends.cpu import CpuBackend
+def _cores_of(backend: Backend, named: DeviceId) -> Sequence[int]:
+    """The ids of the cores that the user named by one of `device_ids`."""
+    if not named.device:
+        return (named.number,)
+    each: int = backend.cores_per_device  # type: ignore[attr-defined]  # `check_ids` has seen to it
+    return range(named.number * each, (named.number + 1) * each)
 
-    if backend in ("auto", "cpu"):
-        return CpuBackend()
+
+def choose_backend(backend: str | Backend) -> Backend | None:
+    """The backend that `backend=` means; None for "auto", which is chosen at start."""
+    if backend == "auto":
+        return None
+    if backend in ("neuron", "cuda", "cpu"):
+        return _named(backend)
     if isinstance(backend, (str, type)) or not isinstance(backend, Backend):
         raise ValueError(
-            f"backend={backend!r}: expected 'auto', 'cpu', or an object with the methods of aneuron.Backend"
+            f"backend={backend!r}: expected 'auto', 'neuron', 'cuda', 'cpu', or an object with the methods of "
+            "aneuron.Backend"
         )
     return backend
+
+
+def _named(name: str) -> Backend:
+    from aneuron.backends.cpu import CpuBackend
+    from aneuron.backends.cuda import CudaBackend
+    from aneuron.backends.neuron import NeuronBackend
+
+    backend: Backend = {"neuron": NeuronBackend, "cuda": CudaBackend, "cpu": CpuBackend}[name]()
+    return backend
+
+
+def automatic(models: Iterable[Any]) -> Backend:
+    """The backend that "auto" means for these models on this machine: neuron if this process has NeuronCores, else
+    cuda if there is a device, else cpu. Claims none of them; may block.
+
+    A plain callable runs on cpu: it may do anything. A module that was traced for NeuronCores runs nowhere else, and
+    one that was not is not quietly run elsewhere where there are NeuronCores: their backend says what to do.
+    """
+    from aneuron.backends.neuron import NeuronBackend
+    from aneuron.backends.neuron.placement import is_neuron
+
+    given = list(models)
+    found = NeuronBackend().found()
+    if any(is_neuron(model) for model in given):
+        if not found.cores:
+            raise DeviceError(
+                f"the model was traced for NeuronCores, and this process has none: {found.why}"
+                + "".join(f"; {each}" for each in found.lacks)
+            )
+        return _named("neuron")
+    if not all(isinstance(model, (torch.nn.Module, str, os.PathLike)) for model in given):
+        return _named("cpu")
+    if found.cores:
+        return _named("neuron")
+    return _named("cuda" if torch.cuda.is_available() else "cpu")

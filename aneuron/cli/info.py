@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     }
     backends = {name: report(backend) for name, backend in classes.items()}
     versions = {"torch": torch.__version__, "python": platform.python_version()}
-    auto = automatic({name for name, answer in backends.items() if answer["found"]})
+    auto = automatic(backends)
     if args.json:
         print(json.dumps({**versions, "backends": backends, "auto": auto}, indent=2))
     else:
@@ -61,12 +61,14 @@ def report(backend: Any) -> Report:
     return answer
 
 
-def automatic(found: set[str]) -> dict[str, str | None]:
-    """What backend="auto" takes for each kind of model; None: there is nothing to run it."""
+def automatic(backends: Mapping[str, Report]) -> dict[str, str | None]:
+    """What backend="auto" takes for each kind of model; None: an error says what to do."""
+    neuron = backends["neuron"].get("takes") if backends["neuron"]["found"] else None
+    elsewhere = "cuda" if backends["cuda"]["found"] else "cpu"
     return {
         "callable": "cpu",
-        "module": "cuda" if "cuda" in found else "cpu",
-        "neuron": "neuron" if "neuron" in found else None,
+        "module": elsewhere if neuron is None else "neuron" if neuron == "modules" else None,
+        "neuron": "neuron" if neuron == "traced models" else None,
     }
 
 
@@ -87,5 +89,6 @@ def table(backends: Mapping[str, Report]) -> str:
 def choices(auto: Mapping[str, str | None]) -> str:
     """What is chosen, in words."""
     kinds = {"callable": "a callable", "module": "an nn.Module", "neuron": "a model traced for Neuron"}
-    said = [f"  {kinds[kind]}: {name or 'an error, there is no NeuronCore'}" for kind, name in auto.items()]
+    errors = {"module": "an error: trace it for NeuronCores, or say backend='cpu'", "neuron": "an error: no NeuronCore"}
+    said = [f"  {kinds[kind]}: {name or errors[kind]}" for kind, name in auto.items()]
     return "\n".join(['backend="auto" takes for', *said])

@@ -121,8 +121,6 @@ class NeuronBackend:
         cores.check_environment()
         here = self._package()
         cut = batch_size is None and dynamic_batching
-        if cut:
-            self._warn_of_cutting(model)
         call: Any
         try:
             if here.kind == cores.NATIVE:
@@ -137,6 +135,8 @@ class NeuronBackend:
                 raise  # it is not about the core
             raise self._explained(error, f"core {core_id} could not load the model") from error
         cores.note_start()
+        if cut:
+            self._warn_of_cutting(model)
         return NeuronCore(call, core_id)
 
     def _warn_of_cutting(self, model: Any) -> None:
@@ -178,13 +178,14 @@ class NeuronBackend:
         return cores.found(self._root)
 
     def report(self) -> dict[str, object]:
-        """The same for `aneuron info`: found, cores, why, lacks."""
+        """The same for `aneuron info`: found, cores, why, lacks, and which models it takes."""
         found = self.found()
         return {
             "found": found.cores > 0 and found.package != cores.NONE,
             "cores": found.cores,
             "why": f"{found.why} ({found.package})" if found.package != cores.NONE else found.why,
             "lacks": list(found.lacks),
+            "takes": "modules" if found.package == cores.NATIVE else "traced models",
         }
 
 
