@@ -22,6 +22,11 @@ _NO_DEVICE = (
     "there is no /dev/neuron*: this is no Inf or Trn instance, the driver is missing, or the container is not given "
     "the devices"
 )
+_CUT = (
+    "the Neuron package cuts and pads (on Inf1: if it was traced with dynamic_batch_size=True), and calls do not share "
+    "runs; pass batch_size=, what the model was traced with, or {batch_size: model}"
+)
+_RECOMPILED = "it is compiled for each new number, and runs eagerly from the ninth on; pass batch_size="
 
 
 class NeuronBackend:
@@ -31,8 +36,8 @@ class NeuronBackend:
     traced parts, or the path of its file. A file is loaded straight onto each core; a module goes to the first core
     itself and to the others as copies, which take host memory each. A module without a graph for NeuronCores, or one
     compiled for several cores at once, is refused. Where TorchNeuron is installed, which has a native device and no
-    `trace`, the model is a plain `nn.Module`, copied to `neuron:i`, and compiled there if `compile` is set (better
-    with `batch_size`: each new shape is compiled).
+    `trace`, the model is a plain `nn.Module`, copied to `neuron:i`, and compiled there if `compile` is set. Set
+    TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION=1, or what fails on the device may run on the CPU without a word.
 
     Cores are counted from zero among those of this process: NEURON_RT_VISIBLE_CORES ("3", "3-6", "3,4,5") or
     NEURON_RT_NUM_CORES, else all, which then no other process can have. Set them before the first model is loaded: the
@@ -121,8 +126,10 @@ class NeuronBackend:
         cores.check_environment()
         here = self._package()
         cut = batch_size is None and dynamic_batching
-        if cut:
-            self._warn_of_cutting(model)
+        if cut and here.kind != cores.NATIVE:
+            self._warn_once(model, _CUT)
+        elif batch_size is None and self._compile:
+            self._warn_once(model, _RECOMPILED)
         call: Any
         try:
             if here.kind == cores.NATIVE:
@@ -137,18 +144,13 @@ class NeuronBackend:
                 raise  # it is not about the core
             raise self._explained(error, f"core {core_id} could not load the model") from error
         cores.note_start()
-        return NeuronCore(call, core_id)
+        return NeuronCore(call, core_id, concurrent=here.kind != cores.NATIVE)
 
-    def _warn_of_cutting(self, model: Any) -> None:
+    def _warn_once(self, model: Any, text: str) -> None:
         key = os.fspath(model) if isinstance(model, (str, os.PathLike)) else id(model)
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(
-                "it is not known how many rows the model was compiled for, so the Neuron package cuts and pads (on "
-                "Inf1: if it was traced with dynamic_batch_size=True), and calls do not share runs; pass batch_size=, "
-                "what the model was traced with, or {batch_size: model}",
-                stacklevel=2,
-            )
+            warnings.warn(f"it is not known how many rows the model was compiled for: {text}", stacklevel=2)
 
     def _explained(self, error: BaseException, what: str) -> DeviceError:
         """An error of loading with its likely cause."""
@@ -189,11 +191,13 @@ class NeuronBackend:
 
 
 class NeuronCore:
-    """A model on one core. The runtime overlaps the copies of one batch with the run of another: it is concurrent."""
+    """A model on one core. The runtime overlaps the copies of one batch with the run of another: it is concurrent.
 
-    concurrent = True
+    Not so TorchNeuron's device: operations of two threads share its one stream, and an error shows in whichever waits.
+    """
 
-    def __init__(self, model: Any, core_id: int) -> None:
+    def __init__(self, model: Any, core_id: int, concurrent: bool = True) -> None:
+        self.concurrent = concurrent
         self._model = model
         self._core_id = core_id
         self._pid = os.getpid()
