@@ -95,7 +95,7 @@ class NeuronBackend:
         number, why = cores.count(self._root, environ)
         if number is None:
             try:
-                number, why = cores.ask(here), "the Neuron runtime"
+                number, why = cores.ask(here), "the Neuron runtime sees none"
             except Exception as error:
                 raise self._explained(error, "the Neuron runtime does not start") from error
         if not number:

@@ -23,7 +23,6 @@ def load(device: Any, model: Any, core_id: int, compiled: bool) -> "NativeModel"
         )
     if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
         raise ValueError(f"model={model!r:.80}: the native device takes an nn.Module, not TorchScript, nor a function")
-    device.set_device(core_id)  # of this thread
     call: Any = copy.deepcopy(model).to(f"neuron:{core_id}")
     if compiled:
         call = torch.compile(call, backend="neuron", dynamic=False)
