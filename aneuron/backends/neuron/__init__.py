@@ -47,7 +47,8 @@ class NeuronBackend:
     Say how many rows the model was compiled for, by `batch_size=`, by a mapping `{8: model}`, or by the config.json
     that optimum-neuron writes beside the file. Otherwise `torch_neuronx.dynamic_batch` cuts and pads on the core:
     calls are then not packed, and a warning says so. A row's result does not depend on its neighbours, but it may
-    differ in the last digits between models compiled for different rows.
+    differ in the last digits between models compiled for different rows. A model that computes across rows gives other
+    answers when its batch is cut: let it have whole batches (`set_dynamic_batching=False`).
 
     A core that fails is lost until the process is restarted (`recoverable` is False). Set NEURON_RT_EXEC_TIMEOUT
     (seconds) well above the longest run, not below: a run that exceeds it costs the core. `torch.jit.load` stops the
