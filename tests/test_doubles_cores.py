@@ -133,6 +133,15 @@ def test_a_model_that_does_not_fit_leaves_nothing_behind(machine, tn):
     assert [machine.core(i).models for i in range(4)] == [0, 0, 1, 0]
 
 
+def test_a_core_can_fail_to_load_while_others_do_not(machine, tn):
+    traced = tn.trace(Net(), X)
+    machine.core(1).load_fails = 2
+    with pytest.raises(RuntimeError, match=r"^Could not load the model status=2 message=Invalid$"):
+        tn.set_neuron_cores(traced, 0, 3)
+    tn.set_neuron_cores(traced, 2, 2)
+    assert machine.loads == [1, 0, 1, 1]
+
+
 # The runtime, facts 2.5 and 2.7.
 
 

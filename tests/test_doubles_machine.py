@@ -92,6 +92,7 @@ def test_a_number_of_cores_is_found_where_they_are_free(root):
         with holder(root, NEURON_RT_NUM_CORES="2") as (_, more):
             assert more == [0, 1]
         assert ended(root, NEURON_RT_NUM_CORES="9")[0] == [REFUSED]
+    assert ended(root, NEURON_RT_NUM_CORES="17")[1].endswith("Requested:17 Available:16")
 
 
 def test_neuron_ls_names_who_has_the_cores(root):

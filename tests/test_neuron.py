@@ -154,7 +154,7 @@ def test_construction_looks_at_nothing(monkeypatch):
     monkeypatch.setattr(cores, "package", lambda: pytest.fail("looked for a package"))
     monkeypatch.setattr(neuron.machine, "chips", lambda root: pytest.fail("looked for devices"))
     backend = NeuronBackend(compile=True)
-    assert (backend.name, backend.recoverable, backend.cuts_batches) == ("neuron", False, True)
+    assert (backend.name, backend.recoverable) == ("neuron", False)
     assert repr(backend) == "NeuronBackend(compile=True)"
 
 
@@ -337,6 +337,23 @@ def test_what_has_a_neuron_graph(machine, tmp_path):
     assert machine.visible is None
 
 
+class Buckets(torch.nn.Module):
+    """Several graphs, and a scripted choice among them: what bucket_model_trace makes."""
+
+    def __init__(self, model: torch.Tensor):
+        super().__init__()
+        self.register_buffer("model", model)
+
+    def forward(self, x: torch.Tensor):
+        if x.shape[0] > 1:
+            return torch.ops.neuron.forward_v2([x], self.model)[0]
+        return x
+
+
+def test_a_graph_behind_a_choice_is_found(machine):
+    assert placement.is_neuron(torch.jit.script(Buckets(traced().model)))
+
+
 class Binding:
     """As the package's class looks like from Python."""
 
@@ -387,11 +404,29 @@ def test_a_model_for_several_cores_is_refused(machine, backend, tmp_path):
         backend.load(saved(tmp_path / "net.pt"), 0, 2)
 
 
-def test_a_class_for_several_cores_is_refused_by_name(machine, backend, monkeypatch):
-    model = traced()
+@pytest.mark.parametrize("kind", ["file", "module"])
+def test_a_class_for_several_cores_is_refused_by_name(machine, backend, tmp_path, monkeypatch, kind):
+    model = saved(tmp_path / "net.pt") if kind == "file" else traced()
     monkeypatch.setattr(placement, "_traces", lambda part: iter(["__torch__.torch.classes.neuron.SPMDModel"]))
     with pytest.raises(ValueError, match="compiled for several cores that work together"):
         backend.load(model, 0, 2)
+
+
+def test_a_load_that_fails_tells_whether_the_runtime_has_started(on_double, backend, tmp_path, monkeypatch):
+    machine = on_double(cores=2)
+    model = traced()
+    monkeypatch.setenv("NEURON_RT_VISIBLE_CORES", "7")  # a runtime that does not start may be asked again
+    with pytest.raises(DeviceError, match="could not be initialized"):
+        backend.load(model, 0, 2)
+    monkeypatch.setenv("NEURON_RT_VISIBLE_CORES", "1")
+    machine.config.family = "trn1"
+    with pytest.raises(DeviceError, match="status=10"):
+        backend.load(model, 0, 2)
+    monkeypatch.setenv("NEURON_RT_VISIBLE_CORES", "0")  # too late: it has
+    machine.config.family = "inf2"
+    with pytest.warns(UserWarning, match="NEURON_RT_VISIBLE_CORES='0': changed after"):
+        backend.load(model, 0, 2)
+    assert machine.visible == [1]
 
 
 def test_a_model_of_another_sdk(on_double, backend):

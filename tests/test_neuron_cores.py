@@ -4,7 +4,6 @@ import json
 import os
 import sys
 import types
-import warnings
 
 import pytest
 import torch
@@ -362,12 +361,18 @@ def test_a_child_of_the_process_that_started_the_runtime(monkeypatch):
         cores.note_start()
 
 
-def test_asking_the_runtime(monkeypatch):
-    native = cores.Package(cores.NATIVE, types.SimpleNamespace(device_count=lambda: 3))
-    assert cores.ask(native) == 3
-    assert cores.frozen_environment() is not os.environ  # it has started
-    with pytest.raises(RuntimeError, match="could not be initialized"):
-        cores.ask(cores.Package(cores.NATIVE, types.SimpleNamespace(device_count=lambda: -1)))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        cores.check_environment()
+@pytest.mark.parametrize("number", [3, -1])
+def test_asking_the_runtime(monkeypatch, number):
+    runtime = types.SimpleNamespace(get_nc_count=lambda: number)
+    monkeypatch.setitem(vars(torch.classes.neuron), "Runtime", lambda: runtime)
+    if number < 0:
+        with pytest.raises(RuntimeError, match="could not be initialized"):
+            cores.ask(cores.Package(cores.TRACE))
+    else:
+        assert cores.ask(cores.Package(cores.TRACE)) == number
+    assert (cores.frozen_environment() is os.environ) == (number < 0)  # whether it has started
+
+
+def test_asking_the_native_device(monkeypatch):
+    assert cores.ask(cores.Package(cores.NATIVE, types.SimpleNamespace(device_count=lambda: 3))) == 3
+    assert cores.frozen_environment() is os.environ  # it has not started

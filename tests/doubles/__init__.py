@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,6 +37,8 @@ def _installed(flavour: str, config: dict[str, Any]) -> Iterator[Machine]:
         sys.path.remove(str(HERE / flavour))
         _forget()
         tracing.uninstall()
+        if "doubles.device" in sys.modules:
+            sys.modules["doubles.device"].uninstall()
         vars(torch.classes.neuron).pop("Runtime", None)
         vars(torch).pop("neuron", None)
         machine.reset(Config())
@@ -49,3 +52,11 @@ def neuronx(**config: Any) -> contextlib.AbstractContextManager[Machine]:
 def neuron(**config: Any) -> contextlib.AbstractContextManager[Machine]:
     """The legacy torch_neuron, which `torch.neuron` is too; an inf1.xlarge unless told otherwise."""
     return _installed("neuron", {"cores_per_chip": 4, "family": "inf1", **config})
+
+
+@contextlib.contextmanager
+def native(**config: Any) -> Iterator[Machine]:
+    """TorchNeuron; it is there without an import, as the real one is. Needs `doubles.device.available`."""
+    with _installed("native", {"cores_per_chip": 8, "lnc": 2, "cores": 8, "family": "trn2", **config}) as machine:
+        importlib.import_module("torch_neuronx")
+        yield machine

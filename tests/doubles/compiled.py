@@ -222,8 +222,9 @@ class Replica:
             self._graph = unpatched_load(io.BytesIO(model.compiled.graph))
         self.cores = cores
         with machine.loading:
-            if any(core.used + self._size > machine.config.memory for core in cores):
-                raise not_loaded(4)
+            for core in cores:
+                if core.load_fails or core.used + self._size > machine.config.memory:
+                    raise not_loaded(core.load_fails or 4)
             for core in cores:
                 core.used += self._size
                 core.models += 1

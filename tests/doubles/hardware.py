@@ -96,6 +96,7 @@ class Core:
     loads: int = 0  # since the start
     unloads: int = 0
     runs: int = 0
+    load_fails: int = 0  # with this status
     poison: Fault | None = None
     faults: list[Fault] = field(default_factory=list)
 
@@ -167,6 +168,7 @@ class Machine:
         self.cores: dict[int, Core] = {}
         self.executions: list[Execution] = []
         self.slow_copies = 0  # of weights, host to device, in a call
+        self.fallbacks = 0  # native: operations that failed on the device and ran on the CPU
         self.default = (-1, -1)  # where a module that is loaded goes: start, count; one for the whole process
 
     def close(self) -> None:
@@ -175,14 +177,19 @@ class Machine:
             file.close()
         self._held: list[IO[str]] = []
         self.visible: list[int] | None = None  # the machine's numbers of this process's cores; None: not started
-        self._pid = 0
+        self._pid = self._lnc = 0
+
+    @property
+    def lnc(self) -> int:
+        """Physical cores in a logical one; like the rest of the environment it is read once."""
+        return self._lnc or int(os.environ.get("NEURON_LOGICAL_NC_CONFIG") or self.config.lnc)
 
     def start(self) -> list[int]:
         """Start the runtime if it has not started: read the environment, and take the cores."""
         with self._starting:
             if self.visible is None:
-                self.lnc = int(os.environ.get("NEURON_LOGICAL_NC_CONFIG") or self.config.lnc)
                 self.visible = self._take()
+                self._lnc = self.lnc
                 self.cores = {core: Core(core) for core in self.visible}
                 self._pid = os.getpid()
             if self._pid != os.getpid():
@@ -190,7 +197,8 @@ class Machine:
             return self.visible
 
     def core(self, local: int) -> Core:
-        return self.cores[self.start()[local]]
+        visible = self.start()
+        return self.cores[visible[local]]
 
     def fail(self, local: int, status: int, **plan: Any) -> None:
         """Plan a fault of a core; arguments are those of `Fault`. Status 0 with `wait` is a slow run."""
@@ -201,27 +209,34 @@ class Machine:
         """Loads on each of the process's cores since the start."""
         return [self.cores[core].loads for core in self.visible or ()]
 
-    def _take(self) -> list[int]:
+    def count(self) -> int:
+        """Cores that this process would take, without taking them. Raises where the runtime would not start."""
+        return len(self.visible) if self.visible is not None else self._wanted()[1]
+
+    def _wanted(self) -> tuple[range, int, str]:
+        """By the environment: among which cores, how many, and how the log writes them."""
         total = self.config.cores // self.lnc
         visible, count = os.environ.get("NEURON_RT_VISIBLE_CORES"), os.environ.get("NEURON_RT_NUM_CORES")
+        if visible is None:
+            size = int(count or 0) or total
+            return range(total), size, str(size)
+        try:
+            cores = parse_cores(visible)
+        except ValueError:
+            log(f"nrt_init Invalid NEURON_RT_VISIBLE_CORES={visible}")
+            raise RuntimeError(NOT_STARTED) from None
+        if cores[-1] >= total:
+            log(f"nrt_init Could not open the nd{cores[-1] * self.lnc // self.config.cores_per_chip}")
+            raise RuntimeError(NOT_STARTED)
+        return range(cores[0], cores[-1] + 1), len(cores), f"nc{cores[0]}-nc{cores[-1]}"
+
+    def _take(self) -> list[int]:
+        among, size, name = self._wanted()
         with self._locks() as locks:
-            if visible is not None:
-                try:
-                    wanted = parse_cores(visible)
-                except ValueError:
-                    log(f"nrt_init Invalid NEURON_RT_VISIBLE_CORES={visible}")
-                    raise RuntimeError(NOT_STARTED) from None
-                if wanted[-1] >= total:
-                    log(f"nrt_init Could not open the nd{wanted[-1] * self.lnc // self.config.cores_per_chip}")
-                    raise RuntimeError(NOT_STARTED)
-                starts, size, name = [wanted[0]], len(wanted), f"nc{wanted[0]}-nc{wanted[-1]}"
-            else:
-                size = int(count or 0) or total
-                starts, name = list(range(total - size + 1)), str(size)
-            for start in starts:
+            for start in range(among.start, among.stop - size + 1):
                 if self._hold(locks, start, size):
                     return list(range(start, start + size))
-            free = sum(self._hold(locks, core, 1) for core in (wanted if visible is not None else range(total)))
+            free = sum(self._hold(locks, core, 1) for core in among)
             self.close()
         log(f"nrt_allocate_neuron_cores NeuronCore(s) not available - Requested:{name} Available:{free}")
         raise RuntimeError(NOT_STARTED)

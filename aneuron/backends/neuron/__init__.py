@@ -22,6 +22,11 @@ _NO_DEVICE = (
     "there is no /dev/neuron*: this is no Inf or Trn instance, the driver is missing, or the container is not given "
     "the devices"
 )
+_CUT = (
+    "the Neuron package cuts and pads (on Inf1: if it was traced with dynamic_batch_size=True), and calls do not share "
+    "runs; pass batch_size=, what the model was traced with, or {batch_size: model}"
+)
+_RECOMPILED = "it is compiled for each new number, and runs eagerly from the ninth on; pass batch_size="
 
 
 class NeuronBackend:
@@ -31,8 +36,8 @@ class NeuronBackend:
     traced parts, or the path of its file. A file is loaded straight onto each core; a module goes to the first core
     itself and to the others as copies, which take host memory each. A module without a graph for NeuronCores, or one
     compiled for several cores at once, is refused. Where TorchNeuron is installed, which has a native device and no
-    `trace`, the model is a plain `nn.Module`, copied to `neuron:i`, and compiled there if `compile` is set (better
-    with `batch_size`: each new shape is compiled).
+    `trace`, the model is a plain `nn.Module`, copied to `neuron:i`, and compiled there if `compile` is set. Set
+    TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION=1, or what fails on the device may run on the CPU without a word.
 
     Cores are counted from zero among those of this process: NEURON_RT_VISIBLE_CORES ("3", "3-6", "3,4,5") or
     NEURON_RT_NUM_CORES, else all, which then no other process can have. Set them before the first model is loaded: the
@@ -42,7 +47,8 @@ class NeuronBackend:
     Say how many rows the model was compiled for, by `batch_size=`, by a mapping `{8: model}`, or by the config.json
     that optimum-neuron writes beside the file. Otherwise `torch_neuronx.dynamic_batch` cuts and pads on the core:
     calls are then not packed, and a warning says so. A row's result does not depend on its neighbours, but it may
-    differ in the last digits between models compiled for different rows.
+    differ in the last digits between models compiled for different rows. A model that computes across rows gives other
+    answers when its batch is cut: let it have whole batches (`set_dynamic_batching=False`).
 
     A core that fails is lost until the process is restarted (`recoverable` is False). Set NEURON_RT_EXEC_TIMEOUT
     (seconds) well above the longest run, not below: a run that exceeds it costs the core. `torch.jit.load` stops the
@@ -63,7 +69,6 @@ class NeuronBackend:
 
     name = "neuron"
     recoverable = False
-    cuts_batches = True
 
     def __init__(self, compile: bool = False, *, root: str | os.PathLike[str] = "/") -> None:
         self._compile = compile
@@ -73,6 +78,11 @@ class NeuronBackend:
 
     def __repr__(self) -> str:
         return f"NeuronBackend({'compile=True' if self._compile else ''})"
+
+    @property
+    def cuts_batches(self) -> bool:
+        """Whether models are compiled for a number of rows: all but those of the native device."""
+        return cores.package().kind != cores.NATIVE
 
     def cores(self) -> Sequence[int]:
         """Those that the environment, or the machine, says this process has. The runtime is asked, which claims them,
@@ -90,7 +100,7 @@ class NeuronBackend:
         number, why = cores.count(self._root, environ)
         if number is None:
             try:
-                number, why = cores.ask(here), "the Neuron runtime"
+                number, why = cores.ask(here), "the Neuron runtime sees none"
             except Exception as error:
                 raise self._explained(error, "the Neuron runtime does not start") from error
         if not number:
@@ -135,20 +145,17 @@ class NeuronBackend:
                 raise  # it is not about the core
             raise self._explained(error, f"core {core_id} could not load the model") from error
         cores.note_start()
-        if cut:
-            self._warn_of_cutting(model)
-        return NeuronCore(call, core_id)
+        if cut and here.kind != cores.NATIVE:
+            self._warn_once(model, _CUT)
+        elif batch_size is None and self._compile:
+            self._warn_once(model, _RECOMPILED)
+        return NeuronCore(call, core_id, concurrent=here.kind != cores.NATIVE)
 
-    def _warn_of_cutting(self, model: Any) -> None:
+    def _warn_once(self, model: Any, text: str) -> None:
         key = os.fspath(model) if isinstance(model, (str, os.PathLike)) else id(model)
         if key not in self._warned:
             self._warned.add(key)
-            warnings.warn(
-                "it is not known how many rows the model was compiled for, so the Neuron package cuts and pads (on "
-                "Inf1: if it was traced with dynamic_batch_size=True), and calls do not share runs; pass batch_size=, "
-                "what the model was traced with, or {batch_size: model}",
-                stacklevel=2,
-            )
+            warnings.warn(f"it is not known how many rows the model was compiled for: {text}", stacklevel=2)
 
     def _explained(self, error: BaseException, what: str) -> DeviceError:
         """An error of loading with its likely cause."""
@@ -190,11 +197,13 @@ class NeuronBackend:
 
 
 class NeuronCore:
-    """A model on one core. The runtime overlaps the copies of one batch with the run of another: it is concurrent."""
+    """A model on one core. The runtime overlaps the copies of one batch with the run of another: it is concurrent.
 
-    concurrent = True
+    Not so TorchNeuron's device: operations of two threads share its one stream, and an error shows in whichever waits.
+    """
 
-    def __init__(self, model: Any, core_id: int) -> None:
+    def __init__(self, model: Any, core_id: int, concurrent: bool = True) -> None:
+        self.concurrent = concurrent
         self._model = model
         self._core_id = core_id
         self._pid = os.getpid()

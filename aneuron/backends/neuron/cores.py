@@ -239,12 +239,11 @@ def frozen_environment() -> Mapping[str, str]:
 
 
 def ask(here: Package) -> int:
-    """How many cores the runtime gives this process. Starts it, which claims them. Raises what it raises."""
+    """How many cores the runtime gives this process. It may start for that, and claim them. Raises what it raises."""
     if here.kind == NATIVE:
-        number = int(here.module.device_count())  # type: ignore[union-attr]
-    else:
-        runtime: Any = torch.classes.neuron.Runtime()
-        number = int(runtime.get_nc_count())
+        return int(here.module.device_count())  # type: ignore[union-attr]
+    runtime: Any = torch.classes.neuron.Runtime()
+    number = int(runtime.get_nc_count())
     if number < 0:
         raise RuntimeError("The PyTorch Neuron Runtime could not be initialized.")
     note_start()

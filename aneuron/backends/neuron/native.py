@@ -6,8 +6,6 @@ The device: https://awsdocs-neuron.readthedocs-hosted.com/en/latest/frameworks/t
 """
 
 import copy
-import os
-import warnings
 from typing import Any
 
 import torch
@@ -23,16 +21,9 @@ def load(device: Any, model: Any, core_id: int, compiled: bool) -> "NativeModel"
             "the model was traced with torch_neuronx (SDK up to 2.31), and the one installed here has a native device "
             "instead; pass the module that was traced, or install the SDK that it was traced with"
         )
-    if not isinstance(model, (str, os.PathLike, torch.nn.Module)):
-        raise ValueError(f"model={model!r:.80}: a plain function has no weights to move to a core; pass an nn.Module")
-    device.set_device(core_id)  # of this thread
-    if isinstance(model, torch.nn.Module):
-        module = copy.deepcopy(model)
-    else:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.load itself, from torch 2.13 on
-            module = torch.jit.load(model, map_location="cpu")  # type: ignore[no-untyped-call]
-    call: Any = module.to(f"neuron:{core_id}")
+    if not isinstance(model, torch.nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        raise ValueError(f"model={model!r:.80}: the native device takes an nn.Module, not TorchScript, nor a function")
+    call: Any = copy.deepcopy(model).to(f"neuron:{core_id}")
     if compiled:
         call = torch.compile(call, backend="neuron", dynamic=False)
     return NativeModel(device, call, core_id)

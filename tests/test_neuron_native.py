@@ -1,0 +1,154 @@
+"""The Neuron backend on a double of TorchNeuron's native device: plain modules on `neuron:i`."""
+
+import asyncio
+import os
+import threading
+import warnings
+
+import doubles
+import pytest
+import torch
+from doubles import device
+
+from aneuron import AsyncDataParallel, DeviceError, Fault
+from aneuron.backends.neuron import NeuronBackend, cores
+from aneuron.testing import check_backend
+
+pytestmark = pytest.mark.skipif(not device.available, reason="this torch cannot have a device type written in Python")
+
+NET = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Softmax(1)).eval().requires_grad_(False)
+X = torch.arange(8.0).reshape(2, 4)
+
+
+@pytest.fixture(autouse=True)
+def machine(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("NEURON", "TORCH_NEURONX")):
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(cores, "_started", None)
+    with doubles.native() as machine:
+        yield machine
+
+
+@pytest.fixture
+def backend(tmp_path):
+    return NeuronBackend(root=tmp_path / "no such root")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_contract(machine, tmp_path, compiled):
+    backend = NeuronBackend(compile=compiled, root=tmp_path)
+    assert list(backend.cores()) == [0, 1, 2, 3]
+    assert machine.visible is None  # counted, not taken
+    check_backend(backend, NET, (X,))
+    assert {execution.local for execution in machine.executions} == {0, 1, 2, 3}
+    assert len(machine.executions) == 4 * 2 * 2 * (1 if compiled else 2)  # cores, loads, runs, operations
+    assert not any(core.used for core in machine.cores.values())
+    assert next(NET.parameters()).device.type == "cpu"  # ours are copies
+
+
+def test_calls_and_structures(machine, backend):
+    class Named(torch.nn.Module):
+        def forward(self, x, *, scale):
+            return {"twice": x * 2, "scaled": [x * scale, None]}
+
+    async def main():
+        async with AsyncDataParallel(Named().eval(), [1, 3], backend=backend, batch_size=2) as model:
+            results = await asyncio.gather(*(model(X[:1] + n, scale=X[:1]) for n in range(9)))
+            for n, result in enumerate(results):
+                assert torch.equal(result["twice"], (X[:1] + n) * 2)
+                assert torch.equal(result["scaled"][0], (X[:1] + n) * X[:1])
+                assert type(result["twice"]) is torch.Tensor
+                assert not result["twice"].is_inference()
+
+    asyncio.run(main())
+    assert {execution.local for execution in machine.executions} == {1, 3}
+
+
+def test_a_run_is_over_when_execute_returns(machine, backend, monkeypatch):
+    """Also one without an output to be copied, whose fault nobody would see."""
+
+    class Silent(torch.nn.Module):
+        def forward(self, x):
+            self.seen = x + 1
+
+    monkeypatch.setenv("TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION", "1")
+    core = backend.load(Silent().eval(), 1, 2)
+    assert core.execute((X,), {}) is None
+    machine.fail(1, 1003)
+    with pytest.raises(RuntimeError, match="status=1003") as raised:
+        core.execute((X,), {})
+    assert backend.classify(raised.value) is Fault.INPUT
+
+
+@pytest.mark.parametrize(("status", "kind"), [(5, Fault.CORE), (101, Fault.CORE), (1202, Fault.CORE)])
+def test_a_lost_core(machine, backend, status, kind):
+    core = backend.load(NET, 2, 2)
+    machine.fail(2, status)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"NRT Execution error.*status={status}") as raised:
+            core.execute((X,), {})
+        assert backend.classify(raised.value) is kind
+
+
+def test_the_current_device_is_that_of_the_core_in_every_thread(machine, backend):
+    class Where(torch.nn.Module):
+        def forward(self, x):
+            seen.append(torch.neuron.current_device())
+            return x
+
+    seen = []
+    core = backend.load(Where().eval(), 2, 2)
+    assert not core.concurrent  # they share a stream, and its errors
+    thread = threading.Thread(target=core.execute, args=((X,), {}))
+    thread.start()
+    thread.join(30.0)
+    core.execute((X,), {})
+    assert seen == [2, 2]
+
+
+def test_what_is_no_model_for_the_device(machine, backend, tmp_path):
+    script = torch.jit.trace(NET, X)
+    script.save(tmp_path / "net.pt")
+    for model in (script, str(tmp_path / "net.pt"), torch.neg):
+        with pytest.raises(ValueError, match=r"the native device takes an nn\.Module"):
+            backend.load(model, 0, 2)
+    traced = torch.nn.Module()
+    traced.part = type("Binding", (), {"set_neuron_devices": print})()
+    with pytest.raises(ValueError, match=r"traced with torch_neuronx \(SDK up to 2.31\).*has a native device instead"):
+        backend.load(traced, 0, 2)
+
+
+def test_a_compiled_model_of_unknown_rows_warns_once(tmp_path):
+    backend = NeuronBackend(compile=True, root=tmp_path)
+    with pytest.warns(UserWarning, match=r"compiled for each new number.*pass batch_size=") as caught:
+        assert [backend.load(NET, core, None).concurrent for core in (0, 1)] == [False, False]
+    assert len(caught) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        backend.load(NET, 2, 2)
+        NeuronBackend(root=tmp_path).load(NET, 3, None)
+
+
+def test_a_model_that_does_not_fit_names_the_core(machine, backend):
+    machine.config.memory = 10
+    with pytest.raises(DeviceError, match=r"core 1 could not load the model.*status=4.*memory"):
+        backend.load(NET, 1, 2)
+
+
+def test_no_device(monkeypatch, backend):
+    monkeypatch.setattr(torch.neuron, "device_count", lambda: 0)
+    with pytest.raises(DeviceError, match="no NeuronCore: the Neuron runtime sees none"):
+        backend.cores()
+
+
+def test_a_child_process_is_told(machine, backend, monkeypatch):
+    core = backend.load(NET, 0, 2)
+    monkeypatch.setattr(cores, "_started", None)  # we would say it ourselves
+    machine._pid += 1
+    with pytest.raises(RuntimeError, match="forked subprocess") as raised:
+        core.execute((X,), {})
+    assert backend.classify(raised.value) is Fault.FATAL
+    assert "spawn method" in raised.value.__notes__[0]
+    with pytest.raises(DeviceError, match=r"core 1 could not load the model.*forked subprocess.*spawn"):
+        backend.load(NET, 1, 2)
