@@ -68,8 +68,9 @@ class Lanes:
         self._common = Common(backend, load.dim, load.unpad, threading.Lock(), self._post)
         self._closed = self.loop.create_future()  # done when the last core is closed
         make = getattr(backend, "workers", Workers)  # aneuron.testing has threadless ones
+        number = getattr(backend, "global_id", lambda core_id: core_id)
         for core_id in core_ids:
-            counters.cores.setdefault(core_id, CoreCounters(core_id))
+            counters.cores.setdefault(core_id, CoreCounters(core_id, number(core_id)))
         self._lanes = [
             Lane(index, core_id, backend, make(f"aneuron-core-{core_id}"), counters.cores[core_id])
             for index, core_id in enumerate(core_ids)

@@ -12,7 +12,15 @@ from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
 
-from aneuron.backends import Backend, automatic, check_ids, choose_backend, choose_cores, parse_device_ids
+from aneuron.backends import (
+    Backend,
+    automatic,
+    check_ids,
+    check_models,
+    choose_backend,
+    choose_cores,
+    parse_device_ids,
+)
 from aneuron.buckets import Buckets, Cover
 from aneuron.bulk import Map
 from aneuron.errors import Closed, DeadlineExceeded, DeviceError, ShapeError
@@ -447,6 +455,7 @@ class AsyncDataParallel:
 
     def _look_for_cores(self) -> tuple[Backend, list[int]]:
         backend = self._backend = self._backend or automatic(self._models.given)
+        check_models(backend, self._models.given)
         self._models.ask(backend, self._example.rows if self._example is not None else None)
         return backend, choose_cores(backend, self._ids)
 

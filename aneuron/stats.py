@@ -43,7 +43,8 @@ class CallStatistics:
 class CoreStatistics:
     """What one core has done since the model was constructed.
 
-    `id` counts within the cores that this process sees, `global_id` within the machine's. `batches` counts
+    `id` counts within the cores that this process sees, `global_id` within the machine's (None if only the runtime
+    knows). `state` is "failed" for a core that did not load (`min_cores`). `batches` counts
     executions, re-runs included; `rows` are callers' rows, `padded_rows` those added to fill the compiled size.
     `services` has the median seconds of the last executions of each shape, (rows, bucket), `service_seconds` that of
     the shape executed last, None before the first. Rows as compiled or, where any number will do, rounded up to a
@@ -51,8 +52,8 @@ class CoreStatistics:
     """
 
     id: int
-    global_id: int
-    state: str  # "loading" | "ready" | "closed"
+    global_id: int | None
+    state: str  # "loading" | "ready" | "failed" | "closed"
     in_flight: int
     batches: int
     rows: int
@@ -208,8 +209,9 @@ class Recent:
 class CoreCounters:
     """The running numbers of one core."""
 
-    def __init__(self, core_id: int) -> None:
+    def __init__(self, core_id: int, global_id: int | None) -> None:
         self.core_id = core_id
+        self.global_id = global_id
         self.state = "loading"
         self.owner: object = None  # whose state it is: a run of the model may outlast the start of the next
         self.in_flight = 0
@@ -243,7 +245,7 @@ class CoreCounters:
         """The frozen state of now."""
         services = {key: recent.median for key, recent in list(self.services.items())}  # exporters are other threads
         return CoreStatistics(
-            self.core_id, self.core_id, self.state, self.in_flight, self.batches, self.rows, self.padded_rows,
+            self.core_id, self.global_id, self.state, self.in_flight, self.batches, self.rows, self.padded_rows,
             self.busy_seconds, services.get(self._last), MappingProxyType(services), self.errors,
         )  # fmt: skip
 

@@ -91,6 +91,22 @@ async def test_a_traced_model_without_neuroncores_says_so(monkeypatch, tmp_path)
         await AsyncDataParallel(tmp_path / "net.pt").start()
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+async def test_a_traced_model_does_not_go_elsewhere_when_told_to(backend, monkeypatch, tmp_path):
+    FakeCuda(monkeypatch, devices=1)
+    with doubles.neuronx(cores=2):
+        traced().save(tmp_path / "net.pt")
+        for model in (tmp_path / "net.pt", traced()):
+            with pytest.raises(DeviceError, match=f"the {backend} backend cannot run it"):
+                await AsyncDataParallel(model, backend=backend).start()
+
+
+async def test_cores_have_the_numbers_of_the_machine_in_the_statistics(neuron_machine, monkeypatch):
+    monkeypatch.setenv("NEURON_RT_VISIBLE_CORES", "2-3")
+    async with AsyncDataParallel(traced(), batch_size=2) as model:
+        assert [(core.id, core.global_id) for core in model.statistics().cores] == [(0, 2), (1, 3)]
+
+
 @scenario
 async def test_what_auto_takes_is_decided_at_start_and_kept():
     model = AsyncDataParallel(torch.neg, backend="auto")

@@ -59,7 +59,8 @@ class Backend(Protocol):
     - `compiled_rows(model)`: the rows that a model was compiled for, None if it cannot tell;
     - `cuts_batches = True`: every model is compiled for a number of rows, and where nobody knows which, its cores cut
       and pad what they are given. Calls are not packed then, and `load` is told by a keyword `dynamic_batching` whether
-      cores may do so.
+      cores may do so;
+    - `global_id(core_id)`: the machine's number of a core, None if it cannot tell (the id itself where there is none).
 
     A complete one, for a model that is a plain function::
 
@@ -210,6 +211,17 @@ def _named(name: str) -> Backend:
 
     backend: Backend = {"neuron": NeuronBackend, "cuda": CudaBackend, "cpu": CpuBackend}[name]()
     return backend
+
+
+def check_models(backend: Backend, models: Iterable[Any]) -> None:
+    """Raise `DeviceError` for models traced for NeuronCores where they are to run elsewhere."""
+    from aneuron.backends.neuron.placement import is_neuron
+
+    if backend.name in ("cpu", "cuda") and any(is_neuron(model) for model in models):
+        raise DeviceError(
+            f"the model was traced for NeuronCores, and the {backend.name} backend cannot run it; pass "
+            "backend='neuron' on a machine that has some, or the module that was traced"
+        )
 
 
 def automatic(models: Iterable[Any]) -> Backend:
