@@ -293,6 +293,53 @@ def test_gather(host):
         host(lambda x: {"a": x} if x[0, 0] else {"b": x})(x)
 
 
+# The five programs of the documents, in their own words, on a smaller network.
+
+
+class Conv(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 3, 3)
+
+    def forward(self, x):
+        return self.conv(x) + 1
+
+
+@pytest.mark.parametrize("bugs", [True, False])
+def test_programs_of_the_documents(machine, tn, bugs):
+    machine.config.data_parallel_bugs = bugs
+    network = Conv().eval().requires_grad_(False)
+    image = torch.rand(1, 3, 8, 8)
+
+    def neuron():
+        return tn.trace(network, image)
+
+    parallel = tn.DataParallel(neuron())
+    for batch in (5, 2, 3, 4, 5, 6):
+        x = torch.rand(batch, 3, 8, 8)
+        torch.testing.assert_close(quiet(parallel, x), network(x))
+
+    chosen = tn.DataParallel(neuron(), device_ids=["nc:0", "nc:1"])
+    assert {run.core for run in ran(machine, lambda: chosen(x))} == {0, 1}
+
+    other = tn.DataParallel(neuron(), device_ids=[0, 1], dim=2)
+    x = torch.rand(1, 3, 16, 8)
+    torch.testing.assert_close(other(x), torch.cat([network(half) for half in x.chunk(2, 2)], 2))
+
+    fixed = tn.DataParallel(neuron(), device_ids=[0, 1], dim=0)
+    fixed.disable_dynamic_batching()
+    with pytest.raises(RuntimeError, match="Incorrect shape"):
+        fixed(torch.rand(4, 3, 8, 8))
+    x = torch.rand(2, 3, 8, 8)
+    torch.testing.assert_close(fixed(x), network(x))
+
+
+def ran(machine, call):
+    before = len(machine.executions)
+    call()
+    return machine.executions[before:]
+
+
 # Legacy, facts 1.10.
 
 
