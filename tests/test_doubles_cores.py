@@ -244,14 +244,16 @@ def test_one_run_at_a_time_on_a_core_whatever_the_module(machine, tn):
     go = threading.Event()
     machine.fail(0, 0, wait=go)
     threads = [threading.Thread(target=module, args=(X,)) for module in modules[:2]]
-    for thread in threads:
-        thread.start()
-        turn.came.acquire()
-    modules[2](X)  # neither the GIL nor the other core is taken
-    assert [run.core for run in machine.executions] == [0, 1]
-    go.set()
-    for thread in threads:
-        thread.join()
+    try:
+        for thread in threads:
+            thread.start()
+            assert turn.came.acquire(timeout=30)
+        modules[2](X)  # neither the GIL nor the other core is taken
+        assert [run.core for run in machine.executions] == [0, 1]
+    finally:
+        go.set()
+        for thread in threads:
+            thread.join()
     assert [run.core for run in machine.executions] == [0, 1, 0]
 
 

@@ -1,13 +1,12 @@
 """The reference does what the facts about `torch_neuronx.DataParallel` and its legacy say, bugs included if asked."""
 
 import logging
-import threading
 import warnings
 
 import doubles
 import pytest
 import torch
-from doubles.samples import Net, Pair, X, cores_of
+from doubles.samples import Net, Pair, X, cores_of, quiet
 from torch import nn
 
 ROW = torch.rand(1, 3)
@@ -45,12 +44,6 @@ def host(machine):
         return torch_neuronx.DataParallel(Net(answer), device_ids=list(device_ids), **settings)
 
     return build
-
-
-def quiet(call, *inputs):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return call(*inputs)
 
 
 # Construction and loading, facts 1.1 to 1.5.
@@ -291,40 +284,3 @@ def test_gather(host):
         host(lambda x: {"a": x} if x[0, 0] else {"a": x, "b": x})(x)
     with pytest.raises(KeyError):
         host(lambda x: {"a": x} if x[0, 0] else {"b": x})(x)
-
-
-# Legacy, facts 1.10.
-
-
-def test_legacy():
-    with doubles.neuron(cores=16) as machine:
-        import torch_neuron
-
-        assert torch.neuron is torch_neuron
-        traced = torch.neuron.trace(Net(), ROW)
-        model = torch.neuron.DataParallel(traced, device_ids=["nc:0", "nc:1", "nc:2"])
-        assert [cores_of(module) for module in model.loaded_modules] == [[0], [1], [2]]
-        assert model.num_workers == 6
-        x = torch.rand(7, 3)
-        torch.testing.assert_close(model(x), x * 2 + 1)
-        assert {run.core for run in machine.executions} == {0, 1, 2}
-        torch_neuron.experimental.set_neuron_cores(traced, 14, 1)
-        assert cores_of(traced) == [14]
-        assert torch.neuron.trace(Net(), ROW, dynamic_batch_size=True)(x).shape == (7, 3)
-        with pytest.raises(TypeError):
-            torch.neuron.DataParallel(traced, set_dynamic_batching=False)
-        pipeline = torch.neuron.trace(Net(), ROW, compiler_args=["--neuroncore-pipeline-cores", "4"])
-        with pytest.raises(RuntimeError, match="status=9"):
-            torch.neuron.DataParallel(pipeline)
-    assert not hasattr(torch, "neuron")
-
-
-def test_legacy_calls_a_single_chunk_on_the_callers_thread():
-    with doubles.neuron(cores=4):
-        import torch_neuron
-
-        seen = []
-        model = torch_neuron.DataParallel(Net(lambda x: seen.append(threading.current_thread()) or x))
-        model.split_size = 8
-        quiet(model, torch.rand(4, 3))
-        assert seen == [threading.current_thread()]

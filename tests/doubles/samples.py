@@ -1,7 +1,9 @@
 """What the tests put through the doubles, and what they ask of them."""
 
 import re
+import warnings
 from collections import namedtuple
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +42,9 @@ def fails_in_torchscript(text: str = "", pattern: str = "") -> Any:
     """As a traced module raises: the frame first, the text as the last line."""
     frame = r"(?s)^The following operation failed in the TorchScript interpreter\..*\nRuntimeError: "
     return pytest.raises(RuntimeError, match=frame + (pattern or re.escape(text)) + r"\n?$")
+
+
+def quiet(call: Callable[..., Any], *inputs: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return call(*inputs)
