@@ -143,7 +143,8 @@ class Scheduler(Slots, Generic[C]):
         self._order.push(calls, self._limit)
         if self.rules.max_delay != 0.0:
             for call in calls:
-                self._hold.note(call)
+                if not call.bound:  # it has not left again
+                    self._hold.note(call)
 
     def discard(self, call: C) -> None:
         """Take a call's waiting rows out of the queue; does nothing if none waits."""

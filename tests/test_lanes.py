@@ -731,3 +731,18 @@ async def test_a_lane_that_ends_with_an_error_still_gets_what_came_meanwhile():
         assert isinstance(first.exception(), ValueError)
         backend[0].release()
         assert (await second)[0, 0] == -1
+
+
+@scenario
+async def test_a_call_that_leaves_before_it_is_queued_is_not_noted_for_the_hold():
+    backend, model = puppets(max_delay=0.1)
+    async with model:
+        first = call(model, 0)
+        await settle()
+        gone = asyncio.ensure_future(model(torch.zeros(1, 5)))  # of a kind that nothing else is
+        await asyncio.sleep(0)
+        gone.cancel()
+        await settle()
+        backend[0].release()
+        assert (await first)[0, 0] == 0
+        assert model.ready
