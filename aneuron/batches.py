@@ -5,7 +5,7 @@ Must not be here: who goes first (order.py), when and for which lane (scheduler.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic
+from typing import Any, Generic
 
 from aneuron.order import Flow, Heap, Kind, Order, first
 from aneuron.waiting import NEVER, C, Chunk
@@ -22,6 +22,10 @@ class Batch(Generic[C]):
     bucket: int = 0
     expected: float = 0.0  # seconds that it will take, as far as is known
     due: float = 0.0  # when it should have ended
+    tried: int | None = None  # the core that has failed with these rows before
+    avoid: int | None = None  # a lane that must not take it
+    inquest: Any = None  # into the failed batch that this is a part of
+    trial: Any = None  # the inquest that asks this core
 
 
 class Filling(Generic[C]):

@@ -10,6 +10,7 @@ Lives here: the tree below. Must not be here: an import, a status code of any we
     ├── DeadlineExceeded (TimeoutError)  too late: ask with more time, or less often
     ├── Closed        (RuntimeError)  the model is closed or closing: go elsewhere
     └── CoreFailed    (RuntimeError)  the core failed, not the input: try again
+        └── NoHealthyCores            and there is no other: come back after `retry_after` seconds, if it says so
 
 A model's own exception is none of these: it reaches the caller as the model raised it.
 """
@@ -66,3 +67,15 @@ class CoreFailed(AneuronError, RuntimeError):
     def __init__(self, message: str, core: int | None = None) -> None:
         super().__init__(message)
         self.core = core
+
+
+class NoHealthyCores(CoreFailed):
+    """Every core is out of service.
+
+    `retry_after` is the time in seconds after which one is loaded again, or None where none can be: then the process
+    must be restarted.
+    """
+
+    def __init__(self, message: str, core: int | None = None, retry_after: float | None = None) -> None:
+        super().__init__(message, core)
+        self.retry_after = retry_after

@@ -50,6 +50,8 @@ class Lane:
         self.counters = counters
         self.workers = workers
         self.concurrent = False
+        self.out = False  # of service, for good: what serves later on this core is another lane
+        self.hung = False  # a thread of it does not come back
         self.take: Take  # how a thread gets its next execution; set by `Lanes`
         self.ended = 0.0  # when the last execution did
         self._backend = backend

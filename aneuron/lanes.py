@@ -1,7 +1,7 @@
 """All lanes of one run of a model, on one loop: calls in, batches out, results back.
 
 Lives here: the lock around the scheduler, which the loop and the workers ask in turn; what wakes whom. Must not be
-here: callers' futures (futures.py), tensors, decisions (ask the scheduler), blocking.
+here: callers' futures (futures.py), faults (recovery.py), tensors, decisions (ask the scheduler), blocking.
 
 Lanes are driven by callbacks, not by tasks: `asyncio.run` cancels every task before a drain in `finally` gets its turn.
 A worker that ends an execution takes its lane's next batch itself (`_take`): rows are bound when the core is free for
@@ -12,7 +12,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -20,14 +20,16 @@ from typing import Any
 
 from aneuron.backends import Backend, Fault
 from aneuron.batches import Batch
-from aneuron.errors import Closed, CoreFailed, QueueFull
-from aneuron.futures import Futures, has_left
+from aneuron.errors import Closed, QueueFull
+from aneuron.futures import Futures
 from aneuron.lane import TICK, Lane, Load
+from aneuron.recovery import Recovery, note
 from aneuron.rows import Call
 from aneuron.scheduler import Rules, Scheduler, Sizes, rounded
 from aneuron.slots import spread
 from aneuron.stats import CoreCounters, Counters, Recent, Statistics
-from aneuron.workers import Common, Execution, Workers, carried, text
+from aneuron.waiting import Chunk
+from aneuron.workers import Common, Execution, Workers, text
 
 logger = logging.getLogger("aneuron")
 
@@ -45,6 +47,7 @@ class Lanes:
         load: Load,
         sizes: Mapping[int, Sizes],
         counters: Counters,
+        exec_timeout: float | None = None,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()  # the loop's; to ask for the running loop costs a system call
@@ -65,21 +68,30 @@ class Lanes:
         self._traced = False  # whether any call was asked how it was run
         self._late_by = Recent()  # seconds that batches have ended after they should have
         self._stopped = False
+        self._down = False  # no core serves
+        self._watched = exec_timeout is not None
         self._common = Common(backend, load.dim, load.unpad, threading.Lock(), self._post)
         self._closed = self.loop.create_future()  # done when the last core is closed
-        make = getattr(backend, "workers", Workers)  # aneuron.testing has threadless ones
+        self._make_workers = getattr(backend, "workers", Workers)  # aneuron.testing has threadless ones
+        self.slots = 0  # batches that may be in flight, on all lanes
         number = getattr(backend, "global_id", lambda core_id: core_id)
         for core_id in core_ids:
             counters.cores.setdefault(core_id, CoreCounters(core_id, number(core_id)))
-        self._lanes = [
-            Lane(index, core_id, backend, make(f"aneuron-core-{core_id}"), counters.cores[core_id])
-            for index, core_id in enumerate(core_ids)
-        ]
-        for lane in self._lanes:
-            lane.take = partial(self._take, lane)
-        self._open_cores = len(self._lanes)
-        self.clock = self._lanes[0].workers.clock
+        self._core_ids = core_ids
+        self._open: set[Lane] = set()  # lanes whose cores have not been closed; hung ones may never be
+        self.lanes = [self._new_lane(index) for index in range(len(core_ids))]
+        self.clock = self.lanes[0].workers.clock
+        self.recovery = Recovery(self, len(core_ids), backend.recoverable, load.compiled is not None, exec_timeout)
         self.futures = Futures(self.loop, self.clock, counters, self.discard)
+
+    def _new_lane(self, index: int) -> Lane:
+        core_id = self._core_ids[index]
+        workers = self._make_workers(f"aneuron-core-{core_id}")
+        lane = Lane(index, core_id, self._backend, workers, self._counters.cores[core_id])
+        lane.take = partial(self._take, lane)
+        workers.on_death = lambda error: self._call_loop(partial(self._thread_died, lane, error))
+        self._open.add(lane)
+        return lane
 
     # Lifecycle.
 
@@ -90,16 +102,19 @@ class Lanes:
         """
         failures: list[Exception] = []
         try:
-            for lane in self._lanes:
+            for lane in self.lanes:
                 try:
                     lane.counters.state, lane.counters.owner = "loading", self
                     lane.workers.grow(1)
                     await asyncio.wrap_future(lane.workers.submit(lane.load, self._load))
+                    self.recovery.health[lane.index].loaded(self.clock())
                     lane.counters.state = "ready"
                 except Exception as error:
                     failures.append(error)
-                    self._leave_out(lane, error)
-                    if len(self._lanes) - len(failures) < min_cores or self._is_fatal(error):
+                    note(error, f"aneuron: while loading core {lane.core_id} of the {self._backend.name} backend")
+                    self.recovery.not_loaded(lane, error)
+                    self._end(lane)
+                    if len(self.lanes) - len(failures) < min_cores or self._is_fatal(error):
                         raise failures[0] from failures[0].__cause__
         except BaseException as error:
             self.stop()
@@ -107,20 +122,11 @@ class Lanes:
                 await asyncio.shield(self._closed)
                 self._join()
             raise
-        self.change(cores=len(self._lanes) - len(failures))
         for core in self._counters.cores.values():
             for (rows, bucket), recent in core.services.items():
                 if bucket in self._sizes:
                     self._sizes[bucket].learn(rows, recent.median)
         self.serving = True
-
-    def _leave_out(self, lane: Lane, error: Exception) -> None:
-        """A core has not loaded: the others serve without it."""
-        _note(error, f"aneuron: while loading core {lane.core_id} of the {self._backend.name} backend")
-        logger.warning("core %d did not load: %s", lane.core_id, text(error))
-        lane.counters.state = "failed"
-        lane.counters.errors += 1
-        lane.stop(self._lane_closed)
 
     def _is_fatal(self, error: Exception) -> bool:
         """Whether the other cores would not load either."""
@@ -131,10 +137,18 @@ class Lanes:
             return False
 
     def resize(self, num_workers: int) -> None:
-        """Spread `num_workers` slots over the lanes that are up; batches in flight are left alone."""
-        shares = iter(spread(num_workers, self.rules.cores))
-        slots = [0 if lane.counters.state == "failed" else next(shares) for lane in self._lanes]
-        leads = [lane.widen(own) if own else None for lane, own in zip(self._lanes, slots, strict=True)]
+        """Let so many batches be in flight; those that are, are left alone."""
+        self.slots = num_workers
+        self.spread()
+
+    def spread(self) -> None:
+        """Spread the slots over the lanes in service, and dispatch."""
+        serves = [health.serves for health in self.recovery.health]
+        self.change(cores=max(1, sum(serves)))
+        self._down = not any(serves)
+        shares = iter(spread(self.slots, self.rules.cores))
+        slots = [next(shares) if serves[lane.index] else 0 for lane in self.lanes]
+        leads = [lane.widen(own) if own else None for lane, own in zip(self.lanes, slots, strict=True)]
         with self._lock:
             self._scheduler.resize(slots, leads)
         self._dispatch_soon()
@@ -160,15 +174,16 @@ class Lanes:
 
     def _join(self) -> None:
         """See the threads end; they have said their last words."""
-        for lane in self._lanes:
-            lane.workers.join(1.0)
+        for lane in self.lanes:
+            if not lane.hung:
+                lane.workers.join(1.0)
 
     def abort(self) -> None:
         """Fail what has not begun to execute, and let the threads end after what they execute."""
         with self._lock:
             self._stopped = True
             calls = [*self._arrivals, *self._scheduler.calls()]
-            for lane in self._lanes:
+            for lane in self.lanes:
                 batches = [lane.queue.get_nowait() for _ in range(lane.queue.qsize())]
                 batches += [execution.batch for execution in lane.in_flight if not execution.begun]
                 calls += [call for batch in batches for call, _, _ in batch.chunks]
@@ -182,19 +197,26 @@ class Lanes:
         self.serving, self._stopped = False, True
         if self._timer is not None:
             self._timer.cancel()
-        for lane in self._lanes:
-            lane.stop(self._lane_closed)
+        self.recovery.stop()
+        for lane in list(self._open):
+            self._end(lane)
+        self._check_closed()
 
-    def _lane_closed(self) -> None:  # worker thread
-        self._call_loop(self._count_closed)
+    def _end(self, lane: Lane) -> None:
+        """Let a lane's threads end."""
+        lane.stop(lambda: self._call_loop(partial(self._lane_closed, lane)))
 
-    def _count_closed(self) -> None:
-        self._open_cores -= 1
-        if not self._open_cores:
-            for lane in self._lanes:
-                if lane.counters.owner is self:  # not another run of the model, on the same core
-                    lane.counters.state, lane.counters.in_flight = "closed", 0
-            self._closed.set_result(None)
+    def _lane_closed(self, lane: Lane) -> None:
+        self._open.discard(lane)
+        self._check_closed()
+
+    def _check_closed(self) -> None:
+        if not self._stopped or self._closed.done() or not all(lane.hung for lane in self._open):
+            return
+        for lane in self.lanes:
+            if lane.counters.owner is self:  # not another run of the model, on the same core
+                lane.counters.state, lane.counters.in_flight = "closed", 0
+        self._closed.set_result(None)
 
     def _log_slow_drain(self) -> None:
         logger.warning("closing has taken %g s; %d calls have not ended", SLOW_DRAIN, len(self.futures.calls))
@@ -205,6 +227,8 @@ class Lanes:
         """Admit a call; its future. Who stops waiting for that before the call is settled must `withdraw` it."""
         if not self.serving:
             raise Closed(self.why_closed)
+        if self._down:
+            raise self.recovery.none_left()
         if self.rules.max_pending is not None:
             self._find_room(call)
         future = self.futures.accept(call, self.clock())
@@ -216,6 +240,8 @@ class Lanes:
         self._arrivals.append(call)  # before the question: a lane that falls idle looks here after it has said so
         if not self._scheduled and self._scheduler.wants_calls:
             self._dispatch_soon()
+        if self._watched:
+            self.recovery.watch()
         return future
 
     def _is_hopeless(self, call: Call, timeout: float) -> bool:
@@ -288,8 +314,8 @@ class Lanes:
             bound = self._scheduler.bind(now)
         while bound is not None:
             index, batch = bound
-            self._lanes[index].queue.put_nowait(batch)
-            woken.append(self._lanes[index])
+            self.lanes[index].queue.put_nowait(batch)
+            woken.append(self.lanes[index])
             bound = self._scheduler.bind(now)
         return woken
 
@@ -316,10 +342,14 @@ class Lanes:
             with self._lock:
                 now = self.clock()
                 if ended is not None:
+                    if ended.abandoned:
+                        return None
                     lane.in_flight.remove(ended)
                     self._scheduler.release(lane.index, now, ended.batch)
+                    if ended.fault is not Fault.INPUT:
+                        self._take_out(lane)
                 execution = None
-                if not self._stopped and (ended is None or not ended.failed):
+                if not self._stopped and not lane.out and (ended is None or not ended.failed):
                     execution = self._next(lane, now)
                 idles = execution is None and not lane.in_flight
                 waits = self._scheduler.has_work or self._arrivals
@@ -348,18 +378,18 @@ class Lanes:
 
     def _execution(self, lane: Lane, batch: Batch[Call]) -> Execution:
         size = batch.size if batch.chunks[0][0].cut.shared else None  # to pad to
-        execution = Execution(batch, size, lane.core(batch.size, batch.bucket), lane.index, self._common)
+        execution = Execution(batch, size, lane.core(batch.size, batch.bucket), lane, self._common)
         if batch.bucket:
             execution.other = lane.other(batch.size, batch.bucket)
         return execution
 
     def _take_over(self, lane: Lane, now: float) -> Execution | None:
         """With the lock: a batch that is bound to another lane and has not begun, for one that has nothing to do."""
-        for other in self._lanes if self._scheduler.has_slot(lane.index) else ():
+        for other in self.lanes if self._scheduler.has_slot(lane.index) else ():
             if other.staged:
                 execution = other.staged.pop(0)
                 other.in_flight.remove(execution)
-                execution.lane, execution.staged = lane.index, None
+                execution.lane, execution.staged = lane, None
                 execution.core = lane.core(execution.batch.size, execution.batch.bucket)
                 execution.other = lane.other(execution.batch.size, execution.batch.bucket)
             elif other.in_flight and not other.queue.empty():
@@ -373,7 +403,7 @@ class Lanes:
 
     def _estimate(self, lane: int, rows: int, bucket: int) -> float:
         """Seconds that a lane takes for an execution of that shape; 0 while that is not known."""
-        return self._lanes[lane].counters.service((rows, bucket), self.clock())
+        return self.lanes[lane].counters.service((rows, bucket), self.clock())
 
     # Results back.
 
@@ -406,11 +436,16 @@ class Lanes:
 
     def _settle(self, execution: Execution, now: float) -> None:
         """End the calls that the batch has completed."""
-        lane = self._lanes[execution.lane]
-        if execution.begun:
-            self._count(execution, lane, now)
-        if execution.error is not None:
-            self._failed(execution, lane, execution.error)
+        batch = execution.batch
+        if execution.abandoned:
+            execution.finished = ()
+        elif execution.begun:
+            self._count(execution, execution.lane, now)
+        if execution.error is not None and not execution.abandoned:
+            execution.lane.counters.errors += 1
+            self.recovery.failed(execution, execution.error)
+        elif batch.because == "rerun" or execution.lane.counters.state == "suspect":
+            self.recovery.succeeded(execution)
         self.futures.end(execution.finished, now=now)
         # A traceback holds the worker's frames, and they the execution: no cycle, and nobody else's rows.
         execution.chunks, execution.error, execution.finished = (), None, []
@@ -444,30 +479,87 @@ class Lanes:
                 if call.trace is not None:
                     call.trace.note(lane.core_id, started, ended, rows, padded, batch.because)
 
-    def _failed(self, execution: Execution, lane: Lane, error: BaseException) -> None:
-        """Give the error to the call that caused it: a batch of several runs again in halves until it stands alone."""
-        lane.counters.errors += 1
-        alone = len(execution.chunks) == 1  # a caller who has left since may be the one to blame, so: of those executed
-        chunks = [(call, start, stop) for call, start, stop in execution.chunks if not has_left(call)]
-        if execution.fault is not Fault.INPUT:
-            logger.warning("core %d failed: %s", lane.core_id, type(error).__name__, exc_info=error)
-            self.futures.end([(call, self._core_failed(lane, error)) for call, _, _ in chunks], failed=True)
-        elif alone:
-            note = "aneuron: core {}, rows {} to {} of this call"
-            own = [(call, _own(error, note.format(lane.core_id, start, stop - 1))) for call, start, stop in chunks]
-            self.futures.end(own, failed=True)
-        elif not self._stopped:
-            with self._lock:
-                self._scheduler.rerun(execution.batch, chunks)
-            self._dispatch_soon()
-        else:
-            closed = "the model was closed before it could run this call again"
-            self.futures.end([(call, Closed(closed)) for call, _, _ in chunks], failed=True)
+    # For recovery.py.
 
-    def _core_failed(self, lane: Lane, error: BaseException) -> CoreFailed:
-        failure = CoreFailed(f"core {lane.core_id} failed while it ran this call: {text(error)}", lane.core_id)
-        failure.__cause__ = error.with_traceback(None)  # its frames hold the rows of all who shared the batch
-        return failure
+    def _take_out(self, lane: Lane) -> None:
+        """With the lock: nothing more is bound to a lane; what has not begun there goes elsewhere."""
+        lane.out = True
+        if self.lanes[lane.index] is lane:
+            self._scheduler.retire(lane.index)
+        back = [lane.queue.get_nowait() for _ in range(lane.queue.qsize())]
+        for execution in [each for each in lane.in_flight if each.staged is not None and not each.begun]:
+            lane.in_flight.remove(execution)
+            execution.lane = None
+            back.append(execution.batch)
+        lane.staged.clear()
+        for batch in reversed(back):
+            self._scheduler.recall(lane.index, batch)
+
+    def retire(self, lane: Lane) -> None:
+        """Take a lane out of service, and what has not begun there back into the queue. Its threads end."""
+        with self._lock:
+            self._take_out(lane)
+        self._end(lane)
+
+    def running(self) -> list[tuple[Lane, Execution]]:
+        """What executes, also on lanes that are out of service."""
+        with self._lock:
+            return [(lane, each) for lane in self._open for each in lane.in_flight if each.begun and not each.over]
+
+    def abandon(self, lane: Lane, execution: Execution) -> bool:
+        """Give an execution up, and wait no more for its lane; whether it had not ended."""
+        with self._lock:
+            if execution not in lane.in_flight:
+                return False
+            execution.abandoned = True
+            lane.in_flight.remove(execution)
+            self._scheduler.release(lane.index, self.clock(), execution.batch)
+            lane.hung = True
+        self._check_closed()
+        return True
+
+    def reload(self, index: int, done: Callable[[Lane, BaseException | None], None]) -> None:
+        """Make a new lane for a core and load it."""
+        lane = self._new_lane(index)
+        lane.counters.state = "loading"
+
+        def loaded(future: "asyncio.Future[None]") -> None:
+            error = asyncio.CancelledError() if future.cancelled() else future.exception()
+            done(lane, error)
+            if self.lanes[index] is not lane:
+                self._end(lane)
+
+        lane.workers.grow(1)
+        future = asyncio.wrap_future(lane.workers.submit(lane.load, self._load))
+        future.add_done_callback(lambda future: self._guard(partial(loaded, future)))
+
+    def run_again(self, execution: Execution, chunks: Sequence[Chunk[Call]], **how: Any) -> None:
+        """Queue rows of an execution ahead of everything else, as one batch."""
+        with self._lock:
+            self._scheduler.rerun(execution.batch, chunks, **how)
+        self._dispatch_soon()
+
+    def end_waiting(self, error: Callable[[], Exception]) -> None:
+        """No core serves: end the calls that wait, each with an error of its own; no other is accepted."""
+        self._down = True
+        with self._lock:
+            calls = [*self._arrivals, *self._scheduler.calls()]
+        self.futures.end([(call, error()) for call in calls], failed=True)
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        """Have the loop call; what it raises closes the lanes."""
+        return self.loop.call_later(delay, self._guard, callback)
+
+    def _guard(self, callback: Callable[[], None]) -> None:
+        try:
+            callback()
+        except Exception as error:
+            self._crash(error)
+
+    def _thread_died(self, lane: Lane, error: BaseException) -> None:
+        """A worker thread has ended that was not told to: what it had in hand runs elsewhere."""
+        for execution in list(lane.in_flight):
+            self._guard(partial(self.recovery.lost, lane, execution, error))
 
     def discard(self, call: Call) -> None:
         """Take a call's waiting rows out of the queue."""
@@ -493,7 +585,7 @@ class Lanes:
     def statistics(self) -> Statistics:
         """The frozen snapshot of now; from another thread than the loop's its numbers may be of moments close by."""
         with self._lock:
-            for lane in self._lanes:
+            for lane in self.lanes:
                 lane.counters.in_flight = self._scheduler.in_flight(lane.index)
             calls, rows = self._scheduler.waiting_calls, self._scheduler.waiting_rows
             coming = [call.rows for call in self._arrivals.copy() if not call.bound]
@@ -506,29 +598,18 @@ class Staged:
     def __init__(self, lock: threading.Lock, lane: Lane, execution: Execution) -> None:
         self._lock, self._lane, self._execution = lock, lane, execution
 
-    def park(self) -> None:
-        """It is prepared."""
+    def park(self) -> bool:
+        """It is prepared: whether it is still this lane's."""
         with self._lock:
-            self._lane.staged.append(self._execution)
+            if self._execution.lane is self._lane:
+                self._lane.staged.append(self._execution)
+                return True
+            return False
 
     def claim(self) -> bool:
         """The core is free: whether the batch is still this lane's."""
         with self._lock:
-            if self._execution.lane != self._lane.index:
+            if self._execution.lane is not self._lane:
                 return False
             self._lane.staged.remove(self._execution)
             return True
-
-
-def _own(error: BaseException, note: str) -> Exception:
-    """The model's exception as it reaches its caller."""
-    own = carried(error)
-    _note(own, note)
-    return own
-
-
-def _note(error: Exception, note: str) -> None:
-    """Add a note, once, unless the exception will not have it."""
-    with suppress(Exception):
-        if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)

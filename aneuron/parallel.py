@@ -89,8 +89,11 @@ class AsyncDataParallel:
         while another core works. None: one core's share of the service time, where so many rows come that it pays.
     buckets: the lengths that the model was compiled for, see `Buckets`; calls of any length are padded to the smallest
         that fits, and their outputs cut back.
+    exec_timeout: seconds after which an execution is given up and its core counts as hung; None: no bound. The rows run
+        once more on another core; the thread that hangs is left to itself.
     min_cores: how many of the cores must load the model to start; None: all. Below it the start fails, with the error
-        of the first, and what was loaded is freed; else those that failed stay out, with a warning in the log.
+        of the first, and what was loaded is freed; else those that failed stay out, with a warning in the log. `ready`
+        asks for as many, or for one where it is None.
 
     Raises, from the call: `ShapeError` for inputs that do not fit, `QueueFull`, `Closed`, `CoreFailed`, `OutputError`
     for outputs that cannot be handed out, `RuntimeError` when used from a second event loop, and whatever the model
@@ -129,6 +132,7 @@ class AsyncDataParallel:
         max_pending: int | None = None,
         max_delay: float | None = 0.0,
         buckets: Buckets | None = None,
+        exec_timeout: float | None = None,
         min_cores: int | None = None,
     ) -> None:
         self._lanes: Lanes | None = None
@@ -150,6 +154,9 @@ class AsyncDataParallel:
         self._max_delay = None if max_delay is None else seconds("max_delay", max_delay)
         self._num_workers = _count("num_workers", num_workers)
         self._split_size = _count("split_size", split_size)
+        self._exec_timeout = None if exec_timeout is None else seconds("exec_timeout", exec_timeout)
+        if self._exec_timeout == 0:
+            raise ValueError("exec_timeout=0: expected seconds, more than the longest execution takes, or None")
         self._min_cores = _count("min_cores", min_cores)
         self._packing = bool(set_dynamic_batching) and dim == 0
         self._example = self._read_example(example_inputs)
@@ -309,7 +316,7 @@ class AsyncDataParallel:
     def num_workers(self) -> int | None:
         """Batches that may be in flight, on all cores together; None before the start if none was given."""
         if self._num_workers is None and self._lanes is not None:
-            return 2 * self._lanes.rules.cores
+            return self._lanes.slots
         return self._num_workers
 
     @num_workers.setter
@@ -335,8 +342,11 @@ class AsyncDataParallel:
 
     @property
     def ready(self) -> bool:
-        """Whether calls are served: started, warmed up, not closing."""
-        return self._lanes is not None and self._lanes.serving and not self._lanes.loop.is_closed()
+        """Whether calls are served: started, warmed up, not closing, with `min_cores` cores that serve (None: one)."""
+        lanes = self._lanes
+        if lanes is None or not lanes.serving or lanes.loop.is_closed():
+            return False
+        return lanes.recovery.in_service >= (self._min_cores or 1)
 
     def statistics(self) -> Statistics:
         """A frozen snapshot of the counters, cheap enough to be read 100 times a second. They outlive a restart."""
@@ -434,10 +444,10 @@ class AsyncDataParallel:
             unpad = Unpad(self._buckets) if self._buckets is not None else None
             load = Load(self._models.by_shape(self._dim), self._dim, self._example, packing, self._packing, unpad)
             self._sizes = self._models.sizes(self._dim)
-            lanes = Lanes(backend, ids, rules, load, self._sizes, self._counters)
+            lanes = Lanes(backend, ids, rules, load, self._sizes, self._counters, self._exec_timeout)
             await lanes.start(self._min_cores or len(ids))
             lanes.change(split_size=self._split_size, packing=packing and self._packing)  # as set while it loaded
-            lanes.resize(self._num_workers or 2 * lanes.rules.cores)
+            lanes.resize(self._num_workers or 2 * lanes.recovery.in_service)
             self._lanes = lanes
             return lanes
         finally:

@@ -71,6 +71,7 @@ class Parts:
 
     def __init__(self, rows: int, output: Output) -> None:
         self._rows = self._missing = rows
+        self._counted: set[int] = set()  # first rows of the chunks that are there
         self._dim = output.dim
         self._structure = output.structure
         self._pieces: dict[int, list[torch.Tensor]] = {}  # by first row
@@ -100,9 +101,12 @@ class Parts:
         _check_alike(pieces, self._dim)
         self.result = fill(output.value, iter(_concatenate(pieces, self._dim)))
 
-    def count(self, rows: int, guard: Guard) -> bool:
-        """Count rows that have their results; whether all have. Once a chunk: a batch may run twice."""
+    def count(self, start: int, rows: int, guard: Guard) -> bool:
+        """Count rows that have their results; whether the last have. Once a chunk: a batch may run twice."""
         with guard:
+            if start in self._counted:
+                return False
+            self._counted.add(start)
             self._missing -= rows
             return not self._missing
 
@@ -198,7 +202,7 @@ def scatter(
             _parts(call, output, guard).place(start, output, leaves, guard)
     for call, start, stop in spread:
         parts = _parts(call, output, guard)
-        if parts.count(stop - start, guard):
+        if parts.count(start, stop - start, guard):
             finished.append((call, parts.result))
     return finished
 
@@ -211,7 +215,7 @@ def _keep_piece(value: Any, chunk: Chunk[Call], dim: int, guard: Guard, cut: Car
         output.leaves = [_cut(leaf, call, dims) for leaf, dims in zip(output.leaves, cut, strict=True)]
     parts = _parts(call, output, guard)
     parts.append(start, output)
-    if not parts.count(stop - start, guard):
+    if not parts.count(start, stop - start, guard):
         return []
     parts.join(output)
     return [(call, parts.result)]

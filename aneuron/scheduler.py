@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, Protocol
+from typing import Any, Generic, Protocol
 
 from aneuron.batches import Batch, Filling
 from aneuron.holding import Hold
@@ -151,13 +151,16 @@ class Scheduler(Slots, Generic[C]):
         self._order.discard(call)
         self._hold.mend(call.signature)
 
-    def rerun(self, batch: Batch[C], chunks: Sequence[Chunk[C]]) -> None:
-        """Queue the two halves of a failed batch ahead of everything else; they are not packed with others."""
-        half = (len(chunks) + 1) // 2
-        for part in filter(None, (chunks[:half], chunks[half:])):
-            rows = sum(stop - start for _, start, stop in part)
-            size = batch.size and self._sizes[batch.bucket].fit(rows)
-            self._again.append(Batch(list(part), rows, "rerun", size, batch.bucket, batch.expected))
+    def rerun(self, batch: Batch[C], chunks: Sequence[Chunk[C]], **how: Any) -> None:
+        """Queue rows of a failed batch as one, ahead of everything else; they are not packed with others."""
+        rows = sum(stop - start for _, start, stop in chunks)
+        size = batch.size and self._sizes[batch.bucket].fit(rows)
+        self._again.appendleft(Batch(list(chunks), rows, "rerun", size, batch.bucket, batch.expected, **how))
+
+    def recall(self, lane: int, batch: Batch[C]) -> None:
+        """A batch that was bound to a lane, and has not begun, is to run elsewhere."""
+        self._unbind(lane, batch)
+        self._again.appendleft(batch)
 
     def calls(self) -> list[C]:
         """The calls that have rows here: waiting, or to be run again."""
@@ -186,7 +189,7 @@ class Scheduler(Slots, Generic[C]):
         self.due = None
         if not self._order.rows and not self._again:
             return None
-        lane = self._idlest() if self.timed else next(iter(self._idle), None)
+        lane = self._idlest() if self.timed or self._again else next(iter(self._idle), None)
         if lane is None and self.staging and (self._again or self._order.has_full()):
             lane = self._next_to_end(now)
         batch = None if lane is None else self.pull(lane, now)
@@ -224,6 +227,8 @@ class Scheduler(Slots, Generic[C]):
 
     def _idlest(self) -> int | None:
         """The idle lane for the next batch: the fastest if it has a deadline, else the one longest idle."""
+        if self._again:
+            return next((lane for lane in self._idle if not self._avoids(lane)), next(iter(self._idle), None))
         head = self._order.head() if len(self._idle) > 1 else None
         if head is None or head.calls[0].deadline is NEVER:
             return next(iter(self._idle), None)
@@ -236,10 +241,15 @@ class Scheduler(Slots, Generic[C]):
         busy = bound > 0
         if not (self._order.rows or self._again) or bound >= self._slots[lane] or (busy and self._too_early(lane, now)):
             return None
-        batch = self._again.popleft() if self._again else self._form(lane, busy, now)
+        again = bool(self._again) and not self._avoids(lane)
+        batch = self._again.popleft() if again else self._form(lane, busy, now)
         if batch is not None:
             self._occupy(lane, batch, now)
         return batch
+
+    def _avoids(self, lane: int) -> bool:
+        """Whether the next batch to run again must go to another lane than this one."""
+        return self._again[0].avoid == lane and any(slots and other != lane for other, slots in enumerate(self._slots))
 
     def _form(self, lane: int, busy: bool, now: float) -> Batch[C] | None:
         """A batch that starts with the head of the order; None if nothing waits, or `busy` and it would not be full.

@@ -57,6 +57,11 @@ class Slots:
         self._ends[lane] -= batch.expected
         self._occupy(to, batch, now)
 
+    def retire(self, lane: int) -> None:
+        """A lane is out of service: nothing more is bound to it."""
+        self._slots[lane] = 0
+        self._idle.pop(lane, None)
+
     def has_slot(self, lane: int) -> bool:
         """Whether a lane may have another batch."""
         return len(self._bound[lane]) < self._slots[lane]

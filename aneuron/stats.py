@@ -44,7 +44,8 @@ class CoreStatistics:
     """What one core has done since the model was constructed.
 
     `id` counts within the cores that this process sees, `global_id` within the machine's (None if only the runtime
-    knows). `state` is "failed" for a core that did not load (`min_cores`). `batches` counts
+    knows). `state` is "suspect" for a core that was loaded again and has to prove itself with a batch, "quarantined"
+    for one that will be loaded again later, "failed" for one that stays out until a restart. `batches` counts
     executions, re-runs included; `rows` are callers' rows, `padded_rows` those added to fill the compiled size.
     `services` has the median seconds of the last executions of each shape, (rows, bucket), `service_seconds` that of
     the shape executed last, None before the first. Rows as compiled or, where any number will do, rounded up to a
@@ -53,7 +54,7 @@ class CoreStatistics:
 
     id: int
     global_id: int | None
-    state: str  # "loading" | "ready" | "failed" | "closed"
+    state: str  # "loading" | "ready" | "suspect" | "quarantined" | "failed" | "closed"
     in_flight: int
     batches: int
     rows: int

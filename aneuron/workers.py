@@ -59,8 +59,8 @@ def text(error: BaseException) -> str:
 class Staged(Protocol):
     """A claim to an execution that is prepared while another one runs: others may take it over meanwhile."""
 
-    def park(self) -> None:
-        """It is prepared."""
+    def park(self) -> bool:
+        """It is prepared: whether it is still there."""
 
     def claim(self) -> bool:
         """The core is free: whether it is still there."""
@@ -87,21 +87,23 @@ class Execution:
     """
 
     __slots__ = (
-        "_again", "_cut", "batch", "begun", "chunks", "common", "copied", "core", "ended", "error", "failed",
-        "fault", "finished", "lane", "other", "output", "posted", "prepared", "preparing", "rows", "size", "staged",
-        "started",
+        "_again", "_cut", "abandoned", "batch", "begun", "chunks", "common", "copied", "core", "ended", "error",
+        "failed", "fault", "finished", "lane", "other", "output", "over", "posted", "prepared", "preparing", "rows",
+        "size", "staged", "started",
     )  # fmt: skip
 
-    def __init__(self, batch: Batch[Call], size: int | None, core: Core, lane: int, common: Common) -> None:
+    def __init__(self, batch: Batch[Call], size: int | None, core: Core, lane: Any, common: Common) -> None:
         self.batch = batch
         self.chunks: Sequence[Chunk[Call]] = batch.chunks
         self.rows = batch.rows  # that callers sent
         self.size = size  # rows to pad to; None = as many as there are
-        self.core, self.lane, self.common = core, lane, common
+        self.core, self.common = core, common
+        self.lane = lane  # a Lane, of which nothing is known here
         self.other: tuple[Core, int] | None = None  # another bucket's, where it must be learnt what has the length
         self.prepared: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self.output: Any = None
-        self.begun = self.failed = False
+        self.begun = self.over = self.failed = False
+        self.abandoned = False  # given up as hung: whatever comes of it is too late
         self.staged: Staged | None = None  # if it was bound while another was executing
         self.started = self.ended = self.posted = 0.0
         self.preparing = 0.0  # seconds
@@ -162,6 +164,7 @@ class Execution:
             self._fail(error)
         self._again = None
         self.ended = clock()
+        self.over = True
 
     def _carried(self, unpad: Unpad) -> Carried:
         """What of the output is to be cut back; if nobody knows, one more run in another bucket tells."""
@@ -180,7 +183,7 @@ class Execution:
 
     def finish(self, clock: Callable[[], float]) -> None:
         """Give each call its rows, and post the outcome to the loop."""
-        if self.error is None and self.begun:
+        if self.error is None and self.begun and not self.abandoned:
             try:
                 size, common = self.size or self.rows, self.common
                 self.finished = rows.scatter(self.output, self.chunks, size, common.dim, common.guard, self._cut)
@@ -240,6 +243,7 @@ class Workers(Executor):
         self._alive = 0
         self._stopping = False
         self._last_words: Callable[[], None] | None = None
+        self.on_death: Callable[[BaseException], None] | None = None  # a thread has ended that was not told to
         self._turn: AbstractContextManager[Any] = threading.Lock()
         _all.add(self)
 
@@ -304,14 +308,19 @@ class Workers(Executor):
 
     def _work(self) -> None:
         torch.set_grad_enabled(False)  # of this thread only
-        while (job := self._inbox.get()) is not None:
-            job()
-            del job
-        with self._lock:
-            self._alive -= 1
-            last = self._alive == 0
-        if last and self._last_words is not None:
-            self._last_words()
+        try:
+            while (job := self._inbox.get()) is not None:
+                job()
+                del job
+        except BaseException as error:  # none is expected: a job of ours ends with its own
+            if self.on_death is not None:
+                self.on_death(error)
+        finally:
+            with self._lock:
+                self._alive -= 1
+                last = self._alive == 0 and self._stopping
+            if last and self._last_words is not None:
+                self._last_words()
 
     def _serve(self, take: Take) -> None:
         clock = self.clock
@@ -319,8 +328,9 @@ class Workers(Executor):
         while execution is not None:
             execution.prepare(clock)
             staged = execution.staged
-            if staged is not None:
-                staged.park()
+            if staged is not None and not staged.park():
+                execution = take(None)
+                continue
             with self._turn:
                 mine = staged is None or staged.claim()
                 if mine and execution.begin(clock):

@@ -302,7 +302,8 @@ def test_a_fault_of_the_core_is_core_failed_for_all_that_shared_the_batch(fault,
             assert not hasattr(error, "__notes__")
 
     run(main())
-    assert [(record.name, record.levelno) for record in caplog.records] == [("aneuron", logging.WARNING)]
+    level = logging.ERROR if fault is Fault.FATAL else logging.WARNING
+    assert [(record.name, record.levelno) for record in caplog.records] == [("aneuron", level)]
     assert "core 0" in caplog.text
 
 

@@ -202,7 +202,7 @@ async def test_with_min_cores_those_that_load_serve(caplog):
     async with AsyncDataParallel(torch.neg, backend=backend, batch_size=4, min_cores=2) as model:
         assert model.ready
         assert model.num_workers == 4
-        assert [core.state for core in model.statistics().cores] == ["failed", "ready", "failed", "ready"]
+        assert [core.state for core in model.statistics().cores] == ["quarantined", "ready", "quarantined", "ready"]
         assert [core.errors for core in model.statistics().cores] == [1, 0, 1, 0]
         results = await asyncio.gather(*(model(row(n)) for n in range(40)))
         assert [y[0, 0].item() for y in results] == [-n for n in range(40)]
@@ -211,7 +211,7 @@ async def test_with_min_cores_those_that_load_serve(caplog):
         await asyncio.sleep(0.01)
         await asyncio.gather(*(model(row(n)) for n in range(8)))
         check_sum(model)
-    assert "core 0 did not load: OSError: core 0 is lame" in caplog.text
+    assert "core 0 did not load (quarantined): OSError: core 0 is lame" in caplog.text
     assert "core 2 did not load" in caplog.text
     assert all(core.closed for core in backend.loaded.values())
 
@@ -234,7 +234,7 @@ async def test_the_start_fails_as_soon_as_too_many_cores_have():
     assert not model.ready
     backend.lame = {0}
     async with model:  # it may be tried again
-        assert [core.state for core in model.statistics().cores] == ["failed", "ready", "ready", "ready"]
+        assert [core.state for core in model.statistics().cores] == ["quarantined", "ready", "ready", "ready"]
 
 
 @scenario

@@ -108,7 +108,7 @@ def check_nothing_left(model, lanes):
     assert (calls.waiting, calls.running, stats.waiting_rows) == (0, 0, 0)
     assert not lanes.futures.calls
     assert all(call.settled for call in lanes._scheduler.calls())
-    bound = [call for lane in lanes._lanes for batch in lane.queue._queue for call, _, _ in batch.chunks]
+    bound = [call for lane in lanes.lanes for batch in lane.queue._queue for call, _, _ in batch.chunks]
     assert all(call.settled for call in bound)
 
 

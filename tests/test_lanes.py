@@ -363,7 +363,7 @@ async def test_bound_batches_wait_in_the_lanes_queue_and_can_be_revoked():
     async with model:
         calls = [call(model, n) for n in range(16)]
         await settle()
-        (lane,) = model._lanes._lanes
+        (lane,) = model._lanes.lanes
         assert isinstance(lane.queue, asyncio.Queue)
         assert (lane.queue.qsize(), len(lane.in_flight)) == (3, 1)
         for c in calls[12:]:
@@ -533,14 +533,15 @@ async def test_close_waits_for_a_batch_whose_caller_has_left():
     assert backend[0].closed
 
 
-@pytest.mark.parametrize("where", ["_settle", "_count", "_failed", "end", "_execution", "_next"])
+@pytest.mark.parametrize("where", ["_settle", "_count", "failed", "end", "_execution", "_next"])
 @scenario
 async def test_an_internal_error_leaves_nobody_waiting(caplog, monkeypatch, where):
     backend, model = puppets()
     await model.start()
     calls = [call(model, n) for n in range(12)]
     await settle()
-    owner = model._lanes.futures if where == "end" else model._lanes
+    lanes = model._lanes
+    owner = {"end": lanes.futures, "failed": lanes.recovery}.get(where, lanes)
     real, broke = getattr(owner, where), []
 
     def broken(*args, **kwargs):
@@ -550,7 +551,7 @@ async def test_an_internal_error_leaves_nobody_waiting(caplog, monkeypatch, wher
         return real(*args, **kwargs)
 
     monkeypatch.setattr(owner, where, broken)
-    backend[0].release(ValueError("no") if where == "_failed" else None)
+    backend[0].release(ValueError("no") if where == "failed" else None)
     await settle()
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
     assert sum(isinstance(outcome, Closed) for outcome in outcomes) == (8 if where in ("_execution", "_next") else 12)

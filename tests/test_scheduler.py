@@ -248,7 +248,7 @@ def test_room(waiting, rows, room):
     assert s.room(rows) is room
 
 
-def test_halves_of_a_failed_batch_run_next_and_alone():
+def test_parts_of_a_failed_batch_run_next_and_alone():
     s = scheduler(slots=(1,))
     for _ in range(5):
         admit(s, 1)
@@ -256,13 +256,57 @@ def test_halves_of_a_failed_batch_run_next_and_alone():
     for _ in range(8):
         admit(s, 1)
     s.release(0, 0.0)
-    s.rerun(failed, failed.chunks)
+    s.rerun(failed, failed.chunks[3:])
+    s.rerun(failed, failed.chunks[:3])
     seen = []
     for _ in range(3):
         ((_, batch),) = bind_all(s)
         seen.append((batch.rows, batch.because))
         s.release(0, 0.0)
     assert seen == [(3, "rerun"), (2, "rerun"), (8, "full")]
+
+
+def test_a_batch_that_must_avoid_a_lane_waits_for_another_and_holds_nobody_up():
+    s = scheduler(slots=(1, 1))
+    admit(s, 1)
+    ((lane, failed),) = bind_all(s)
+    admit(s, 8)
+    assert [other for other, _ in bind_all(s)] == [1 - lane]
+    s.release(lane, 0.0, failed)
+    s.rerun(failed, failed.chunks, avoid=lane)
+    assert bind_all(s) == []
+    admit(s, 8)
+    ((other, batch),) = bind_all(s)
+    assert (other, batch.rows) == (lane, 8)
+    s.release(1 - lane, 0.0)
+    ((other, batch),) = bind_all(s)
+    assert (other, batch.rows, batch.because) == (1 - lane, 1, "rerun")
+
+
+def test_a_batch_that_must_avoid_the_only_lane_left_does_not_wait():
+    s = scheduler(slots=(1, 1))
+    admit(s, 1)
+    ((lane, failed),) = bind_all(s)
+    s.release(lane, 0.0, failed)
+    s.rerun(failed, failed.chunks, avoid=lane)
+    s.retire(1 - lane)
+    assert [other for other, _ in bind_all(s)] == [lane]
+
+
+def test_a_retired_lane_gets_nothing_and_its_bound_batches_run_elsewhere():
+    s = scheduler(slots=(2, 1), leads=[AT_ONCE] * 2)
+    for _ in range(3):
+        admit(s, 8)
+    bound = bind_all(s)
+    assert len(bound) == 3
+    first, second = [batch for lane, batch in bound if lane == 0]
+    s.retire(0)
+    s.recall(0, second)
+    s.release(0, 0.0, first)
+    assert bind_all(s) == []
+    s.release(1, 0.0)
+    assert bind_all(s) == [(1, second)]
+    assert not s.has_work
 
 
 @pytest.mark.parametrize(

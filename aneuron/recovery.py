@@ -1,0 +1,321 @@
+"""What follows from a fault: who gets which error, which core goes out of service, and how it comes back.
+
+Lives here: the effects of health.py's decisions, all of it on the loop thread. Must not be here: what is a fault
+(backends), when a core is trusted (health.py), the lock (lanes.py), tensors, blocking.
+
+A lane is never mended: its threads are told to end, the last of them closes the core, and what is loaded later is a new
+lane. A thread that hangs has only the old one.
+"""
+
+import asyncio
+import logging
+import random
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+from aneuron.backends import Fault
+from aneuron.errors import Closed, CoreFailed, NoHealthyCores
+from aneuron.futures import Futures, has_left
+from aneuron.health import Health, Inquest
+from aneuron.lane import Lane
+from aneuron.rows import Call
+from aneuron.waiting import Chunk
+from aneuron.workers import Execution, carried, text
+
+logger = logging.getLogger("aneuron")
+
+Chunks = Sequence[Chunk[Call]]
+
+
+class Host(Protocol):
+    """The lanes of a run, as far as they concern recovery."""
+
+    futures: Futures
+    lanes: list[Lane]  # the last one of each core
+
+    def running(self) -> list[tuple[Lane, Execution]]:
+        """What executes, also on lanes that are out of service."""
+
+    def clock(self) -> float:
+        """Seconds."""
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        """Have the loop call; what it raises closes the lanes."""
+
+    def reload(self, index: int, done: Callable[[Lane, BaseException | None], None]) -> None:
+        """Make a new lane for a core and load it."""
+
+    def retire(self, lane: Lane) -> None:
+        """Take a lane out of service, and what has not begun there back into the queue. Its threads end."""
+
+    def abandon(self, lane: Lane, execution: Execution) -> bool:
+        """Give an execution up, and wait no more for its lane; whether it had not ended."""
+
+    def run_again(self, execution: Execution, chunks: Chunks, **how: Any) -> None:
+        """Queue rows of an execution ahead of everything else, as one batch."""
+
+    def spread(self) -> None:
+        """Spread the slots over the lanes in service, and dispatch."""
+
+    def end_waiting(self, error: Callable[[], Exception]) -> None:
+        """End the calls that wait, each with an error of its own."""
+
+
+class Held(NamedTuple):
+    """Rows that failed alone, and why."""
+
+    chunk: Chunk[Call]
+    error: BaseException
+    execution: Execution
+    lane: Lane
+
+
+class Recovery:
+    """The health of the cores of a run, and the calls that faults have hit."""
+
+    def __init__(self, host: Host, cores: int, recoverable: bool, proven: bool, exec_timeout: float | None) -> None:
+        self.health = [Health(recoverable, proven) for _ in range(cores)]
+        self._host = host
+        self._exec_timeout = exec_timeout
+        self._watch: asyncio.TimerHandle | None = None
+        self._timers: dict[int, asyncio.TimerHandle] = {}  # of the cores that are to be loaded again
+        self._inquests: weakref.WeakSet[Inquest[Held]] = weakref.WeakSet()
+        self._stopped = False
+        self._cause: BaseException | None = None  # of the last core's failure
+
+    @property
+    def in_service(self) -> int:
+        """How many cores serve."""
+        return sum([health.serves for health in self.health])
+
+    def stop(self) -> None:
+        """Bring no core back any more, and declare none hung."""
+        self._stopped = True
+        for timer in (*self._timers.values(), self._watch):
+            if timer is not None:
+                timer.cancel()
+        self._close_inquests()
+
+    def _close_inquests(self) -> None:
+        """Nothing will be run again: who has failed alone is to blame."""
+        for inquest in list(self._inquests):
+            self._blame(inquest.let_go())
+
+    def none_left(self) -> NoHealthyCores:
+        """What to say while no core serves."""
+        untils = [health.until for health in self.health if health.until is not None]
+        retry_after = None
+        if untils:
+            retry_after = max(0.0, min(untils) - self._host.clock())
+        elif any(health.state == "loading" for health in self.health):
+            retry_after = 0.0
+        then = "none can be loaded again: restart the process"
+        if retry_after is not None:
+            then = f"one is loaded again {f'in {retry_after:.3g} s' if retry_after else 'now'}; try again then"
+        cause = f" (the last: {text(self._cause)})" if self._cause is not None else ""
+        return NoHealthyCores(f"every core is out of service{cause}; {then}", retry_after=retry_after)
+
+    # What a batch has come to.
+
+    def succeeded(self, execution: Execution) -> None:
+        """A batch has ended well, or nobody was left to execute it for."""
+        lane, batch = execution.lane, execution.batch
+        health = self.health[lane.index]
+        if execution.begun and not lane.out and health.state == "suspect":
+            health.served()
+            lane.counters.state = health.state
+        if batch.inquest is not None:
+            self._conclude(batch.inquest, batch.inquest.ended(lane.core_id, well=execution.begun))
+        if batch.trial is not None:
+            self._acquit(batch.trial, execution.begun)
+
+    def failed(self, execution: Execution, error: BaseException) -> None:
+        """A batch has failed: give its calls the error, or another chance."""
+        chunks = [chunk for chunk in execution.chunks if not has_left(chunk[0])]
+        if execution.fault is Fault.INPUT:
+            self._input_failed(execution, error, chunks)
+        else:
+            self.take_out(execution.lane, error, for_good=execution.fault is Fault.FATAL)
+            self._core_failed(execution, error, chunks)
+
+    def _input_failed(self, execution: Execution, error: BaseException, chunks: list[Chunk[Call]]) -> None:
+        """Give the error to the call that caused it: a batch of several runs again in halves until it stands alone."""
+        batch, lane = execution.batch, execution.lane
+        alone = len(execution.chunks) == 1  # a caller who has left since may be the one to blame: of those executed
+        held = [Held(chunk, error, execution, lane) for chunk in chunks]
+        if not alone and self._stopped:
+            closed = "the model was closed before it could run this call again"
+            self._host.futures.end([(call, Closed(closed)) for call, _, _ in chunks], failed=True)
+        elif not alone:
+            inquest = batch.inquest or Inquest[Held]()
+            self._inquests.add(inquest)
+            half = (len(chunks) + 1) // 2
+            parts = [part for part in (chunks[:half], chunks[half:]) if part]
+            inquest.split(len(parts))
+            for part in reversed(parts):
+                self._host.run_again(execution, part, inquest=inquest)
+            self._conclude(inquest, [])
+        elif batch.inquest is not None:
+            guilty = batch.inquest.ended(lane.core_id, False, held[0] if held else None)
+            self._conclude(batch.inquest, guilty)
+        else:
+            self._blame(held if batch.trial is None else [*held, *batch.trial.let_go()])
+
+    def _conclude(self, inquest: "Inquest[Held]", guilty: list[Held]) -> None:
+        """Blame the guilty; where all parts have failed on one core, ask another core about one of them."""
+        self._blame(guilty if not self._stopped else [*guilty, *inquest.let_go()])
+        if inquest.open and self.in_service > 1:
+            asked = inquest.ask()
+            self._host.run_again(asked.execution, [asked.chunk], trial=inquest, avoid=asked.lane.index)
+        elif inquest.open:
+            self._blame(inquest.let_go())
+
+    def _acquit(self, inquest: "Inquest[Held]", well: bool) -> None:
+        """What failed on one core, with all its batch-mates, has ended well on another: the core is what fails."""
+        asked, held = inquest.asked, inquest.let_go()
+        if not well or asked is None:  # its caller has left: nothing is known
+            self._blame(held)
+            return
+        self.take_out(asked.lane, asked.error)
+        for chunk, error, execution, _ in held:
+            if not has_left(chunk[0]):
+                self._core_failed(execution, error, [chunk])
+
+    def _blame(self, guilty: Iterable[Held]) -> None:
+        """Each call gets the model's own exception."""
+        outcomes = []
+        for (call, start, stop), error, _, lane in guilty:
+            note = f"aneuron: core {lane.core_id}, rows {start} to {stop - 1} of this call"
+            outcomes.append((call, own(error, note)))
+        self._host.futures.end(outcomes, failed=True)
+
+    def _core_failed(self, execution: Execution, error: BaseException, chunks: Chunks) -> None:
+        """The rows of a core that has failed run once more, on another, each call alone: the fault may be in one."""
+        batch, lane = execution.batch, execution.lane
+        if batch.inquest is not None:
+            self._conclude(batch.inquest, batch.inquest.ended(lane.core_id, well=False))
+        if batch.trial is not None:
+            self._blame(batch.trial.let_go())
+        if batch.tried is not None:
+            why = f"aneuron: failed on core {batch.tried} and then on core {lane.core_id}: the input is to blame"
+            self._host.futures.end([(call, own(error, why)) for call, _, _ in chunks], failed=True)
+        elif self.in_service and not self._stopped:
+            for chunk in reversed(chunks):
+                self._host.run_again(execution, [chunk], tried=lane.core_id)
+        else:
+            self._host.futures.end([(call, core_failed(lane, error)) for call, _, _ in chunks], failed=True)
+
+    # Out of service, and back.
+
+    def take_out(self, lane: Lane, error: BaseException, *, for_good: bool = False) -> None:
+        """A core has failed; `for_good`: and no other will work in this process."""
+        if not for_good and (self._host.lanes[lane.index] is not lane or not self.health[lane.index].serves):
+            return  # it is out already
+        for other in self._host.lanes if for_good else (lane,):
+            health = self.health[other.index]
+            served, delay = health.serves, None
+            if for_good:
+                health.fail()
+            else:
+                delay = health.faulted(self._host.clock(), random.random())
+            other.counters.state = health.state
+            if served:
+                self._host.retire(other)
+            self._come_back_in(other.index, delay)
+        what = "fatal for the process" if for_good else self.health[lane.index].state
+        level = logging.ERROR if for_good else logging.WARNING
+        logger.log(level, "core %d failed (%s): %s", lane.core_id, what, text(error), exc_info=error)
+        self._cause = error.with_traceback(None)  # its frames hold the rows of all who shared the batch
+        if self.in_service:
+            self._host.spread()
+        else:
+            self._close_inquests()
+            self._host.end_waiting(self.none_left)
+
+    def not_loaded(self, lane: Lane, error: BaseException) -> None:
+        """A core could not be loaded: the others serve without it."""
+        health = self.health[lane.index]
+        delay = health.faulted(self._host.clock(), random.random())
+        lane.counters.state = health.state
+        lane.counters.errors += 1
+        logger.warning("core %d did not load (%s): %s", lane.core_id, health.state, text(error))
+        self._come_back_in(lane.index, delay)
+
+    def _come_back_in(self, index: int, delay: float | None) -> None:
+        if (timer := self._timers.pop(index, None)) is not None:
+            timer.cancel()
+        if delay is not None and not self._stopped:
+            self._timers[index] = self._host.call_later(delay, partial(self._load, index))
+
+    def _load(self, index: int) -> None:
+        self.health[index].loads()
+        self._host.reload(index, self._loaded)
+
+    def _loaded(self, lane: Lane, error: BaseException | None) -> None:
+        if self._stopped or self.health[lane.index].state != "loading":
+            return  # closed, or fatal, meanwhile
+        if error is not None:
+            self.not_loaded(lane, error)
+            return
+        health = self.health[lane.index]
+        health.loaded(self._host.clock())
+        lane.counters.state = health.state
+        self._host.lanes[lane.index] = lane
+        logger.warning("core %d is back in service (%s)", lane.core_id, health.state)
+        self._host.spread()
+
+    # Hangs.
+
+    def watch(self) -> None:
+        """Something may be executed from now on: look after `exec_timeout` whether it has ended."""
+        if self._exec_timeout is not None and self._watch is None and not self._stopped:
+            self._watch = self._host.call_later(self._exec_timeout, self._look)
+
+    def _look(self) -> None:
+        timeout, now = self._exec_timeout or 0.0, self._host.clock()
+        self._watch = None
+        due = [now + timeout] if self._host.futures.calls else []
+        for lane, execution in self._host.running():
+            if execution.started + timeout > now:
+                due.append(execution.started + timeout)
+            else:
+                why = f"core {lane.core_id} has not answered within exec_timeout={timeout:g} s"
+                self.lost(lane, execution, CoreFailed(why, lane.core_id))
+        if due and not self._stopped:
+            self._watch = self._host.call_later(max(min(due) - now, 0.001), self._look)
+
+    def lost(self, lane: Lane, execution: Execution, error: BaseException) -> None:
+        """A thread of a core does not answer any more: give up what it executes, and the core with it."""
+        if not self._host.abandon(lane, execution):
+            return
+        lane.counters.errors += 1
+        chunks = [chunk for chunk in execution.chunks if not has_left(chunk[0])]
+        self.take_out(lane, error)
+        self._core_failed(execution, error, chunks)
+
+
+def core_failed(lane: Lane, error: BaseException) -> CoreFailed:
+    """What a call gets whose rows no other core could take."""
+    failure = CoreFailed(
+        f"core {lane.core_id} failed while it ran this call, and no other could take its rows: {text(error)}",
+        lane.core_id,
+    )
+    failure.__cause__ = error.with_traceback(None)  # its frames hold the rows of all who shared the batch
+    return failure
+
+
+def own(error: BaseException, note_text: str) -> Exception:
+    """The model's exception as it reaches its caller."""
+    owned = carried(error)
+    note(owned, note_text)
+    return owned
+
+
+def note(error: Exception, note_text: str) -> None:
+    """Add a note, once, unless the exception will not have it."""
+    with suppress(Exception):
+        if note_text not in getattr(error, "__notes__", ()):
+            error.add_note(note_text)
