@@ -21,7 +21,7 @@ import torch
 
 from aneuron.errors import Closed
 from aneuron.nested import is_array
-from aneuron.sources import check_source, open_source
+from aneuron.sources import check_source, close_unread, open_source
 
 T = TypeVar("T")
 
@@ -101,7 +101,10 @@ class Map(AsyncIterator[T]):
         return result if self._ordered else (index, result)  # type: ignore[return-value]  # T follows `ordered`
 
     async def _open(self) -> "_Window":
-        limit = self._limit if isinstance(self._limit, int) else await self._limit()
+        try:
+            limit = self._limit if isinstance(self._limit, int) else await self._limit()
+        except Exception as error:
+            await self._fail(error)
         if self._closed:
             raise Closed("the map was closed while its model was started")
         if self._window is None:
@@ -119,6 +122,8 @@ class Map(AsyncIterator[T]):
         self._closed = True
         if self._window is not None:
             await self._window.aclose()
+        else:
+            await close_unread(self._source)
 
     async def __aenter__(self) -> Self:
         return self

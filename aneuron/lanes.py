@@ -20,7 +20,7 @@ from typing import Any
 
 from aneuron.backends import Backend, Fault
 from aneuron.batches import Batch
-from aneuron.errors import Closed, QueueFull
+from aneuron.errors import Closed, DeviceError, QueueFull
 from aneuron.futures import Futures
 from aneuron.lane import TICK, Lane, Load
 from aneuron.recovery import Recovery, note
@@ -114,7 +114,7 @@ class Lanes:
                     note(error, f"aneuron: while loading core {lane.core_id} of the {self._backend.name} backend")
                     self.recovery.not_loaded(lane, error)
                     self._end(lane)
-                    if len(self.lanes) - len(failures) < min_cores or self._is_fatal(error):
+                    if len(self.lanes) - len(failures) < min_cores or self._is_hopeless_to_load(error):
                         raise failures[0] from failures[0].__cause__
         except BaseException as error:
             self.stop()
@@ -122,14 +122,18 @@ class Lanes:
                 await asyncio.shield(self._closed)
                 self._join()
             raise
+        finally:
+            failures.clear()  # their tracebacks hold this frame, and that the cores
         for core in self._counters.cores.values():
             for (rows, bucket), recent in core.services.items():
                 if bucket in self._sizes:
                     self._sizes[bucket].learn(rows, recent.median)
         self.serving = True
 
-    def _is_fatal(self, error: Exception) -> bool:
-        """Whether the other cores would not load either."""
+    def _is_hopeless_to_load(self, error: Exception) -> bool:
+        """Whether the other cores would not load either: it is about the model, or fatal."""
+        if isinstance(error, (ValueError, TypeError, FileNotFoundError)) and not isinstance(error, DeviceError):
+            return True
         try:
             return self._backend.classify(error) is Fault.FATAL
         except Exception:
@@ -214,7 +218,7 @@ class Lanes:
         if not self._stopped or self._closed.done() or not all(lane.hung for lane in self._open):
             return
         for lane in self.lanes:
-            if lane.counters.owner is self:  # not another run of the model, on the same core
+            if lane.counters.owner in (self, None):  # not another run of the model, on the same core
                 lane.counters.state, lane.counters.in_flight = "closed", 0
         self._closed.set_result(None)
 
@@ -564,10 +568,11 @@ class Lanes:
     def discard(self, call: Call) -> None:
         """Take a call's waiting rows out of the queue."""
         with self._lock:
+            self._flush()
             if call.sequence:
                 self._scheduler.discard(call)
             else:
-                call.bound = call.rows  # it has not got there yet
+                call.bound = call.rows  # it has not got there, and will not
 
     def _crash(self, error: Exception) -> None:
         """A bug of ours must not leave anybody waiting."""
@@ -587,9 +592,9 @@ class Lanes:
         with self._lock:
             for lane in self.lanes:
                 lane.counters.in_flight = self._scheduler.in_flight(lane.index)
+            self._flush()
             calls, rows = self._scheduler.waiting_calls, self._scheduler.waiting_rows
-            coming = [call.rows for call in self._arrivals.copy() if not call.bound]
-        return self._counters.snapshot(calls + len(coming), rows + sum(coming))
+        return self._counters.snapshot(calls, rows)
 
 
 class Staged:

@@ -41,7 +41,7 @@ class Models:
     """The models by shape. `batch_size` is the largest number of rows, None where any number will do."""
 
     def __init__(self, given: Any, batch_size: int | None, dim: int, buckets: Buckets | None) -> None:
-        self.batch_size = batch_size
+        self.batch_size = self._said = batch_size
         self._given = given
         self._lengths: tuple[int, ...] = tuple(buckets.sizes) if buckets is not None else (0,)
         self._by_size = isinstance(given, Mapping)
@@ -55,7 +55,7 @@ class Models:
             if dim != 0:
                 raise ValueError(f"dim={dim}: models for several batch sizes need dynamic batching, which needs dim=0")
             self._given = _by_shape(given, buckets)
-            self.batch_size = max(size for size, _ in self._given)
+            self.batch_size = self._said = max(size for size, _ in self._given)
         for model in self._given.values() if self._by_size else (given,):
             check_model(model)
 
@@ -69,21 +69,24 @@ class Models:
         """What the user gave, without the shapes."""
         return list(self._given.values()) if self._by_size else [self._given]
 
-    def ask(self, backend: Backend, example_rows: int | None) -> None:
-        """Ask the backend how many rows the model was compiled for, if nobody has said so.
+    def ask(self, backend: Backend, example_rows: int | None) -> int | None:
+        """How many rows the model was compiled for, as far as the backend knows.
 
         Where every model is compiled, whatever its type, that is what the example has.
         """
-        if self.batch_size is None and not self._by_size:
-            if hasattr(backend, "compiled_rows"):
-                self.batch_size = backend.compiled_rows(self._given)
-            if self.batch_size is None and getattr(backend, "cuts_batches", False):
-                self.batch_size = example_rows
+        if self._by_size:
+            return None
+        rows: int | None = backend.compiled_rows(self._given) if hasattr(backend, "compiled_rows") else None
+        return example_rows if rows is None and getattr(backend, "cuts_batches", False) else rows
+
+    def settle(self, rows: int | None) -> None:
+        """Go by what a backend knows, if nobody has said how many rows there are."""
+        self.batch_size = self._said or rows
 
     def take_size(self, rows: int) -> None:
         """A compiled graph without a batch size has that of its example."""
         if self.batch_size is None and is_compiled(self._given):
-            self.batch_size = rows
+            self.batch_size = self._said = rows
 
     def by_shape(self, dim: int) -> dict[Shape, Any]:
         """What to load for each shape."""

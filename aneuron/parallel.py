@@ -6,6 +6,7 @@ Lives here: the arguments and what they mean, starting and closing. Must not be 
 
 import asyncio
 import inspect
+import logging
 import warnings
 from collections.abc import Coroutine, Hashable, Iterable, Sequence
 from threading import get_ident
@@ -35,6 +36,8 @@ from aneuron.stats import Counters, Statistics, Timing, Trace
 from aneuron.view import View, seconds
 from aneuron.waiting import Cut, Terms
 from aneuron.workers import Workers
+
+logger = logging.getLogger("aneuron")
 
 Model = Any  # nn.Module | ScriptModule | callable | path of a TorchScript file
 
@@ -143,9 +146,9 @@ class AsyncDataParallel:
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise ValueError(f"dim={dim!r}: expected an int, the dimension that counts rows")
         self._dim = dim
-        self._backend = choose_backend(backend)
-        if self._backend is not None:
-            check_ids(self._backend, self._ids)
+        self._chosen = self._backend = choose_backend(backend)  # None: by each start
+        if self._chosen is not None:
+            check_ids(self._chosen, self._ids)
         if buckets is not None and not isinstance(buckets, Buckets):
             raise TypeError(f"buckets={buckets!r}: expected aneuron.Buckets(dim=..., sizes=(...), pad=...), or None")
         self._buckets = buckets
@@ -307,10 +310,20 @@ class AsyncDataParallel:
         return cut
 
     def disable_dynamic_batching(self) -> None:
-        """Neither pack nor pad the calls made from now on: `rows / cores` must equal the compiled rows, if known."""
-        self._packing = False
+        """Neither pack nor pad the calls made from now on: `rows / cores` must equal the compiled rows, if known.
+
+        Where they are not, and the cores cut batches themselves (`Backend`), call it before the start: cores that are
+        loaded go on cutting, and a warning says so.
+        """
         if self._lanes is not None:
+            if self._packing and not self._lanes.rules.packing:
+                warnings.warn(
+                    "the cores go on cutting batches, since it is not known how many rows the model was compiled for; "
+                    "call disable_dynamic_batching() before start(), or pass batch_size=",
+                    stacklevel=2,
+                )
             self._lanes.change(packing=False)
+        self._packing = False
 
     @property
     def num_workers(self) -> int | None:
@@ -322,7 +335,7 @@ class AsyncDataParallel:
     @num_workers.setter
     def num_workers(self, value: int) -> None:
         self._num_workers = _count("num_workers", value)
-        if self._lanes is not None and self.ready:
+        if self._lanes is not None and self._lanes.serving and not self._lanes.loop.is_closed():
             self._lanes.loop.call_soon_threadsafe(self._resize)
 
     def _resize(self) -> None:
@@ -383,13 +396,24 @@ class AsyncDataParallel:
             start.waiters += 1
             try:
                 await asyncio.wait({task})
+            except BaseException:
+                if start.waiters == 1 and not task.cancel():  # it has just ended
+                    self._let_go(task)
+                raise
             finally:
                 start.waiters -= 1
-                if not start.waiters and not task.done():
-                    task.cancel()
             if not task.cancelled():
-                return task.result()
+                try:
+                    return task.result()
+                finally:
+                    del task, start  # an exception's traceback holds this frame
             # By a close, or because all who waited had left when we came.
+
+    def _let_go(self, task: "asyncio.Task[Lanes]") -> None:
+        """A start has succeeded, and nobody wants it any more."""
+        if not task.cancelled() and task.exception() is None and not task.result().futures.calls:
+            task.result().abort()
+            self._lanes = None
 
     async def _started_within(self, timeout: float) -> tuple[Lanes, float]:
         """The running lanes, and what is left of the time."""
@@ -427,7 +451,9 @@ class AsyncDataParallel:
 
     async def _start(self, start: _Start) -> Lanes:
         try:
-            backend, ids = await self._find_cores()
+            backend, ids, rows = await self._find_cores()
+            self._backend = backend
+            self._models.settle(rows)
             self._compiled = self._example if self._models.compiled else None
             if self._min_cores is not None and self._min_cores > len(ids):
                 raise DeviceError(f"min_cores={self._min_cores}, and there are {len(ids)} cores to start on: {ids}")
@@ -446,35 +472,48 @@ class AsyncDataParallel:
             self._sizes = self._models.sizes(self._dim)
             lanes = Lanes(backend, ids, rules, load, self._sizes, self._counters, self._exec_timeout)
             await lanes.start(self._min_cores or len(ids))
-            lanes.change(split_size=self._split_size, packing=packing and self._packing)  # as set while it loaded
-            lanes.resize(self._num_workers or 2 * lanes.recovery.in_service)
+            try:
+                lanes.change(split_size=self._split_size, packing=packing and self._packing)  # as set while it loaded
+                lanes.resize(self._num_workers or 2 * lanes.recovery.in_service)
+            except BaseException:  # no threads to be had
+                lanes.stop()
+                raise
             self._lanes = lanes
             return lanes
         finally:
             if self._starting is start:
                 self._starting = None
+            del start  # whose task has the exception whose traceback holds this frame
 
-    async def _find_cores(self) -> tuple[Backend, list[int]]:
-        """The backend, and the cores to load on. To look for them may take long: in a thread."""
-        workers = getattr(self._backend, "workers", Workers)("aneuron-start")
+    async def _find_cores(self) -> tuple[Backend, list[int], int | None]:
+        """The backend, the cores to load on, and what it knows of the compiled rows. In a thread: it may take long."""
+        workers = getattr(self._chosen, "workers", Workers)("aneuron-start")
         workers.grow(1)
         try:
             return await asyncio.wrap_future(workers.submit(self._look_for_cores))
         finally:
             workers.stop()
 
-    def _look_for_cores(self) -> tuple[Backend, list[int]]:
-        backend = self._backend = self._backend or automatic(self._models.given)
+    def _look_for_cores(self) -> tuple[Backend, list[int], int | None]:
+        backend = self._chosen or automatic(self._models.given)
         check_models(backend, self._models.given)
-        self._models.ask(backend, self._example.rows if self._example is not None else None)
-        return backend, choose_cores(backend, self._ids)
+        rows = self._models.ask(backend, self._example.rows if self._example is not None else None)
+        if self._example is None and getattr(backend, "cuts_batches", False):
+            logger.warning(
+                "there are no example_inputs: the cores cannot be warmed up before the model is ready; pass what it "
+                "was traced with"
+            )
+        return backend, choose_cores(backend, self._ids), rows
 
     def _packs(self, backend: Backend) -> bool:
         """Whether calls may share batches: not where cores cut batches themselves, nobody knows to how many rows."""
         return self._packing and (self._models.batch_size is not None or not getattr(backend, "cuts_batches", False))
 
     async def aclose(self) -> None:
-        """Refuse new calls, finish the accepted ones, free cores and threads. If cancelled, `abort()` instead."""
+        """Refuse new calls, finish the accepted ones, free cores and threads. If cancelled, `abort()` instead.
+
+        A start in progress is cancelled: what a thread is loading then is freed when it is loaded, and not waited for.
+        """
         self._check_loop()
         self._close_door()
         lanes = self._lanes

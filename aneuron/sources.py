@@ -47,6 +47,14 @@ def open_source(source: Any, start: Start, end: End) -> "LoopSource | ThreadSour
     return (LoopSource if hasattr(type(source), "__aiter__") else ThreadSource)(source, start, end)
 
 
+async def close_unread(source: Any) -> None:
+    """Close a generator of which nothing was read."""
+    if isinstance(source, AsyncGenerator):
+        await source.aclose()
+    elif isinstance(source, Generator):
+        source.close()
+
+
 class LoopSource:
     """An asynchronous source: a task that waits for room."""
 

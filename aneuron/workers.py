@@ -270,16 +270,7 @@ class Workers(Executor):
         if self._stopping:
             raise RuntimeError("the workers are stopped")
         future: Future[T] = Future()
-
-        def run() -> None:
-            if not future.set_running_or_notify_cancel():
-                return
-            try:
-                future.set_result(fn(*args, **kwargs))
-            except BaseException as error:
-                future.set_exception(carried(error))
-
-        self._inbox.put(run)
+        self._inbox.put(partial(_run, future, partial(fn, *args, **kwargs)))
         return future
 
     def stop(self, last_words: Callable[[], None] | None = None) -> None:
@@ -340,6 +331,17 @@ class Workers(Executor):
             if mine:
                 execution.finish(clock)
             execution = take(execution if mine else None)
+
+
+def _run(future: "Future[T]", fn: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(fn())
+    except BaseException as error:
+        future.set_exception(carried(error))
+    finally:
+        del future  # an exception's traceback holds this frame
 
 
 _all: "weakref.WeakSet[Workers]" = weakref.WeakSet()

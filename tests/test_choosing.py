@@ -161,6 +161,13 @@ async def test_auto_finds_out_at_start_that_there_is_no_cuda_device():
         await model.start()
 
 
+def test_a_core_named_twice_in_two_ways_is_refused(monkeypatch):
+    FakeCuda(monkeypatch, devices=2)
+    for each, ids in ((1, ["cuda:0", 0]), (2, ["cuda:0", 1])):
+        with pytest.raises(DeviceError, match="more than once"):
+            choose_cores(CudaBackend(cores_per_device=each), parse_device_ids(ids))
+
+
 def test_a_device_named_twice_is_told_how_to_have_two_cores_of_it():
     with pytest.raises(DeviceError, match=r"CudaBackend\(cores_per_device=2\)"):
         AsyncDataParallel(NET, device_ids=["cuda:0", "cuda:0"], backend="cuda")
@@ -342,3 +349,18 @@ async def test_a_mapping_says_all_there_is_to_say():
     async with AsyncDataParallel({1: torch.neg, 4: torch.neg}, backend=backend) as model:
         assert (await model(row(3)))[0, 0] == -3
     assert [size for size, _ in backend.loads] == [1, 4] * 2
+
+
+@scenario
+async def test_switching_off_what_the_cores_do_themselves_comes_too_late_after_the_start():
+    backend = Cutting()
+    async with AsyncDataParallel(torch.neg, backend=backend) as model:
+        with pytest.warns(UserWarning, match="before start"):
+            model.disable_dynamic_batching()
+        model.disable_dynamic_batching()  # once
+
+
+@scenario
+async def test_without_an_example_the_log_says_that_nothing_is_warmed_up(caplog):
+    async with AsyncDataParallel(torch.neg, backend=Cutting(), batch_size=2):
+        assert "there are no example_inputs" in caplog.text

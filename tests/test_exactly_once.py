@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from aneuron import AsyncDataParallel, Closed, CoreFailed, Fault, QueueFull, ShapeError, SimulatedBackend
+from aneuron.backends.simulated import SimulatedFault
 from aneuron.errors import DeadlineExceeded
 from aneuron.testing import PuppetBackend, run, settle
 
@@ -74,7 +75,7 @@ class Callers:
         except Closed:
             assert self.closing, "closed by an internal error"
             return "closed"
-        except CoreFailed:
+        except (CoreFailed, OSError, SimulatedFault):  # or the device's own, where two cores have failed with it
             return "core"
         except ShapeError:
             return "shape"  # dynamic batching is off, and the rows are not those of all cores together

@@ -1,6 +1,7 @@
 """Starting, closing, loops and processes, with real threads."""
 
 import asyncio
+import contextlib
 import gc
 import subprocess
 import sys
@@ -8,12 +9,14 @@ import textwrap
 import threading
 import time
 import warnings
+import weakref
 
 import pytest
 import torch
+from puppets import scenario
 
-from aneuron import AsyncDataParallel, Closed, CpuBackend, DeviceError, SimulatedBackend
-from aneuron.testing import PuppetBackend, VirtualTimeLoop
+from aneuron import AsyncDataParallel, Closed, CpuBackend, DeviceError, Fault, SimulatedBackend
+from aneuron.testing import PuppetBackend, VirtualTimeLoop, settle
 
 
 def net():
@@ -402,3 +405,171 @@ async def test_a_failing_start_that_is_cancelled_while_it_cleans_up_ends_quietly
     await until(lambda: not threads())
     await asyncio.sleep(0.05)
     assert failures == []
+
+
+# Found by a reviewer; each was seen to fail.
+
+
+@scenario
+async def test_a_start_that_is_cancelled_just_when_it_succeeds_frees_the_cores():
+    backend = PuppetBackend(2)
+    model = AsyncDataParallel(torch.neg, backend=backend)
+    task = asyncio.create_task(model.start())
+    while model._starting is None:
+        await asyncio.sleep(0)
+    model._starting.task.add_done_callback(lambda _: task.cancel())
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not model.ready
+    assert all(core.closed for core in backend.loaded.values())
+    async with model:  # not closed, either
+        assert model.ready
+
+
+class Loads:
+    """A backend that knows how many of its cores are open."""
+
+    name, recoverable = "loads", True
+
+    def __init__(self, concurrent=True):
+        self.open, self.concurrent = 0, concurrent
+
+    def cores(self):
+        return range(2)
+
+    def load(self, model, core_id, batch_size):
+        self.open += 1
+        backend = self
+
+        class Core:
+            concurrent = self.concurrent
+
+            def execute(self, args, kwargs):
+                return args[0]
+
+            def close(self):
+                backend.open -= 1
+
+        return Core()
+
+    def classify(self, error):
+        return Fault.INPUT
+
+
+async def test_cores_are_freed_where_no_threads_can_be_had(monkeypatch):
+    backend, start = Loads(), threading.Thread.start
+
+    def limited(thread):
+        if thread.name.endswith("/2"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    model = AsyncDataParallel(torch.neg, backend=backend)
+    with pytest.raises(RuntimeError, match="can't start new thread"):
+        await model.start()
+    await until(lambda: backend.open == 0)
+    monkeypatch.undo()
+    async with model:
+        assert model.ready
+
+
+class Big:
+    """What a core holds while it loads."""
+
+
+async def test_what_a_core_held_that_did_not_load_is_freed_at_once():
+    alive = weakref.WeakSet()
+
+    class Failing(Loads):
+        def load(self, model, core_id, batch_size):
+            held = Big()
+            alive.add(held)
+            if core_id:
+                raise OSError("no room")
+            return super().load(model, core_id, batch_size)
+
+    gc.collect()
+    gc.disable()
+    try:
+        model = AsyncDataParallel(torch.neg, backend=Failing(), min_cores=1)
+        async with model:
+            assert [core.state for core in model.statistics().cores] == ["ready", "quarantined"]
+            assert not alive
+        with contextlib.suppress(OSError):
+            await AsyncDataParallel(torch.neg, backend=Failing()).start()
+        assert not alive
+    finally:
+        gc.enable()
+
+
+@scenario
+async def test_cores_that_a_failed_start_did_not_reach_are_closed():
+    backend = PuppetBackend(3, load_error=(1, OSError("no")))
+    model = AsyncDataParallel(torch.neg, backend=backend)
+    with pytest.raises(OSError, match="no"):
+        await model.start()
+    assert [core.state for core in model.statistics().cores] == ["closed"] * 3
+
+
+@scenario
+async def test_a_model_that_cannot_load_anywhere_is_not_tried_on_every_core():
+    backend = PuppetBackend(8, load_error=(0, ValueError("no traced model")))
+    with pytest.raises(ValueError, match="no traced model"):
+        await AsyncDataParallel(torch.neg, backend=backend, min_cores=1).start()
+    assert not backend.loaded
+
+
+@scenario
+async def test_calls_that_leave_behind_a_long_execution_are_not_kept():
+    backend = PuppetBackend(1)
+    async with AsyncDataParallel(torch.neg, backend=backend, batch_size=4) as model:
+        first = asyncio.ensure_future(model(torch.ones(4, 1)))
+        await settle()
+        for _ in range(20):
+            tasks = [asyncio.ensure_future(model(torch.ones(1, 1))) for _ in range(50)]
+            await asyncio.sleep(0)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+        lanes = model._lanes
+        queued = sum(len(flow.calls) for kind in lanes._scheduler._order.kinds.values() for flow in kind.flows.values())
+        assert len(lanes._arrivals) + queued < 100
+        assert model.statistics().calls.waiting == 0
+        backend[0].release()
+        await first
+
+
+@scenario
+async def test_what_one_start_has_found_does_not_bind_the_next(tmp_path):
+    class Knowing(PuppetBackend):
+        rows = 4
+
+        def compiled_rows(self, model):
+            return self.rows
+
+    backend = Knowing(1, service_time=0.01)
+    model = AsyncDataParallel(torch.neg, backend=backend)
+    for rows in (4, 8):
+        backend.rows = rows
+        async with model:
+            assert f"batch_size={rows}" in repr(model)
+            await model(torch.ones(1, 1))
+            assert len(backend[0].executed[0][0][0]) == rows
+
+
+@scenario
+async def test_num_workers_may_be_set_while_too_few_cores_serve():
+    backend = PuppetBackend(2, faults={OSError: Fault.CORE})
+    async with AsyncDataParallel(torch.neg, backend=backend, min_cores=2) as model:
+        task = asyncio.ensure_future(model(torch.ones(1, 1)))
+        await settle()
+        core = next(core for core in backend.loaded.values() if core.executing is not None)
+        core.release(OSError("lost"))
+        await settle()
+        assert not model.ready
+        model.num_workers = 6
+        await settle()
+        assert sum(model._lanes._scheduler._slots) == 6
+        next(core for core in backend.loaded.values() if core.executing is not None).release()
+        await task

@@ -864,3 +864,40 @@ async def test_exactly_once_whatever_ends_when(seed):
     for index, result in pairs:
         assert result == index if index % 7 != 3 else str(result) == str(index)
     assert sorted(ended) == list(range(count))
+
+
+@scenario
+async def test_a_map_that_is_left_before_its_first_element_closes_a_generator():
+    closed = []
+
+    def source():
+        try:
+            yield torch.ones(1, 1)
+            yield torch.ones(1, 1)
+        finally:
+            closed.append("sync")
+
+    async def asource():
+        try:
+            yield torch.ones(1, 1)
+            yield torch.ones(1, 1)
+        finally:
+            closed.append("async")
+
+    async with AsyncDataParallel(torch.neg, backend=PuppetBackend(1, service_time=0.01)) as model:
+        begun, abegun = source(), asource()
+        next(begun)
+        await anext(abegun)
+        async with model.map(begun):
+            pass
+        await model.map(abegun).aclose()
+    assert closed == ["sync", "async"]
+
+
+@scenario
+async def test_a_map_whose_model_does_not_start_is_over():
+    results = AsyncDataParallel(torch.neg, backend=PuppetBackend(1, load_error=(0, OSError("no")))).map([torch.ones(1)])
+    with pytest.raises(OSError, match="no"):
+        await anext(results)
+    with pytest.raises(Closed):
+        await anext(results)

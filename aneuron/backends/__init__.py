@@ -172,6 +172,10 @@ def choose_cores(backend: Backend, named: list[DeviceId] | None) -> list[int]:
         raise DeviceError(f"the {backend.name} backend sees no cores in this process")
     check_ids(backend, named)
     ids = None if named is None else [core for each in named for core in _cores_of(backend, each)]
+    if ids is not None and len(set(ids)) < len(ids):
+        raise DeviceError(
+            f"device_ids name cores more than once: {ids}, with 'cuda:#' as all cores of a device; each is loaded once"
+        )
     missing = [core for core in ids or () if core not in seen]
     if missing:
         raise DeviceError(
