@@ -73,14 +73,13 @@ def observed(
 ) -> AbstractContextManager[Any]:
     """What an observer puts around an execution of those chunks; nothing, if none of their calls has one."""
     observer: Observer | None = None
-    counts: dict[Trace, int] = {}  # a call may have several chunks
+    calls: list[tuple[Any, int]] = []
     for call, start, stop in chunks:
         trace: Trace | None = call.trace
         if trace is not None and trace.observer is not None:
             if trace.observer is not observer:  # replaced by another, from this call on
-                observer, counts = trace.observer, {}
-            counts[trace] = counts.get(trace, 0) + stop - start
+                observer, calls = trace.observer, []
+            calls.append((trace.token, stop - start))
     if observer is None:
         return nullcontext()
-    calls = [(trace.token, count) for trace, count in counts.items()]
     return observer.batch(calls, core=core, rows=rows, padded_rows=padded_rows, why=why)

@@ -81,14 +81,6 @@ async def test_a_call_over_several_batches_is_in_each_of_them():
 
 
 @scenario
-async def test_pieces_of_a_call_in_one_batch_are_counted_together():
-    model, diary = observed(split_size=1)
-    async with model:
-        await model(row(1, rows=3))
-    assert diary.batches == [([("call 0", 3)], 0, 3, 1, "core_idle", None)]
-
-
-@scenario
 async def test_map_timed_and_views_are_observed_once():
     async def source():  # an asynchronous one: threads have no place in virtual time
         yield row(2)
