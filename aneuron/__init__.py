@@ -20,6 +20,7 @@ from aneuron.errors import (
     QueueFull,
     ShapeError,
 )
+from aneuron.observing import Observer
 from aneuron.parallel import AsyncDataParallel
 from aneuron.stats import Statistics, Timing
 
@@ -38,6 +39,7 @@ __all__ = [
     "Fault",
     "NeuronBackend",
     "NoHealthyCores",
+    "Observer",
     "OutputError",
     "QueueFull",
     "ShapeError",

@@ -13,7 +13,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from aneuron.batches import Batch
 from aneuron.errors import Closed, DeviceError, QueueFull
 from aneuron.futures import Futures
 from aneuron.lane import TICK, Lane, Load
+from aneuron.observing import observed
 from aneuron.recovery import Recovery, note
 from aneuron.rows import Call
 from aneuron.scheduler import Rules, Scheduler, Sizes, rounded
@@ -385,7 +386,14 @@ class Lanes:
         execution = Execution(batch, size, lane.core(batch.size, batch.bucket), lane, self._common)
         if batch.bucket:
             execution.other = lane.other(batch.size, batch.bucket)
+        if self._traced:
+            execution.watch = self._watch
         return execution
+
+    def _watch(self, execution: Execution) -> AbstractContextManager[Any]:  # worker thread
+        rows, core = execution.rows, execution.lane.core_id
+        padded = (execution.size or rows) - rows
+        return observed(execution.chunks, core, rows, padded, execution.batch.because)
 
     def _take_over(self, lane: Lane, now: float) -> Execution | None:
         """With the lock: a batch that is bound to another lane and has not begun, for one that has nothing to do."""

@@ -1,0 +1,129 @@
+"""Models in an aiohttp application.
+
+Lives here: what is aiohttp's. Must not be here: what another framework needs as well (the files beside this one).
+
+    app = web.Application()
+    setup(app, net=model)
+    app.router.add_post("/predict", predict)  # y = await get(request, "net")(x)
+    web.run_app(app, handler_cancellation=True)
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+from aiohttp import web
+
+from aneuron import AsyncDataParallel
+from aneuron.web.deadlines import MalformedTimeout, deadline
+from aneuron.web.health import Health
+from aneuron.web.lifecycle import frozen, serving
+from aneuron.web.problems import Problem, logger, problem, problem_of
+from aneuron.web.views import RequestView, Timings, view_of
+from aneuron.web.views import server_timing as timing_header
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+_HEALTH: web.AppKey[Health] = web.AppKey("aneuron.health", Health)
+_DEADLINE, _TIMINGS = "aneuron.deadline", "aneuron.timings"  # in a request
+
+
+def setup(
+    app: web.Application,
+    *,
+    server_timing: bool = False,
+    max_timeout: float | None = None,
+    drain_timeout: float | None = 25.0,
+    freeze: bool = True,
+    **models: AsyncDataParallel,
+) -> None:
+    """Put models into an application, which starts and drains them: `get`, errors, `/livez`, `/readyz`, deadlines.
+
+    A client that leaves is noticed only by servers that are told to: `web.run_app(app, handler_cancellation=True)`,
+    `web.AppRunner(app, handler_cancellation=True)`, or, under a server of others' making,
+    `web.Application(handler_args={"handler_cancellation": True})`. Then its handler is cancelled, and so is its call.
+
+    server_timing: whether answers say in a `Server-Timing` header how their calls were run.
+    max_timeout: seconds that a request may have for its calls, also one that does not ask. The client asks with
+        `X-Request-Timeout-Ms: 250` or `grpc-timeout: 250m`; malformed ones get 400.
+    drain_timeout: seconds that the models may take at the end to finish what they have accepted; None: no bound.
+    freeze: whether `gc.freeze()` is called after the start (undone at the end), see `aneuron.web.starlette.lifespan`.
+
+    Errors of aneuron become problem details (RFC 9457) by the table in `aneuron.web.problems`, every other exception
+    but aiohttp's own answers a 500 that says nothing; its text is in the log. How large a body may be is aiohttp's
+    `client_max_size`, 1 MiB by default.
+    """
+    health = app[_HEALTH] = Health(models)
+
+    async def live(app: web.Application) -> AsyncIterator[None]:
+        async with serving(models, drain_timeout):
+            with frozen(freeze):
+                yield
+
+    async def stop(app: web.Application) -> None:
+        health.draining = True
+
+    @web.middleware
+    async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
+        timings: Timings | None = [] if server_timing else None
+        try:
+            request[_DEADLINE] = deadline(request.headers, asyncio.get_running_loop().time(), max_timeout)
+            request[_TIMINGS] = timings
+            response = await handler(request)
+        except MalformedTimeout as error:
+            response = _response(problem(400, str(error)))
+        except web.HTTPException:
+            raise
+        except Exception as error:
+            response = _answer(request, error)
+        if timings and not response.prepared:
+            response.headers.add("Server-Timing", timing_header(timings))
+        return response
+
+    app.cleanup_ctx.append(live)
+    app.on_shutdown.append(stop)
+    app.middlewares.append(middleware)
+    app.router.add_get("/livez", _livez)
+    app.router.add_get("/readyz", _readyz)
+
+
+def get(request: web.Request, name: str) -> RequestView:
+    """The installed model, on the terms of the request.
+
+    `net = get(request, "net")`, and then `y = await net(x)`.
+    """
+    return view_of(name, request.config_dict[_HEALTH].models, request.get(_DEADLINE), request.get(_TIMINGS))
+
+
+def drain(app: web.Application) -> None:
+    """Turn `/readyz` to 503, for good: no new requests, please. Those that come are served as before.
+
+    For a preStop hook, some seconds before SIGTERM: load balancers learn of it while the server still listens.
+    """
+    app[_HEALTH].draining = True
+
+
+async def _livez(request: web.Request) -> web.Response:
+    return _report(*request.config_dict[_HEALTH].live())
+
+
+async def _readyz(request: web.Request) -> web.Response:
+    return _report(*request.config_dict[_HEALTH].ready())
+
+
+def _report(status: int, body: bytes) -> web.Response:
+    return web.Response(
+        status=status, body=body, content_type="application/json", headers={"Cache-Control": "no-store"}
+    )
+
+
+def _response(said: Problem) -> web.Response:
+    return web.Response(status=said.status, body=said.body, headers=said.headers)
+
+
+def _answer(request: web.Request, error: Exception) -> web.Response:
+    if request.transport is None or request.transport.is_closing():
+        raise error  # the client has left: aiohttp knows what to make of it
+    said = problem_of(error)
+    if said.status == 500:
+        logger.error("%s %s failed", request.method, request.path, exc_info=error)
+    return _response(said)

@@ -1,0 +1,254 @@
+"""Models in a Starlette or FastAPI application.
+
+Lives here: ASGI. Must not be here: what another framework needs as well (the files beside this one).
+
+    app = FastAPI(lifespan=lifespan(net=model))
+    install(app, net=model)
+
+    @app.post("/predict")
+    async def predict(request: Request, row: list[float], net: Annotated[RequestView, Depends(get("net"))]):
+        y = await cancel_on_disconnect(request, net(torch.tensor([row])))
+        return y[0].tolist()
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import anyio
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
+
+from aneuron import AneuronError, AsyncDataParallel
+from aneuron.web.deadlines import MalformedTimeout, deadline
+from aneuron.web.health import Health
+from aneuron.web.lifecycle import frozen, serving
+from aneuron.web.problems import Problem, log, problem, problem_of
+from aneuron.web.views import RequestView, Timings, server_timing, view_of
+
+T = TypeVar("T")
+AppLifespan = Callable[[Any], AbstractAsyncContextManager[Any]]
+
+_MODELS, _DEADLINE, _TIMINGS = "aneuron.models", "aneuron.deadline", "aneuron.timings"  # in the scope of a request
+
+
+def lifespan(
+    app_lifespan: AppLifespan | None = None,
+    /,
+    *,
+    drain_timeout: float | None = 25.0,
+    freeze: bool = True,
+    **models: AsyncDataParallel,
+) -> AppLifespan:
+    """A lifespan that starts the models, and drains them at the end: `FastAPI(lifespan=lifespan(net=model))`.
+
+    app_lifespan: the application's own. It runs inside: it finds the models started, and may use them until its end.
+        Its state is passed on.
+    drain_timeout: seconds that the models may take to finish what they have accepted; then calls that still wait get
+        `Closed`. None: no bound. Servers call the end of the lifespan when the requests are answered, or given up.
+    freeze: whether `gc.freeze()` is called after the start (undone at the end): the garbage collector need not walk
+        the modules that were imported and the models again and again, which makes the slowest answers of a busy
+        process faster. Choose False if the application frees much of what it has at the start.
+
+    A model that fails to start fails the start of the application; those started before it are closed.
+    """
+
+    @asynccontextmanager
+    async def manager(app: Any) -> AsyncIterator[Any]:
+        async with serving(models, drain_timeout):
+            if app_lifespan is None:
+                with frozen(freeze):
+                    yield None
+                return
+            async with app_lifespan(app) as state:
+                with frozen(freeze):
+                    yield state
+
+    return manager
+
+
+def install(
+    app: Starlette,
+    *,
+    server_timing: bool = False,
+    max_timeout: float | None = None,
+    max_body: int | None = None,
+    **models: AsyncDataParallel,
+) -> None:
+    """Put models into an application, before it starts: `get(name)`, answers to errors, `/livez`, `/readyz`, deadlines.
+
+    server_timing: whether answers say in a `Server-Timing` header how their calls were run.
+    max_timeout: seconds that a request may have for its calls; see `deadline_middleware`.
+    max_body: bytes that a request's body may have; longer ones get 413. It is the application's own `max_body_size`,
+        which None leaves as it is; a route may have another.
+
+    Errors of aneuron become problem details (RFC 9457) by the table in `aneuron.web.problems`. Every other exception
+    that nobody handles becomes a 500 that says nothing; its text is in the server's log. A handler of `Exception`
+    that the application has already is left alone.
+    """
+    app.state.aneuron = Health(models)
+    app.add_exception_handler(AneuronError, _on_error)  # type: ignore[arg-type]  # of requests and websockets
+    own = app.exception_handlers
+    if Exception not in own and 500 not in own:
+        app.add_exception_handler(Exception, _on_fault)
+    own.setdefault(ClientDisconnect, _on_left)
+    if max_body is not None:
+        if not hasattr(app, "max_body_size"):
+            raise RuntimeError(f"max_body={max_body} needs Starlette 1.6 or newer, which bounds bodies")
+        app.max_body_size = max_body
+    app.router.routes[:0] = [Route("/livez", _livez), Route("/readyz", _readyz)]  # before a route that takes all paths
+    app.add_middleware(_middleware(models, server_timing))
+    app.add_middleware(deadline_middleware(max_timeout))
+
+
+def drain(app: Starlette) -> None:
+    """Turn `/readyz` to 503, for good: no new requests, please. Those that come are served as before.
+
+    For a preStop hook, some seconds before SIGTERM: load balancers learn of it while the server still listens. Call it
+    from a route of the application's own, or from a signal handler.
+    """
+    _health(app).draining = True
+
+
+@dataclass(frozen=True)
+class Dependency:
+    """What `get` returns; equal for equal names, so that it may be a key of `app.dependency_overrides`."""
+
+    name: str
+
+    async def __call__(self, connection: HTTPConnection) -> RequestView:
+        """The model's view for this request."""
+        scope = connection.scope
+        return view_of(self.name, scope.get(_MODELS, {}), scope.get(_DEADLINE), scope.get(_TIMINGS))
+
+
+def get(name: str) -> Dependency:
+    """The installed model, as a dependency: `net: Annotated[RequestView, Depends(get("net"))]`.
+
+    Without FastAPI: `net = await get("net")(request)`. In tests, `app.dependency_overrides[get("net")] = lambda: fake`.
+    """
+    return Dependency(name)
+
+
+async def cancel_on_disconnect(request: Request, awaitable: Awaitable[T]) -> T:
+    """Await something for as long as the client stays; if it leaves, cancel it and raise `ClientDisconnect`.
+
+    The body is read first, if it has not been, and kept: `request.body()`, `json()` and `form()` work as before.
+    `install` makes the exception an answer that nobody reads, and no noise in the log.
+    """
+    try:
+        with suppress(RuntimeError):  # it was read already, as a stream or as a form
+            await request.body()
+    except BaseException:
+        asyncio.ensure_future(awaitable).cancel()  # nobody will await it
+        raise
+    with anyio.CancelScope() as scope:
+        watch = asyncio.create_task(_cancel_when_left(request, scope))
+        try:
+            return await awaitable
+        finally:
+            watch.cancel()
+    raise ClientDisconnect
+
+
+async def _cancel_when_left(request: Request, scope: anyio.CancelScope) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+    scope.cancel()
+
+
+def deadline_middleware(max_seconds: float | None) -> Callable[[ASGIApp], ASGIApp]:
+    """`app.add_middleware(deadline_middleware(5.0))`: requests have deadlines, and so have the calls of `get(name)`.
+
+    The client asks for one with `X-Request-Timeout-Ms: 250` or, as in gRPC, `grpc-timeout: 250m`; malformed ones get
+    400. `max_seconds` is the most that a request gets, also one that does not ask; None: no bound. Time counts from
+    when the request's headers have arrived. A call that cannot be answered in time raises `DeadlineExceeded` (504).
+    `install` has it built in.
+    """
+
+    def wrap(app: ASGIApp) -> ASGIApp:
+        async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] == "http":
+                now = asyncio.get_running_loop().time()
+                try:
+                    until = deadline(Headers(scope=scope), now, max_seconds)
+                except MalformedTimeout as error:
+                    await _response(problem(400, str(error)))(scope, receive, send)
+                    return
+                outer = scope.get(_DEADLINE)
+                scope[_DEADLINE] = until if outer is None else outer if until is None else min(until, outer)
+            await app(scope, receive, send)
+
+        return middleware
+
+    return wrap
+
+
+def _middleware(models: dict[str, AsyncDataParallel], timing: bool) -> Callable[[ASGIApp], ASGIApp]:
+    def wrap(app: ASGIApp) -> ASGIApp:
+        async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+            scope[_MODELS] = models
+            if not timing or scope["type"] != "http":
+                await app(scope, receive, send)
+                return
+            timings: Timings = []
+            scope[_TIMINGS] = timings
+
+            async def send_timed(message: Message) -> None:
+                if message["type"] == "http.response.start" and timings:
+                    header = (b"server-timing", server_timing(timings).encode("latin-1", "replace"))
+                    message = {**message, "headers": [*message.get("headers", ()), header]}
+                await send(message)
+
+            await app(scope, receive, send_timed)
+
+        return middleware
+
+    return wrap
+
+
+def _health(app: Any) -> Health:
+    health = getattr(app.state, "aneuron", None)
+    if not isinstance(health, Health):
+        raise RuntimeError("no models are in this app; call aneuron.web.starlette.install(app, ...) first")
+    return health
+
+
+async def _livez(request: Request) -> Response:
+    return _report(*_health(request.app).live())
+
+
+async def _readyz(request: Request) -> Response:
+    return _report(*_health(request.app).ready())
+
+
+def _report(status: int, body: bytes) -> Response:
+    return Response(body, status, {"Cache-Control": "no-store"}, "application/json")
+
+
+def _response(said: Problem) -> Response:
+    return Response(said.body, said.status, dict(said.headers))
+
+
+async def _on_error(connection: HTTPConnection, error: Exception) -> Response | None:
+    said = problem_of(error)
+    log(error)
+    if isinstance(connection, WebSocket):
+        await connection.close(1013 if said.status == 503 else 1011)
+        return None
+    return _response(said)
+
+
+async def _on_fault(request: Request, error: Exception) -> Response:
+    return _response(problem_of(error))  # and Starlette raises it on, for the server to log
+
+
+async def _on_left(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # as nginx notes it; nobody is there to read it
