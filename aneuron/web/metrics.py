@@ -21,7 +21,7 @@ from aneuron import AsyncDataParallel, Statistics
 
 _COMMON = ("model", "pid")  # labels of every sample
 _OUTCOMES = ("completed", "failed", "cancelled", "refused")
-_STATES = ("loading", "ready", "failed", "closed")
+_STATES = ("loading", "ready", "suspect", "quarantined", "failed", "closed")
 
 Samples = Iterable[tuple[tuple[str, ...], float]]  # the values of further labels, and the value
 Metrics = Sequence[tuple[str, str, tuple[str, ...], Callable[[Statistics], Samples]]]  # name, text, further labels
