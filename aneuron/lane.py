@@ -5,7 +5,7 @@ Must not be here: callers' futures (futures.py), decisions (scheduler.py), how a
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +14,7 @@ from aneuron.backends import Backend, Core
 from aneuron.batches import Batch
 from aneuron.measure import Compiled
 from aneuron.models import Shape
-from aneuron.outputs import Output, Unpad
+from aneuron.outputs import Output, Unpad, kind
 from aneuron.rows import Call
 from aneuron.scheduler import rounded
 from aneuron.stats import CoreCounters, Recent
@@ -52,6 +52,9 @@ class Lane:
         self.concurrent = False
         self.out = False  # of service, for good: what serves later on this core is another lane
         self.hung = False  # a thread of it does not come back
+        self.run: object = None  # of the model, that it belongs to
+        self.warming = False  # loaded, and not warmed up
+        self.kinds: dict[Shape, Hashable] = {}  # of the outputs that the example gave
         self.take: Take  # how a thread gets its next execution; set by `Lanes`
         self.ended = 0.0  # when the last execution did
         self._backend = backend
@@ -75,7 +78,14 @@ class Lane:
         if self.concurrent:
             self.workers.let_in_together()
         if load.compiled is not None:
+            self.warming = True
             self._warm_up(load, load.compiled)
+            self.warming = False
+
+    def show(self, state: str) -> None:
+        """Its state, for the statistics: of two runs of a model on a core, the one that owns it shows its own."""
+        if self.counters.owner is self.run:
+            self.counters.state = state
 
     def _load_one(self, model: Any, size: int | None, dynamic: bool) -> Core:
         if getattr(self._backend, "cuts_batches", False):
@@ -89,9 +99,10 @@ class Lane:
             try:
                 value, seconds = warm_up(self._cores[size, bucket], compiled, size, bucket, self.workers.clock)
                 self.counters.learn((size or rounded(compiled.rows), bucket), seconds, self.workers.clock())
+                output = Output(value, (size or compiled.rows) if load.packing else None, load.dim, compiled.base)
+                self.kinds[size, bucket] = kind(output)
                 if not load.packing:
                     continue
-                output = Output(value, size or compiled.rows, load.dim, compiled.base)
                 one, of = outputs.setdefault(size, (output, bucket))
                 if load.unpad is not None and load.unpad.known(output, bucket) is None:
                     if one is not output:

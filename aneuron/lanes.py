@@ -12,7 +12,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
@@ -20,7 +20,7 @@ from typing import Any
 
 from aneuron.backends import Backend, Fault
 from aneuron.batches import Batch
-from aneuron.errors import Closed, DeviceError, QueueFull
+from aneuron.errors import Closed, CoreFailed, DeviceError, QueueFull, ShapeError
 from aneuron.futures import Futures
 from aneuron.lane import TICK, Lane, Load
 from aneuron.observing import observed
@@ -49,6 +49,7 @@ class Lanes:
         sizes: Mapping[int, Sizes],
         counters: Counters,
         exec_timeout: float | None = None,
+        beside: bool = False,
     ) -> None:
         self.loop = asyncio.get_running_loop()
         self.thread = threading.get_ident()  # the loop's; to ask for the running loop costs a system call
@@ -57,7 +58,7 @@ class Lanes:
         self.rules = rules
         self._backend = backend
         self._load = load
-        self._sizes = sizes
+        self.sizes = sizes
         self._counters = counters
         self._lock = threading.Lock()  # around the scheduler, the lanes' queues and what they have in flight
         self._scheduler: Scheduler[Call] = Scheduler(rules, sizes, self._estimate)
@@ -78,6 +79,7 @@ class Lanes:
         number = getattr(backend, "global_id", lambda core_id: core_id)
         for core_id in core_ids:
             counters.cores.setdefault(core_id, CoreCounters(core_id, number(core_id)))
+        self._beside = beside  # another run of the model serves on these cores until `take_over`
         self._core_ids = core_ids
         self._open: set[Lane] = set()  # lanes whose cores have not been closed; hung ones may never be
         self.lanes = [self._new_lane(index) for index in range(len(core_ids))]
@@ -90,6 +92,7 @@ class Lanes:
         workers = self._make_workers(f"aneuron-core-{core_id}")
         lane = Lane(index, core_id, self._backend, workers, self._counters.cores[core_id])
         lane.take = partial(self._take, lane)
+        lane.run = self
         workers.on_death = lambda error: self._call_loop(partial(self._thread_died, lane, error))
         self._open.add(lane)
         return lane
@@ -105,11 +108,13 @@ class Lanes:
         try:
             for lane in self.lanes:
                 try:
-                    lane.counters.state, lane.counters.owner = "loading", self
+                    if not self._beside:
+                        lane.counters.owner = self
+                    lane.show("loading")
                     lane.workers.grow(1)
                     await asyncio.wrap_future(lane.workers.submit(lane.load, self._load))
                     self.recovery.health[lane.index].loaded(self.clock())
-                    lane.counters.state = "ready"
+                    lane.show("ready")
                 except Exception as error:
                     failures.append(error)
                     note(error, f"aneuron: while loading core {lane.core_id} of the {self._backend.name} backend")
@@ -127,8 +132,8 @@ class Lanes:
             failures.clear()  # their tracebacks hold this frame, and that the cores
         for core in self._counters.cores.values():
             for (rows, bucket), recent in core.services.items():
-                if bucket in self._sizes:
-                    self._sizes[bucket].learn(rows, recent.median)
+                if bucket in self.sizes:
+                    self.sizes[bucket].learn(rows, recent.median)
         self.serving = True
 
     def _is_hopeless_to_load(self, error: Exception) -> bool:
@@ -456,7 +461,7 @@ class Lanes:
         if execution.error is not None and not execution.abandoned:
             execution.lane.counters.errors += 1
             self.recovery.failed(execution, execution.error)
-        elif batch.because == "rerun" or execution.lane.counters.state == "suspect":
+        elif batch.because == "rerun" or self.recovery.health[execution.lane.index].state == "suspect":
             self.recovery.succeeded(execution)
         self.futures.end(execution.finished, now=now)
         # A traceback holds the worker's frames, and they the execution: no cycle, and nobody else's rows.
@@ -472,7 +477,7 @@ class Lanes:
         lane.counters.executed(rows, padded, service, (batch.size or rounded(rows), batch.bucket), now)
         if batch.size is not None and len(self._load.models) > 1 and service:
             with self._lock:
-                self._sizes[batch.bucket].learn(batch.size, service)
+                self.sizes[batch.bucket].learn(batch.size, service)
         if lane.copied(execution.copied, execution.preparing, now):
             self._scheduler.lead(lane.index, lane.lead)
         counters.drained(rows, now)
@@ -533,7 +538,7 @@ class Lanes:
     def reload(self, index: int, done: Callable[[Lane, BaseException | None], None]) -> None:
         """Make a new lane for a core and load it."""
         lane = self._new_lane(index)
-        lane.counters.state = "loading"
+        lane.show("loading")
 
         def loaded(future: "asyncio.Future[None]") -> None:
             error = asyncio.CancelledError() if future.cancelled() else future.exception()
@@ -595,13 +600,42 @@ class Lanes:
             call.bound = call.rows
         self.futures.end([(call, Closed(why)) for call in calls], failed=True)
 
-    def statistics(self) -> Statistics:
-        """The frozen snapshot of now; from another thread than the loop's its numbers may be of moments close by."""
-        with self._lock:
-            for lane in self.lanes:
-                lane.counters.in_flight = self._scheduler.in_flight(lane.index)
-            self._flush()
-            calls, rows = self._scheduler.waiting_calls, self._scheduler.waiting_rows
+    def differ_from(self, old: "Lanes") -> Exception | None:
+        """Why these lanes cannot take the place of others on the same cores; None if they can."""
+        for lane, other, health, before in zip(
+            self.lanes, old.lanes, self.recovery.health, old.recovery.health, strict=True
+        ):
+            if before.serves and not health.serves:
+                return CoreFailed(f"core {lane.core_id} has not loaded the new model, see the log", lane.core_id)
+            for shape, kind in other.kinds.items() if health.serves else ():
+                if lane.kinds.get(shape) != kind:
+                    return ShapeError(
+                        f"a row of example_inputs gives {lane.kinds.get(shape)} with the new model (structure, shapes "
+                        f"and dtypes), and {kind} with the one that serves"
+                    )
+        return None
+
+    def take_over(self) -> None:
+        """The run that these lanes were loaded beside serves no new calls any more: the cores are these lanes'."""
+        for lane in self.lanes:
+            lane.counters.owner = self
+            lane.show(self.recovery.health[lane.index].state)
+
+    def statistics(self, retired: "Iterable[Lanes]" = ()) -> Statistics:
+        """The frozen snapshot of now; from another thread than the loop's its numbers may be of moments close by.
+
+        `retired` are runs of the model on the same cores that have calls left.
+        """
+        calls = rows = 0
+        for lane in self.lanes:
+            lane.counters.in_flight = 0
+        for run in (self, *retired):
+            with run._lock:
+                run._flush()
+                calls += run._scheduler.waiting_calls
+                rows += run._scheduler.waiting_rows
+                for lane in run.lanes:
+                    lane.counters.in_flight += run._scheduler.in_flight(lane.index)
         return self._counters.snapshot(calls, rows)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from aneuron.backends import Backend
 from aneuron.buckets import Buckets, Cover
+from aneuron.errors import ShapeError
 
 Shape = tuple[int | None, int]  # rows (None = any number) and bucket (0 = none) of an execution
 
@@ -42,7 +43,7 @@ class Models:
 
     def __init__(self, given: Any, batch_size: int | None, dim: int, buckets: Buckets | None) -> None:
         self.batch_size = self._said = batch_size
-        self._given = given
+        self._given, self._dim, self._buckets = given, dim, buckets
         self._lengths: tuple[int, ...] = tuple(buckets.sizes) if buckets is not None else (0,)
         self._by_size = isinstance(given, Mapping)
         if buckets is not None and buckets.dim == dim:
@@ -58,6 +59,13 @@ class Models:
             self.batch_size = self._said = max(size for size, _ in self._given)
         for model in self._given.values() if self._by_size else (given,):
             check_model(model)
+
+    def like(self, given: Any) -> "Models":
+        """Another model, for the same rows and buckets."""
+        other = Models(given, None if isinstance(given, Mapping) else self._said, self._dim, self._buckets)
+        if other._by_size != self._by_size:
+            raise ShapeError("the new model must be given as the old one was: alone, or by its compiled sizes")
+        return other
 
     @property
     def compiled(self) -> bool:

@@ -47,6 +47,13 @@ class Output:
             raise OutputError("the model returned no tensor; every call needs its rows of at least one")
 
 
+def kind(output: Output) -> Hashable:
+    """What an output is like, whatever its rows: structure, and the shapes and dtypes of one row."""
+    dims = [output.dim % leaf.ndim for leaf in output.leaves]
+    rows = [(*leaf.shape[:dim], *leaf.shape[dim + 1 :]) for leaf, dim in zip(output.leaves, dims, strict=True)]
+    return tuple(output.structure), tuple(zip(rows, (leaf.dtype for leaf in output.leaves), strict=True))
+
+
 def checked(leaf: Any, size: int | None, dim: int) -> torch.Tensor:
     """One tensor of an output, on the host."""
     if not isinstance(leaf, torch.Tensor):

@@ -8,10 +8,10 @@ import asyncio
 import inspect
 import logging
 import warnings
-from collections.abc import Coroutine, Hashable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from threading import get_ident
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from aneuron.backends import (
     Backend,
@@ -22,7 +22,7 @@ from aneuron.backends import (
     choose_cores,
     parse_device_ids,
 )
-from aneuron.buckets import Buckets, Cover
+from aneuron.buckets import Buckets
 from aneuron.bulk import Map
 from aneuron.errors import Closed, DeadlineExceeded, DeviceError, ShapeError
 from aneuron.lane import Load
@@ -32,13 +32,15 @@ from aneuron.models import Models
 from aneuron.observing import Observer, Trace
 from aneuron.outputs import Unpad
 from aneuron.rows import Call
-from aneuron.scheduler import Rules
+from aneuron.scheduler import Rules, Sizes
 from aneuron.stats import Counters, Statistics, Timing
 from aneuron.view import View, seconds
 from aneuron.waiting import Cut, Terms
 from aneuron.workers import Workers
 
 logger = logging.getLogger("aneuron")
+
+T = TypeVar("T")
 
 Model = Any  # nn.Module | ScriptModule | callable | path of a TorchScript file
 
@@ -168,7 +170,9 @@ class AsyncDataParallel:
         self._compiled = self._example if self._models.compiled else None
         self._lengths = self._example.lengths if self._example is not None else None
         self._checked: Hashable = None  # the signature of the last call that was found to fit
-        self._sizes: dict[int, Cover] = {}  # of this run of the model, which learns them
+        self._sizes: Mapping[int, Sizes] = {}  # of this run of the model, which learns them
+        self._swapping = False
+        self._retired: dict[Lanes, asyncio.Task[None]] = {}  # runs of models that were swapped, with calls left
         self._counters = Counters()
         if dim != 0 and set_dynamic_batching and self._asked_for_batching:
             warnings.warn(
@@ -380,7 +384,8 @@ class AsyncDataParallel:
 
     def statistics(self) -> Statistics:
         """A frozen snapshot of the counters, cheap enough to be read 100 times a second. They outlive a restart."""
-        return self._lanes.statistics() if self._lanes is not None else self._counters.snapshot(0, 0)
+        lanes = self._lanes
+        return self._counters.snapshot(0, 0) if lanes is None else lanes.statistics(list(self._retired))
 
     def observe(self, observer: Observer | None) -> None:
         """Tell an observer of the calls made from now on, and of the executions that have their rows; None: nobody.
@@ -490,53 +495,136 @@ class AsyncDataParallel:
 
     async def _start(self, start: _Start) -> Lanes:
         try:
-            backend, ids, rows = await self._find_cores()
+            backend, ids, rows = await self._in_a_thread(self._look_for_cores)
             self._backend = backend
             self._models.settle(rows)
-            self._compiled = self._example if self._models.compiled else None
             if self._min_cores is not None and self._min_cores > len(ids):
                 raise DeviceError(f"min_cores={self._min_cores}, and there are {len(ids)} cores to start on: {ids}")
-            packing = self._packs(backend)
-            rules = Rules(
-                cores=len(ids),
-                batch_size=self._models.batch_size,
-                preferred=getattr(backend, "preferred_rows", 32),
-                split_size=self._split_size,
-                packing=packing,
-                max_pending=self._max_pending,
-                max_delay=self._max_delay,
-            )
-            unpad = Unpad(self._buckets) if self._buckets is not None else None
-            load = Load(self._models.by_shape(self._dim), self._dim, self._example, packing, self._packing, unpad)
-            self._sizes = self._models.sizes(self._dim)
-            lanes = Lanes(backend, ids, rules, load, self._sizes, self._counters, self._exec_timeout)
+            lanes = self._make_lanes(backend, ids, self._models)
             await lanes.start(self._min_cores or len(ids))
-            try:
-                lanes.change(split_size=self._split_size, packing=packing and self._packing)  # as set while it loaded
-                lanes.resize(self._num_workers or 2 * lanes.recovery.in_service)
-            except BaseException:  # no threads to be had
-                lanes.stop()
-                raise
-            self._lanes = lanes
+            self._serve(lanes, self._models, self._num_workers or 2 * lanes.recovery.in_service)
             return lanes
         finally:
             if self._starting is start:
                 self._starting = None
             del start  # whose task has the exception whose traceback holds this frame
 
-    async def _find_cores(self) -> tuple[Backend, list[int], int | None]:
-        """The backend, the cores to load on, and what it knows of the compiled rows. In a thread: it may take long."""
+    def _make_lanes(self, backend: Backend, ids: list[int], models: Models, beside: bool = False) -> Lanes:
+        packing = self._packs(backend, models)
+        rules = Rules(
+            cores=len(ids),
+            batch_size=models.batch_size,
+            preferred=getattr(backend, "preferred_rows", 32),
+            split_size=self._split_size,
+            packing=packing,
+            max_pending=self._max_pending,
+            max_delay=self._max_delay,
+        )
+        unpad = Unpad(self._buckets) if self._buckets is not None else None
+        load = Load(models.by_shape(self._dim), self._dim, self._example, packing, self._packing, unpad)
+        sizes = models.sizes(self._dim)
+        return Lanes(backend, ids, rules, load, sizes, self._counters, self._exec_timeout, beside)
+
+    def _serve(self, lanes: Lanes, models: Models, num_workers: int) -> None:
+        """Serve with lanes that are loaded, from the next call on."""
+        try:
+            packing = lanes.rules.packing and self._packing
+            lanes.change(split_size=self._split_size, packing=packing)  # as set while it loaded
+            lanes.resize(num_workers)
+        except BaseException:  # no threads to be had
+            lanes.stop()
+            raise
+        self._compiled = self._example if models.compiled else None
+        self._checked = None
+        self._models, self._lanes, self._sizes = models, lanes, lanes.sizes
+
+    async def swap(self, model: Model) -> None:
+        """Serve with another model from now on; no call fails or is lost, and each is answered wholly by one of them.
+
+        The new model is loaded and warmed up on one core after the other, beside the old one, which serves meanwhile:
+        the cores need room for both. Calls made before all are loaded are the old one's, calls made after that the new
+        one's; the return waits for the end of the former, after which the old one is freed. A model that is not started
+        will start with the new one.
+
+        model: as for the constructor, for the same inputs, with outputs of the same structure, shapes and dtypes, and
+            compiled for the same sizes. Without `example_inputs` nothing but the sizes can be checked.
+
+        If it fails the old model stays, on every core. Raises `ShapeError` for a model that differs, what loading
+        raises, `Closed` if the model was closed meanwhile, `RuntimeError` while another swap is in progress. Cancelled
+        before the new model serves, it changes nothing.
+
+            >>> import asyncio, torch, aneuron
+            >>> async def main():
+            ...     example = torch.zeros(1, 2)
+            ...     async with aneuron.AsyncDataParallel(torch.nn.ReLU().eval(), example_inputs=example) as model:
+            ...         await model.swap(torch.nn.Hardtanh().eval())
+            ...         return await model(torch.tensor([[-3.0, 3.0]]))
+            >>> asyncio.run(main())
+            tensor([[-1.,  1.]])
+        """
+        if self._swapping:
+            raise RuntimeError("another swap is in progress; await it first")
+        models = self._models.like(model)
+        self._swapping = True
+        try:
+            if self._lanes is None and self._starting is None:
+                self._models = models
+                return
+            old = await self._started()
+            new = await self._load_beside(old, models)
+        finally:
+            self._swapping = False
+        if self._lanes is not old:
+            new.abort()
+            raise Closed("the model was closed while it was being swapped")
+        self._serve(new, models, old.slots)
+        new.take_over()
+        drain = asyncio.get_running_loop().create_task(old.drain(), name="aneuron swap")
+        self._retired[old] = drain
+        drain.add_done_callback(lambda _: self._retired.pop(old, None))
+        await asyncio.shield(drain)
+
+    async def _load_beside(self, old: Lanes, models: Models) -> Lanes:
+        """The lanes of another model on the same cores; raises if a core that serves has not loaded it."""
+        backend = self._backend
+        assert backend is not None
+        models.settle(await self._in_a_thread(lambda: self._ask(backend, models)))
+        if set(models.by_shape(self._dim)) != set(self._models.by_shape(self._dim)):
+            raise ShapeError(
+                f"the new model is compiled for {sorted(models.by_shape(self._dim), key=str)} (rows, bucket), the one "
+                f"that serves for {sorted(self._models.by_shape(self._dim), key=str)}; they must be the same"
+            )
+        new = self._make_lanes(backend, [lane.core_id for lane in old.lanes], models, beside=True)
+        try:
+            await new.start(max(1, old.recovery.in_service))
+        except Exception as error:
+            if any(lane.warming for lane in new.lanes):
+                raise ShapeError(f"the new model does not take example_inputs as the old one does: {error}") from error
+            raise
+        if differing := new.differ_from(old):
+            new.abort()
+            raise differing
+        return new
+
+    async def _in_a_thread(self, fn: Callable[[], T]) -> T:
+        """What may take long."""
         workers = getattr(self._chosen, "workers", Workers)("aneuron-start")
         workers.grow(1)
         try:
-            return await asyncio.wrap_future(workers.submit(self._look_for_cores))
+            future: asyncio.Future[T] = asyncio.wrap_future(workers.submit(fn))
+            return await future
         finally:
             workers.stop()
 
+    def _ask(self, backend: Backend, models: Models) -> int | None:
+        """What the backend knows of the compiled rows; raises for models that it cannot run."""
+        check_models(backend, models.given)
+        return models.ask(backend, self._example.rows if self._example is not None else None)
+
     def _look_for_cores(self) -> tuple[Backend, list[int], int | None]:
+        """The backend, the cores to load on, and what it knows of the compiled rows."""
         backend = self._chosen or automatic(self._models.given)
-        check_models(backend, self._models.given)
-        rows = self._models.ask(backend, self._example.rows if self._example is not None else None)
+        rows = self._ask(backend, self._models)
         if self._example is None and getattr(backend, "cuts_batches", False):
             logger.warning(
                 "there are no example_inputs: the cores cannot be warmed up before the model is ready; pass what it "
@@ -544,9 +632,9 @@ class AsyncDataParallel:
             )
         return backend, choose_cores(backend, self._ids), rows
 
-    def _packs(self, backend: Backend) -> bool:
+    def _packs(self, backend: Backend, models: Models) -> bool:
         """Whether calls may share batches: not where cores cut batches themselves, nobody knows to how many rows."""
-        return self._packing and (self._models.batch_size is not None or not getattr(backend, "cuts_batches", False))
+        return self._packing and (models.batch_size is not None or not getattr(backend, "cuts_batches", False))
 
     async def aclose(self) -> None:
         """Refuse new calls, finish the accepted ones, free cores and threads. If cancelled, `abort()` instead.
@@ -560,8 +648,10 @@ class AsyncDataParallel:
             return
         try:
             await lanes.drain()
+            while self._retired:  # by a swap
+                await asyncio.wait(list(self._retired.values()))
         except BaseException:
-            lanes.abort()
+            self._abort_all(lanes)
             raise
         finally:
             if self._lanes is lanes:
@@ -573,7 +663,11 @@ class AsyncDataParallel:
         self._close_door()
         lanes, self._lanes = self._lanes, None
         if lanes is not None:
-            lanes.abort()
+            self._abort_all(lanes)
+
+    def _abort_all(self, lanes: Lanes) -> None:
+        for run in (lanes, *self._retired):
+            run.abort()
 
     def _close_door(self) -> None:
         self._closed = True
@@ -593,7 +687,8 @@ class AsyncDataParallel:
     def __del__(self) -> None:
         lanes = getattr(self, "_lanes", None)
         if lanes is not None:
-            lanes.stop()
+            for run in (lanes, *self._retired):
+                run.stop()
             warnings.warn(
                 "an AsyncDataParallel was never closed; use `async with`, or await aclose()",
                 ResourceWarning,

@@ -126,7 +126,7 @@ class Recovery:
         health = self.health[lane.index]
         if execution.begun and not lane.out and health.state == "suspect":
             health.served()
-            lane.counters.state = health.state
+            lane.show(health.state)
         if batch.inquest is not None:
             self._conclude(batch.inquest, batch.inquest.ended(lane.core_id, well=execution.begun))
         if batch.trial is not None:
@@ -221,7 +221,7 @@ class Recovery:
                 health.fail()
             else:
                 delay = health.faulted(self._host.clock(), random.random())
-            other.counters.state = health.state
+            other.show(health.state)
             if served:
                 self._host.retire(other)
             self._come_back_in(other.index, delay)
@@ -239,7 +239,7 @@ class Recovery:
         """A core could not be loaded: the others serve without it."""
         health = self.health[lane.index]
         delay = health.faulted(self._host.clock(), random.random())
-        lane.counters.state = health.state
+        lane.show(health.state)
         lane.counters.errors += 1
         logger.warning("core %d did not load (%s): %s", lane.core_id, health.state, text(error))
         self._come_back_in(lane.index, delay)
@@ -262,7 +262,7 @@ class Recovery:
             return
         health = self.health[lane.index]
         health.loaded(self._host.clock())
-        lane.counters.state = health.state
+        lane.show(health.state)
         self._host.lanes[lane.index] = lane
         logger.warning("core %d is back in service (%s)", lane.core_id, health.state)
         self._host.spread()
