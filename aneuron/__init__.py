@@ -19,6 +19,7 @@ from aneuron.errors import (
     QueueFull,
     ShapeError,
 )
+from aneuron.observing import Observer
 from aneuron.parallel import AsyncDataParallel
 from aneuron.stats import Statistics, Timing
 
@@ -36,6 +37,7 @@ __all__ = [
     "DeviceError",
     "Fault",
     "NeuronBackend",
+    "Observer",
     "OutputError",
     "QueueFull",
     "ShapeError",

@@ -13,7 +13,7 @@ import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from aneuron.batches import Batch
 from aneuron.errors import Closed, CoreFailed, QueueFull
 from aneuron.futures import Futures, has_left
 from aneuron.lane import TICK, Lane, Load
+from aneuron.observing import observed
 from aneuron.rows import Call
 from aneuron.scheduler import Rules, Scheduler, Sizes, rounded
 from aneuron.slots import spread
@@ -351,7 +352,14 @@ class Lanes:
         execution = Execution(batch, size, lane.core(batch.size, batch.bucket), lane.index, self._common)
         if batch.bucket:
             execution.other = lane.other(batch.size, batch.bucket)
+        if self._traced:
+            execution.watch = self._watch
         return execution
+
+    def _watch(self, execution: Execution) -> AbstractContextManager[Any]:  # worker thread
+        rows, core = execution.rows, self._lanes[execution.lane].core_id
+        padded = (execution.size or rows) - rows
+        return observed(execution.chunks, core, rows, padded, execution.batch.because)
 
     def _take_over(self, lane: Lane, now: float) -> Execution | None:
         """With the lock: a batch that is bound to another lane and has not begun, for one that has nothing to do."""

@@ -28,10 +28,11 @@ from aneuron.lane import Load
 from aneuron.lanes import Lanes
 from aneuron.measure import Compiled, measure
 from aneuron.models import Models
+from aneuron.observing import Observer, Trace
 from aneuron.outputs import Unpad
 from aneuron.rows import Call
 from aneuron.scheduler import Rules
-from aneuron.stats import Counters, Statistics, Timing, Trace
+from aneuron.stats import Counters, Statistics, Timing
 from aneuron.view import View, seconds
 from aneuron.waiting import Cut, Terms
 from aneuron.workers import Workers
@@ -135,6 +136,7 @@ class AsyncDataParallel:
         self._starting: _Start | None = None
         self._closed = False
         self._closings = 0  # how often it has been
+        self._observer: Observer | None = None
         self._ids = parse_device_ids(device_ids)
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise ValueError(f"dim={dim!r}: expected an int, the dimension that counts rows")
@@ -249,6 +251,8 @@ class AsyncDataParallel:
         timeout: float | None = None,
         trace: Trace | None = None,
     ) -> Any:
+        if self._observer is not None and (trace is None or trace.observer is None):
+            return await self._observed(self._observer, inputs, kwargs, terms, timeout, trace or Trace())
         call = measure(inputs, kwargs, self._dim, self._buckets, self._lengths)
         if self._compiled is not None and call.signature is not self._checked:
             self._compiled.check(call, inputs, kwargs)
@@ -273,6 +277,19 @@ class AsyncDataParallel:
             if not call.settled:
                 lanes.futures.withdraw(call)
             del future  # an exception's traceback holds this frame
+
+    async def _observed(
+        self,
+        observer: Observer,
+        inputs: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        terms: Terms | None,
+        timeout: float | None,
+        trace: Trace,
+    ) -> Any:
+        with observer.call(trace.timing) as trace.token:
+            trace.observer = observer
+            return await self._run(inputs, kwargs, terms, timeout, trace)
 
     def _cut(self, call: Call, rules: Rules) -> Cut:
         """How a call will be cut, where that is not anywhere."""
@@ -341,6 +358,28 @@ class AsyncDataParallel:
     def statistics(self) -> Statistics:
         """A frozen snapshot of the counters, cheap enough to be read 100 times a second. They outlive a restart."""
         return self._lanes.statistics() if self._lanes is not None else self._counters.snapshot(0, 0)
+
+    def observe(self, observer: Observer | None) -> None:
+        """Tell an observer of the calls made from now on, and of the executions that have their rows; None: nobody.
+
+        Calls through `timed`, `map` and views are calls too. There is one observer; another takes its place.
+        `aneuron.web.tracing` is one that makes OpenTelemetry spans. Without one, nothing is noted.
+
+            >>> import asyncio, contextlib, torch, aneuron
+            >>> class Printer:
+            ...     def call(self, timing):
+            ...         return contextlib.nullcontext("a call")
+            ...     def batch(self, calls, *, core, rows, padded_rows, why):
+            ...         print(calls, rows, padded_rows, why)
+            ...         return contextlib.nullcontext()
+            >>> async def main():
+            ...     async with aneuron.AsyncDataParallel(torch.neg, batch_size=8) as model:
+            ...         model.observe(Printer())
+            ...         await model(torch.ones(3, 2))
+            >>> asyncio.run(main())
+            [('a call', 3)] 3 5 core_idle
+        """
+        self._observer = observer
 
     # Lifecycle.
 

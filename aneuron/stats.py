@@ -5,7 +5,7 @@ Lives here: numbers. Must not be here: who counts when (the lanes do, on the loo
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -100,34 +100,6 @@ class Timing:
     batch_rows: int
     padded_rows: int
     why: str
-
-
-class Trace:
-    """Where the executions of a call are noted, for its `Timing`."""
-
-    __slots__ = ("admitted", "clock", "core", "ended", "padded", "rows", "started", "why")
-
-    admitted: float
-    clock: Callable[[], float]
-
-    def __init__(self) -> None:
-        self.started: float | None = None
-        self.ended = 0.0
-        self.core = self.rows = self.padded = 0
-        self.why = ""
-
-    def note(self, core: int, started: float, ended: float, rows: int, padded: int, why: str) -> None:
-        """Note an execution."""
-        self.started = started if self.started is None else min(self.started, started)
-        if ended >= self.ended:
-            self.core, self.ended, self.rows, self.padded, self.why = core, ended, rows, padded, why
-
-    def timing(self) -> Timing:
-        """What there is to say about a call that has its result, now."""
-        now, admitted = self.clock(), self.admitted
-        started = self.started if self.started is not None else now
-        device = max(0.0, self.ended - started)
-        return Timing(started - admitted, device, now - admitted, self.core, self.rows, self.padded, self.why)
 
 
 class Tally:

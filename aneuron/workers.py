@@ -89,7 +89,7 @@ class Execution:
     __slots__ = (
         "_again", "_cut", "batch", "begun", "chunks", "common", "copied", "core", "ended", "error", "failed",
         "fault", "finished", "lane", "other", "output", "posted", "prepared", "preparing", "rows", "size", "staged",
-        "started",
+        "started", "watch",
     )  # fmt: skip
 
     def __init__(self, batch: Batch[Call], size: int | None, core: Core, lane: int, common: Common) -> None:
@@ -103,6 +103,7 @@ class Execution:
         self.output: Any = None
         self.begun = self.failed = False
         self.staged: Staged | None = None  # if it was bound while another was executing
+        self.watch: Callable[[Execution], AbstractContextManager[Any]] | None = None  # around it, if calls are observed
         self.started = self.ended = self.posted = 0.0
         self.preparing = 0.0  # seconds
         self.copied = 0  # bytes that were collated and scattered, seen at a glance, where that took a notable time
@@ -154,7 +155,11 @@ class Execution:
         try:
             if self.preparing > NOTABLE:
                 self.copied = _bytes(args) + _bytes(kwargs)
-            self.output = self.core.execute(args, kwargs)
+            if self.watch is None:
+                self.output = self.core.execute(args, kwargs)
+            else:
+                with self.watch(self):
+                    self.output = self.core.execute(args, kwargs)
             if self.common.unpad is not None and self.batch.bucket:
                 self._cut = self._carried(self.common.unpad)
         except BaseException as error:

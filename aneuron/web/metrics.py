@@ -1,0 +1,131 @@
+"""Models' statistics for Prometheus.
+
+Lives here: names, labels and types of the metrics. Must not be here: counting (`statistics()` tells what models count),
+a web framework (prometheus-client brings the pages itself).
+
+    REGISTRY.register(Collector(net=model))
+    app.mount("/metrics", make_asgi_app())  # FastAPI, Starlette
+    app.router.add_get("/metrics", make_aiohttp_handler())  # aiohttp; it is in prometheus_client.aiohttp
+"""
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector as _Collector
+
+from aneuron import AsyncDataParallel, Statistics
+
+_COMMON = ("model", "pid")  # labels of every sample
+_OUTCOMES = ("completed", "failed", "cancelled", "refused")
+_STATES = ("loading", "ready", "failed", "closed")
+
+Samples = Iterable[tuple[tuple[str, ...], float]]  # the values of further labels, and the value
+Metrics = Sequence[tuple[str, str, tuple[str, ...], Callable[[Statistics], Samples]]]  # name, text, further labels
+
+
+def _by_core(field: str) -> Callable[[Statistics], Samples]:
+    """A number of each core, if it is known."""
+    return lambda s: [((str(core.id),), value) for core in s.cores if (value := getattr(core, field)) is not None]
+
+
+def _states(s: Statistics) -> Samples:
+    for core in s.cores:
+        for state in dict.fromkeys((*_STATES, core.state)):
+            yield (str(core.id), state), float(core.state == state)
+
+
+_COUNTERS: Metrics = (
+    (
+        "aneuron_requests",
+        "Calls that have ended, and those refused because the queue was full.",
+        ("outcome",),
+        lambda s: [((outcome,), getattr(s.calls, outcome)) for outcome in _OUTCOMES],
+    ),
+    (
+        "aneuron_batch_close",
+        "Batches, by the reason that they were not made larger.",
+        ("why",),
+        lambda s: [((why,), count) for why, count in s.closed_because.items()],
+    ),
+    ("aneuron_batches", "Executions, re-runs included.", ("core",), _by_core("batches")),
+    ("aneuron_rows", "Rows of calls that were executed.", ("core",), _by_core("rows")),
+    ("aneuron_batch_padding_rows", "Rows added to fill compiled sizes.", ("core",), _by_core("padded_rows")),
+    ("aneuron_core_busy_seconds", "Time in which a core executed.", ("core",), _by_core("busy_seconds")),
+    ("aneuron_core_errors", "Executions and loads that failed.", ("core",), _by_core("errors")),
+)
+
+_GAUGES: Metrics = (
+    ("aneuron_queue_items", "Calls of which no row is in a batch yet.", (), lambda s: [((), s.calls.waiting)]),
+    ("aneuron_queue_rows", "Rows that wait.", (), lambda s: [((), s.waiting_rows)]),
+    ("aneuron_inflight_requests", "Calls of which a row is in a batch.", (), lambda s: [((), s.calls.running)]),
+    ("aneuron_inflight_batches", "Batches that a core has, begun or not.", ("core",), _by_core("in_flight")),
+    ("aneuron_core_state", "1 for the state that a core is in.", ("core", "state"), _states),
+    ("aneuron_core_global_id", "The core's number within the machine.", ("core",), _by_core("global_id")),
+    (
+        "aneuron_core_service_seconds",
+        "Median time of the last executions, of the shape that was executed last.",
+        ("core",),
+        _by_core("service_seconds"),
+    ),
+)
+
+_HISTOGRAMS = (
+    ("aneuron_queue_seconds", "From when a call is accepted to its first execution.", "queue_seconds"),
+    ("aneuron_device_seconds", "From an execution's beginning to its end.", "device_seconds"),
+    ("aneuron_request_seconds", "From when a call is accepted to its result or error.", "total_seconds"),
+    ("aneuron_batch_rows", "Rows of calls in a batch.", "batch_rows"),
+    ("aneuron_event_loop_lag_seconds", "From when a batch has ended to the event loop's turn.", "loop_lag_seconds"),
+)
+
+
+class Collector(_Collector):
+    """The statistics of models, for a registry of prometheus-client; one collector for all models of a registry.
+
+    Every sample has the labels `model`, the name given here, and `pid`: a process tells of its own calls only. Where
+    several workers share a port, each scrape meets one of them; give each a port of its own for metrics
+    (`prometheus_client.start_http_server`). prometheus-client's multi-process mode does not know collectors.
+
+    Calls pay nothing for it: a scrape reads one snapshot of each model, from whichever thread. Models need not be
+    started.
+
+        >>> import torch, aneuron
+        >>> from prometheus_client import CollectorRegistry
+        >>> registry = CollectorRegistry()
+        >>> registry.register(Collector(net=aneuron.AsyncDataParallel(torch.neg)))
+        >>> registry.get_sample_value("aneuron_ready", {"model": "net", "pid": str(os.getpid())})
+        0.0
+    """
+
+    def __init__(self, **models: AsyncDataParallel) -> None:
+        self._models = models
+
+    def collect(self) -> Iterator[Metric]:
+        """All metrics as of now."""
+        pid = str(os.getpid())  # not before: servers fork
+        ready = GaugeMetricFamily("aneuron_ready", "1 where calls are served.", labels=_COMMON)
+        for name, model in self._models.items():
+            ready.add_metric((name, pid), float(model.ready))
+        yield ready
+        snapshots = {(name, pid): model.statistics() for name, model in self._models.items()}
+        for kind, metrics in ((CounterMetricFamily, _COUNTERS), (GaugeMetricFamily, _GAUGES)):
+            for title, says, labels, samples in metrics:
+                family: Any = kind(title, says, labels=(*_COMMON, *labels), unit=_unit(title))
+                for common, statistics in snapshots.items():
+                    for values, value in samples(statistics):
+                        family.add_metric((*common, *values), value)
+                yield family
+        for title, says, field in _HISTOGRAMS:
+            family = HistogramMetricFamily(title, says, labels=_COMMON, unit=_unit(title))
+            for common, statistics in snapshots.items():
+                histogram = getattr(statistics, field)
+                bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
+                family.add_metric(common, list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.sum)
+            yield family
+
+
+def _unit(title: str) -> str:
+    return "seconds" if title.endswith("_seconds") else ""
