@@ -27,7 +27,7 @@ demo: $(VENV)/.demo
 	@echo '  See what it costs      make bench'
 	@echo '  Use this environment   . $(VENV)/bin/activate'
 
-test: $(VENV)/.test
+test: $(VENV)/.test $(VENV)/.browser
 	$(RUN) -m pytest
 
 lint: $(VENV)/.lint
@@ -42,6 +42,12 @@ bench: $(VENV)/.bench
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) $(TORCH)
+	@touch $@
+
+# The tests of the live page look at it in a browser. Where there is none, and none can be installed, they are skipped.
+$(VENV)/.browser: $(VENV)/.torch
+	@if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
+		apt-get update && apt-get install --yes --no-install-recommends chromium chromium-driver; fi
 	@touch $@
 
 # One stamp for each extra of pyproject.toml.
