@@ -10,6 +10,7 @@ Lives here: what is aiohttp's. Must not be here: what another framework needs as
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
 
 from aiohttp import web
 
@@ -24,7 +25,8 @@ from aneuron.web.views import server_timing as timing_header
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 _HEALTH: web.AppKey[Health] = web.AppKey("aneuron.health", Health)
-_DEADLINE, _TIMINGS = "aneuron.deadline", "aneuron.timings"  # in a request
+# A request's deadline and timings are under this key: a typed one as of aiohttp 3.14, which warns of strings.
+_TERMS: Any = web.RequestKey("aneuron.terms", tuple) if hasattr(web, "RequestKey") else "aneuron.terms"
 
 
 def setup(
@@ -66,8 +68,8 @@ def setup(
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         timings: Timings | None = [] if server_timing else None
         try:
-            request[_DEADLINE] = deadline(request.headers, asyncio.get_running_loop().time(), max_timeout)
-            request[_TIMINGS] = timings
+            until = deadline(request.headers, asyncio.get_running_loop().time(), max_timeout)
+            request[_TERMS] = until, timings
             response = await handler(request)
         except MalformedTimeout as error:
             response = _response(problem(400, str(error)))
@@ -91,7 +93,7 @@ def get(request: web.Request, name: str) -> RequestView:
 
     `net = get(request, "net")`, and then `y = await net(x)`.
     """
-    return view_of(name, request.config_dict[_HEALTH].models, request.get(_DEADLINE), request.get(_TIMINGS))
+    return view_of(name, request.config_dict[_HEALTH].models, *request.get(_TERMS, (None, None)))
 
 
 def drain(app: web.Application) -> None:
