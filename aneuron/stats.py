@@ -266,7 +266,7 @@ class Counters:
         return Statistics(
             calls,
             waiting_rows,
-            tuple(core.snapshot() for core in self.cores.values()),
+            tuple(core.snapshot() for core in list(self.cores.values())),  # a start may add some
             MappingProxyType(dict(self.closed_because)),
             self.batch_rows.snapshot(),
             self.queue_seconds.snapshot(),

@@ -22,7 +22,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from puppets import call, check_sum, release_all, row, scenario
 
 from aneuron import AsyncDataParallel, QueueFull
-from aneuron.stats import Counters, Histogram
+from aneuron.stats import CoreCounters, Counters, Histogram
 from aneuron.testing import PuppetBackend, run, settle
 from aneuron.web.metrics import Collector
 
@@ -217,6 +217,18 @@ def test_histograms_are_cumulative():
     assert (value(found, "queue_seconds_count"), value(found, "queue_seconds_sum")) == (6, 9.5)
 
 
+def test_a_model_may_start_while_another_thread_scrapes():
+    counters = Counters()
+
+    class Core(CoreCounters):
+        def snapshot(self):
+            counters.cores.setdefault(1, CoreCounters(1, 1))  # as a start does
+            return super().snapshot()
+
+    counters.cores[0] = Core(0, 0)
+    assert value(page(net=a_model(counters.snapshot(0, 0))), "core_state", core="0", state="loading") == 1
+
+
 def test_a_state_that_came_later_is_on_the_page_too():
     async def cores():
         async with puppets()[1] as model:
@@ -294,6 +306,20 @@ async def test_mounted_in_fastapi_under_uvicorn():
                 await serving
     assert value(found, "requests_total", outcome="completed") == 200
     assert value(found, "request_seconds_count") == 200
+
+
+async def test_a_port_of_its_own_served_by_a_thread():
+    registry = CollectorRegistry()
+    async with AsyncDataParallel(torch.neg, batch_size=4) as model:
+        registry.register(Collector(net=model))
+        server, thread = prometheus_client.start_http_server(0, "127.0.0.1", registry)
+        try:
+            found = await scrape(f"http://127.0.0.1:{server.server_port}/metrics", model, 200)
+        finally:
+            await asyncio.to_thread(server.shutdown)
+            server.server_close()
+            thread.join(10.0)
+    assert value(found, "requests_total", outcome="completed") == 200
 
 
 async def test_a_handler_of_aiohttp():
