@@ -491,6 +491,7 @@ return {
   fill: texts('.lane .fill'),
   batches: texts('.lane .batches'),
   why: Object.fromEntries(all('.why li', (item) => [item.dataset.why, item.lastChild.textContent])),
+  shares: texts('.why b'),
   times: texts('.times [data-of=total] td'),
   curve: model.querySelector('path').getAttribute('d').length,
 };
@@ -557,6 +558,9 @@ async def test_the_numbers_move_and_agree_with_the_statistics(framework, browser
         assert shown["states"] == [core.state for core in now.cores] == ["ready"] * 4
         assert [number(text) for text in shown["batches"]] == [core.batches for core in now.cores]
         assert {why: number(count) for why, count in shown["why"].items()} == now.closed_because
+        batches = sum(now.closed_because.values())
+        for share, count in zip(shown["shares"], now.closed_because.values(), strict=True):
+            assert abs(number(share) - 100 * count / batches) <= 0.5
         total = now.total_seconds
         for text, share in zip(shown["times"], (0.5, 0.99), strict=True):  # three digits of it
             assert seconds(text) == pytest.approx(console.quantile(total.bounds, total.counts, share), rel=0.006)
@@ -589,7 +593,9 @@ async def test_sixty_four_cores_can_be_read(width, height, scheme, browser):
 
 async def test_a_page_that_pauses_costs_nothing_and_one_that_lost_its_server_finds_it_again(browser, monkeypatch):
     monkeypatch.setattr(console, "STREAM", 0.5)
+    monkeypatch.setattr(console, "PERIOD", 0.1)
     net = model()
+    curve = "return document.querySelector('path').getAttribute('d')"
     pause = "document.querySelector('#pause').click()"
     application = FastAPI()
     application.mount("/console", console.app(net=net))
@@ -597,19 +603,24 @@ async def test_a_page_that_pauses_costs_nothing_and_one_that_lost_its_server_fin
         before = asyncio.all_tasks()
         await browser.shape(1440, 900, "light")
         await browser.get(f"http://127.0.0.1:{port}/console/")
-        await browser.until(STATUS, "live".__eq__)
+        drawn = await browser.until(curve, lambda d: d.count("L") > 3)
         await browser.execute_script(pause)
         assert await browser.execute_script(STATUS) == "paused"
         await until(lambda: not asyncio.all_tasks() - before)
         samples = net.samples
-        await asyncio.sleep(1.5)
+        await asyncio.sleep(0.5)
         assert net.samples == samples
         await browser.execute_script(pause)
-        await browser.until(STATUS, "live".__eq__)
+        drawn = await browser.until(curve, lambda d: d.count("L") > drawn.count("L"))
+        times = [float(x) for x in re.findall(r"[ML](\S+)", drawn)]
+        assert times == sorted(times)  # a page that comes again is sent what it has already
+        assert await browser.execute_script(STATUS) == "live"
     await browser.until(STATUS, "no answer; trying again".__eq__)
+    samples, net.samples = net.samples, 0
     application = FastAPI()
     application.mount("/console", console.app(net=net))  # numbers its events anew
     async with served(application, port):
         await browser.until(STATUS, "live".__eq__)
+        assert net.samples < samples
         await browser.get("about:blank")
     await browser.get_log("browser")  # it said that there was no server
