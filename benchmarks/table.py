@@ -13,6 +13,9 @@ COLUMNS = {
     "batched": "batched",
     "async-batcher": "async-b",
     "original": "original",
+    "executor": "executor",
+    "LitServe": "LitServe",
+    "mosec": "mosec",
 }
 SHORT = {"fair floor": "fair", "best peer": "a peer"}
 FAILURES = {"TimeoutError": "late", "WrongAnswer": "wrong"}

@@ -239,7 +239,7 @@ def main() -> None:
     python = os.path.relpath(sys.executable)
     print(f'  Ask something else     {python} examples/docsearch.py --limit 6000 "remove a directory tree"')
     print("  Read a short program   examples/dataparallel_default.py")
-    print("  Put it behind HTTP     README.md, the FastAPI handler")
+    print(f"  Search in a browser    {python} examples/docsearch_service.py")
 
 
 if __name__ == "__main__":

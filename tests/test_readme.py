@@ -5,6 +5,7 @@ import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PROGRAMS = dict(re.findall(r"<!-- program: (.+?) -->\n```python\n(.*?)```", README, re.DOTALL))
@@ -31,6 +32,42 @@ def test_the_web_handler_answers():
             answer = client.post("/predict", json=[1.0, 2.0, 3.0, 4.0])
         assert answer.status_code == 200
         assert len(answer.json()) == 2
+
+
+def client(name: str):
+    """A client of the application of a program, while its lifespan runs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from starlette.testclient import TestClient
+    names: dict = {"__name__": "readme"}
+    exec(compile(PROGRAMS[name], f"README.md: {name}", "exec"), names)
+    return TestClient(names["app"])
+
+
+def test_the_starlette_program_answers_and_refuses():
+    with client("starlette") as asker:
+        assert len(asker.post("/predict", json=[1.0, 2.0, 3.0, 4.0]).json()) == 2
+        assert asker.get("/readyz").status_code == 200
+
+
+def test_the_handler_for_bytes_answers_and_refuses():
+    rows = torch.rand(3, 4)
+    with client("fastapi bytes") as asker:
+        answer = asker.post("/rows", content=rows.numpy().tobytes())
+        assert torch.frombuffer(bytearray(answer.content), dtype=torch.float32).shape == (6,)
+        assert asker.post("/rows", content=b"").status_code == asker.post("/rows", content=bytes(17)).status_code == 422
+        assert asker.post("/rows", content=bytes(2**20 + 16)).status_code == 413
+
+
+async def test_the_aiohttp_program_answers():
+    from aiohttp.test_utils import TestClient, TestServer
+
+    names: dict = {"__name__": "readme"}
+    exec(compile(PROGRAMS["aiohttp"], "README.md: aiohttp", "exec"), names)
+    async with TestClient(TestServer(names["app"])) as asker:
+        answer = await asker.post("/predict", json=[1.0, 2.0, 3.0, 4.0])
+        assert len(await answer.json()) == 2
+        assert (await asker.get("/readyz")).status == 200
 
 
 def test_the_parameter_table_names_every_parameter_in_order():
