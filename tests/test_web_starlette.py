@@ -6,6 +6,7 @@ import warnings
 from contextlib import asynccontextmanager
 from typing import Annotated
 
+import anyio
 import httpx
 import pytest
 import torch
@@ -512,6 +513,25 @@ async def test_a_handler_that_is_cancelled_takes_its_call_and_its_watch_along():
         assert model.statistics().calls.cancelled == 1
         assert await settled()
         backend[0].release()
+
+
+@scenario
+async def test_a_scope_around_the_bridge_cancels_through_it():
+    model, backend = puppet()
+
+    async def handler(request):
+        with anyio.move_on_after(5.0):
+            await cancel_on_disconnect(request, model(row(2)))
+        return JSONResponse("late")
+
+    async with model:
+        wire = Wire(bridged(handler), b"")
+        await wire.task
+        assert asyncio.get_running_loop().time() == pytest.approx(5.0)
+        assert wire.sent[1]["body"] == b'"late"'
+        assert model.statistics().calls.cancelled == 1
+        backend[0].release()
+        assert await settled()
 
 
 @scenario

@@ -123,8 +123,8 @@ def _response(said: Problem) -> web.Response:
 
 
 def _answer(request: web.Request, error: Exception) -> web.Response:
-    if request.transport is None or request.transport.is_closing():
-        raise error  # the client has left: aiohttp knows what to make of it
+    if isinstance(error, ConnectionError) and (request.transport is None or request.transport.is_closing()):
+        return web.Response(status=499)  # the client left while it sent; nobody is there to read it
     said = problem_of(error)
     if said.status == 500:
         logger.error("%s %s failed", request.method, request.path, exc_info=error)
