@@ -27,7 +27,7 @@ demo: $(VENV)/.demo
 	@echo '  See what it costs      make bench'
 	@echo '  Use this environment   . $(VENV)/bin/activate'
 
-test: $(VENV)/.test $(VENV)/.browser
+test: $(VENV)/.test $(VENV)/.tools
 	$(RUN) -m pytest
 
 lint: $(VENV)/.lint
@@ -44,10 +44,12 @@ $(VENV)/.torch:
 	$(PIP) $(TORCH)
 	@touch $@
 
-# The tests of the live page look at it in a browser. Where there is none, and none can be installed, they are skipped.
-$(VENV)/.browser: $(VENV)/.torch
-	@if ! command -v chromedriver >/dev/null && command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ]; then \
-		apt-get update && apt-get install --yes --no-install-recommends chromium chromium-driver; fi
+# The tests look at the live page in a browser, and put load on servers with wrk. Where one is missing, and cannot be
+# installed, its tests are skipped.
+$(VENV)/.tools: $(VENV)/.torch
+	@if ! { command -v chromedriver && command -v wrk; } >/dev/null && command -v apt-get >/dev/null \
+		&& [ "$$(id -u)" = 0 ]; then \
+		apt-get update && apt-get install --yes --no-install-recommends chromium chromium-driver wrk; fi
 	@touch $@
 
 # One stamp for each extra of pyproject.toml.
