@@ -5,7 +5,9 @@ model (placement.py, native.py), what an error means (faults.py).
 """
 
 import os
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +18,8 @@ from aneuron.backends.neuron.cores import Found, Package
 from aneuron.backends.neuron.faults import Kind, Repeated
 from aneuron.errors import DeviceError
 
+# Placement goes by a default of the whole process, and loads that run at once race in the runtime.
+_loading = threading.Lock()
 BACK_OFF = tuple(0.001 * 2**k for k in range(9))  # seconds; about half a second in all, while the core's queue is full
 
 _NO_DEVICE = (
@@ -33,9 +37,10 @@ class NeuronBackend:
     """Runs traced models on the NeuronCores of this process, a copy on each.
 
     The model is what `torch_neuronx.trace` made (or `torch.neuron.trace`, on Inf1): the module, a module that holds
-    traced parts, or the path of its file. A file is loaded straight onto each core; a module goes to the first core
-    itself and to the others as copies, which take host memory each. A module without a graph for NeuronCores, or one
-    compiled for several cores at once, is refused. Where TorchNeuron is installed, which has a native device and no
+    traced parts, or the path of its file. Give the path: a file is loaded straight onto each core. Of a module each core
+    gets a copy, which takes host memory; the module itself stays as it is, and where it is: one that `torch.jit.load`
+    has put on a core takes memory there for as long as somebody holds it. A closed core frees what it had. A module
+    without a graph for NeuronCores, or one compiled for several cores at once, is refused. Where TorchNeuron is installed, which has a native device and no
     `trace`, the model is a plain `nn.Module`, copied to `neuron:i`, and compiled there if `compile` is set. Set
     TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION=1, or what fails on the device may run on the CPU without a word.
 
@@ -133,11 +138,13 @@ class NeuronBackend:
         cut = batch_size is None and dynamic_batching
         call: Any
         try:
-            if here.kind == cores.NATIVE:
-                call = native.load(here.module, model, core_id, self._compile)
-            else:
-                call = placement.load(here, model, core_id, cut)
+            with _loading:
+                if here.kind == cores.NATIVE:
+                    call = native.load(here.module, model, core_id, self._compile)
+                else:
+                    call = placement.load(here, model, core_id, cut)
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the copy, and with it the device's memory
             cause = faults.cause(error)
             if cause is not None and cause.kind is not Kind.FATAL:
                 cores.note_start()
@@ -243,5 +250,4 @@ class NeuronCore:
 
     def close(self) -> None:
         """Let the model go, and with it the device's memory. The core itself stays this process's until it ends."""
-        model, self._model = self._model, None
-        placement.give_back(model)
+        self._model = None
