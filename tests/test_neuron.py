@@ -513,6 +513,12 @@ def test_a_core_cuts_batches_where_their_size_is_not_known(machine, backend, tmp
         backend.load(path, 3, None, dynamic_batching=False)
 
 
+def test_compiling_is_for_the_native_device_only(machine, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        NeuronBackend(compile=True, root=tmp_path).load(traced(), 0, None, dynamic_batching=False)
+
+
 @pytest.mark.parametrize(("batch_size", "dynamic_batching"), [(2, True), (2, False), (None, False)])
 @pytest.mark.parametrize("kind", ["file", "module"])
 def test_a_model_that_was_saved_with_cutting_does_not_cut_where_it_must_not(

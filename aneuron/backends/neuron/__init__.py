@@ -36,13 +36,18 @@ _RECOMPILED = "it is compiled for each new number, and runs eagerly from the nin
 class NeuronBackend:
     """Runs traced models on the NeuronCores of this process, a copy on each.
 
-    The model is what `torch_neuronx.trace` made (or `torch.neuron.trace`, on Inf1): the module, a module that holds
-    traced parts, or the path of its file. Give the path: a file is loaded straight onto each core. Of a module each core
-    gets a copy, which takes host memory; the module itself stays as it is, and where it is: one that `torch.jit.load`
-    has put on a core takes memory there for as long as somebody holds it. A closed core frees what it had. A module
-    without a graph for NeuronCores, or one compiled for several cores at once, is refused. Where TorchNeuron is installed, which has a native device and no
-    `trace`, the model is a plain `nn.Module`, copied to `neuron:i`, and compiled there if `compile` is set. Set
-    TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION=1, or what fails on the device may run on the CPU without a word.
+    The model is what `torch_neuronx.trace` made (or `torch.neuron.trace`, on Inf1): the path of its file, the module, or
+    a module that holds traced parts. Give the path: a file is loaded straight onto each core. Of a module each core gets
+    a copy, which takes host memory; the module itself stays as it is and where it is, and one that `torch.jit.load` has
+    put on a core takes memory there for as long as somebody holds it. A core that is closed frees its copy. A module
+    without a graph for NeuronCores, or one compiled for several cores at once, is refused.
+
+    Where TorchNeuron is installed, which has a native device and no `trace`, the model is a plain `nn.Module`, copied to
+    `neuron:i`, and compiled there if `compile` is set. Set TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION=1, or what fails on
+    the device may run on the CPU without a word.
+
+    torch_neuron, the package for Inf1, was last published for PyTorch 1.13, which is older than aneuron's (2.4): it is
+    supported as its documentation has it, and tested on a double only.
 
     Cores are counted from zero among those of this process: NEURON_RT_VISIBLE_CORES ("3", "3-6", "3,4,5") or
     NEURON_RT_NUM_CORES, else all, which then no other process can have. Set them before the first model is loaded: the
@@ -154,7 +159,7 @@ class NeuronBackend:
         cores.note_start()
         if cut and here.kind != cores.NATIVE:
             self._warn_once(model, _CUT)
-        elif batch_size is None and self._compile:
+        elif batch_size is None and self._compile and here.kind == cores.NATIVE:
             self._warn_once(model, _RECOMPILED)
         return NeuronCore(call, core_id, concurrent=here.kind != cores.NATIVE)
 
