@@ -36,15 +36,15 @@ _RECOMPILED = "it is compiled for each new number, and runs eagerly from the nin
 class NeuronBackend:
     """Runs traced models on the NeuronCores of this process, a copy on each.
 
-    The model is what `torch_neuronx.trace` made (or `torch.neuron.trace`, on Inf1): the path of its file, the module, or
-    a module that holds traced parts. Give the path: a file is loaded straight onto each core. Of a module each core gets
-    a copy, which takes host memory; the module itself stays as it is and where it is, and one that `torch.jit.load` has
-    put on a core takes memory there for as long as somebody holds it. A core that is closed frees its copy. A module
-    without a graph for NeuronCores, or one compiled for several cores at once, is refused.
+    The model is what `torch_neuronx.trace` made (or `torch.neuron.trace`, on Inf1): its file's path, the module, or
+    a module that holds traced parts. Give the path: a file is loaded straight onto each core. Of a module each core
+    gets a copy, which takes host memory; the module itself stays as it is and where it is, and one that
+    `torch.jit.load` has put on a core takes memory there for as long as somebody holds it. A core that is closed frees
+    its copy. A module without a graph for NeuronCores, or one compiled for several cores at once, is refused.
 
-    Where TorchNeuron is installed, which has a native device and no `trace`, the model is a plain `nn.Module`, copied to
-    `neuron:i`, and compiled there if `compile` is set. Set TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION=1, or what fails on
-    the device may run on the CPU without a word.
+    Where TorchNeuron is installed, which has a native device and no `trace`, the model is a plain `nn.Module`, copied
+    to `neuron:i`, and compiled there if `compile` is set. Set TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION=1, or what fails
+    on the device may run on the CPU without a word.
 
     torch_neuron, the package for Inf1, was last published for PyTorch 1.13, which is older than aneuron's (2.4): it is
     supported as its documentation has it, and tested on a double only.
@@ -183,7 +183,8 @@ class NeuronBackend:
         return DeviceError(f"{text}; {why}" if why else text)
 
     def classify(self, error: BaseException) -> Fault:
-        """By the runtime's status code, or the text, anywhere in the error or its causes.
+        """By the runtime's status code, or the text, anywhere in the error or its causes, if they are `RuntimeError`
+        or `torch.jit.Error`: other types are the model's own.
 
         INPUT: 2, 3, 1002, 1003, 1006, wrong arguments, whatever the model itself raises, and a file of another
         version (10). CORE: 5, 6, 101, 1004, 12xx, and a core that cannot be had (9, 1005); also what is nobody's
