@@ -14,7 +14,7 @@ import doubles
 import pytest
 import torch
 
-from aneuron import AsyncDataParallel, CoreFailed, DeviceError, Fault
+from aneuron import AsyncDataParallel, CoreFailed, CpuBackend, DeviceError, Fault
 from aneuron.backends import neuron
 from aneuron.backends.neuron import NeuronBackend, cores, placement
 from aneuron.backends.neuron.faults import Repeated
@@ -351,6 +351,21 @@ def test_loads_do_not_run_at_once(machine, backend, tmp_path, monkeypatch):
         thread.join(60.0)
     assert sorted(most) == [(1, (core, 1)) for core in range(4)]
     assert machine.loads == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["cpu", "neuron"])
+def test_loading_a_file_leaves_the_process_s_warnings_alone(machine, backend, tmp_path, monkeypatch, name):
+    """Not even meanwhile: loads run in threads, and the filters are everybody's."""
+    path = saved(tmp_path / "net.pt", torch.jit.trace(NET, X) if name == "cpu" else traced())
+    load, filters, seen = torch.jit.load, warnings.filters, []
+
+    def watched(*args, **kwargs):
+        seen.append(warnings.filters is filters)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch.jit, "load", watched)
+    (CpuBackend(cores=1) if name == "cpu" else backend).load(path, 0, 2)
+    assert seen == [True]
 
 
 # What is no model for these cores.
