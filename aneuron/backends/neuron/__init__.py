@@ -124,8 +124,10 @@ class NeuronBackend:
         return here
 
     def global_id(self, core_id: int) -> int | None:
-        """The machine's number of a core; None where the runtime chose the cores (NEURON_RT_NUM_CORES)."""
-        return cores.global_id(core_id, cores.frozen_environment())
+        """The machine's number of a core; None where the runtime chose the cores (NEURON_RT_NUM_CORES), or where this
+        container has not all chips of the machine and no NEURON_RT_VISIBLE_CORES.
+        """
+        return cores.global_id(core_id, cores.frozen_environment(), self._root)
 
     def compiled_rows(self, model: Any) -> int | None:
         """The rows that a file was compiled for, as the config.json of optimum-neuron beside it says; or None."""
