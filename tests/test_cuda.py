@@ -354,26 +354,98 @@ def test_weights_are_freed_with_the_last_core(cuda):
     assert weights() is None
 
 
-def test_a_copy_is_found_by_the_model_that_it_is_of(cuda):
-    model = net()
-    core = CudaBackend().load(model, 0, None)
-    source = weakref.ref(model)
-    del model
-    gc.collect()
-    assert source() is not None  # or its id would be another's
-    core.close()
-    gc.collect()
-    assert source() is None
+class Scaled(Net):
+    def __init__(self):
+        super().__init__()
+        self.scale, self.drop = 1.0, torch.nn.Dropout(0.5)
+
+    def forward(self, x):
+        return super().forward(self.drop(x)) * self.scale
 
 
-def test_weights_that_were_written_to_are_copied_again(cuda):
-    model = net()
-    old = CudaBackend().load(model, 0, None)
+def scaled():
+    torch.manual_seed(0)
+    return Scaled().eval()
+
+
+def write(model):
     with torch.no_grad():
         model.layer.weight.add_(1.0)
+
+
+def write_data(model):
+    model.layer.weight.data.add_(1.0)  # as optimisers do: no version counts it
+
+
+def write_buffer(model):
+    model.shift.data[0] = 5.0
+
+
+def write_attribute(model):
+    model.scale = 2.0
+
+
+def replace_part(model):
+    model.drop = torch.nn.ReLU()
+
+
+def replace_parameter(model):
+    model.layer.weight = torch.nn.Parameter(torch.ones(2, 4))
+
+
+CHANGES = [write, write_data, write_buffer, write_attribute, replace_part, replace_parameter]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_that_has_changed_is_copied_again(cuda, change):
+    model = scaled()
+    old = CudaBackend().load(model, 0, None)
+    before = model(X)
+    change(model)
     new = CudaBackend().load(model, 0, None)
+    assert new._copy.module is not old._copy.module
     assert torch.equal(outcome(new, X), model(X))
-    assert torch.equal(outcome(old, X), net()(X))
+    assert torch.equal(outcome(old, X), before)
+
+
+def test_a_mode_is_part_of_a_model(cuda):
+    model = scaled().train()
+    first, second = CudaBackend().load(model, 0, None), CudaBackend().load(model.eval(), 0, None)
+    assert all(module.training for module in first._copy.module.modules())
+    assert not any(module.training for module in second._copy.module.modules())
+
+
+def test_a_scripted_model_that_has_changed_is_loaded_again(cuda):
+    model = torch.jit.script(net())
+    old = CudaBackend().load(model, 0, None)
+    before = model(X)
+    model.layer.weight.data.add_(1.0)
+    assert torch.equal(outcome(CudaBackend().load(model, 0, None), X), model(X))
+    assert torch.equal(outcome(old, X), before)
+
+
+def test_a_class_that_is_written_anew_is_another(cuda, monkeypatch):
+    """As in a notebook: the same name, weights and attributes."""
+
+    class Net(globals()["Net"]):
+        def forward(self, x):
+            return super().forward(x) * 3
+
+    old = CudaBackend().load(net(), 0, None)
+    Net.__qualname__ = "Net"
+    monkeypatch.setitem(globals(), "Net", Net)
+    torch.manual_seed(0)
+    model = Net().eval()
+    assert torch.equal(outcome(CudaBackend().load(model, 0, None), X), model(X))
+    assert not torch.equal(outcome(old, X), model(X))
+
+
+def test_what_cannot_be_saved_is_not_shared(cuda):
+    model = net()
+    model.hook = lambda x: x
+    first, second = (CudaBackend(cores_per_device=2).load(model, core, None) for core in (0, 1))
+    assert first._copy.module is not second._copy.module
+    assert torch.equal(outcome(second, X), model(X))
 
 
 def test_weights_made_under_inference_mode_can_be_loaded(cuda):

@@ -14,7 +14,7 @@ import doubles
 import pytest
 import torch
 
-from aneuron import AsyncDataParallel, CoreFailed, DeviceError, Fault
+from aneuron import AsyncDataParallel, CoreFailed, CpuBackend, DeviceError, Fault
 from aneuron.backends import neuron
 from aneuron.backends.neuron import NeuronBackend, cores, placement
 from aneuron.backends.neuron.faults import Repeated
@@ -30,7 +30,6 @@ def clean(monkeypatch):
         if name.startswith("NEURON"):
             monkeypatch.delenv(name)
     monkeypatch.setattr(cores, "_started", None)
-    monkeypatch.setattr(placement, "_lent", set())
 
 
 @pytest.fixture
@@ -181,20 +180,61 @@ def test_a_file_is_loaded_once_on_each_core(on_double, backend, tmp_path, names)
 
 
 @pytest.mark.parametrize("names", ["top", "experimental", "experimental.placement"])
-def test_a_module_goes_to_one_core_itself_and_to_the_others_in_copies(on_double, backend, names):
+def test_a_module_goes_to_every_core_as_a_copy(on_double, backend, names):
     machine = on_double(cores=3, placement=names)
     module = traced()
     loaded = [backend.load(module, core, 2) for core in (1, 0, 2)]
-    assert where(module) == {1}
     assert [where(lambda x, core=core: core.execute((x,), {})) for core in loaded] == [{1}, {0}, {2}]
     assert machine.loads == [1, 1, 1]
-    loaded[0].close()
-    again = backend.load(module, 2, 2)  # given back, it is the one to go
-    assert where(module) == {2}
-    loaded[1].close()  # of a copy: nothing that was lent
-    backend.load(module, 0, 2)
-    assert where(module) == {2}
-    again.close()
+    for core in loaded:
+        core.close()
+    assert [core.used for core in machine.cores.values()] == [0, 0, 0]
+    again = backend.load(module, 1, 2)
+    assert where(lambda x: again.execute((x,), {})) == {1}
+
+
+class Around(torch.nn.Module):
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return self.part(x)
+
+
+def test_a_part_that_two_models_share_stays_where_it_serves(machine, backend):
+    import torch_neuronx
+
+    part = traced()
+    torch_neuronx.set_neuron_cores(part, 3, 1)  # the user's own doing
+    one, other = backend.load(Around(part).eval(), 0, 2), backend.load(Around(part).eval(), 1, 2)
+    bare = backend.load(part, 2, 2)
+    assert [where(lambda x, core=core: core.execute((x,), {})) for core in (one, other, bare)] == [{0}, {1}, {2}]
+    assert where(part) == {3}
+
+
+def test_a_module_that_does_not_fit_leaves_nothing_on_the_device(on_double, backend):
+    machine = on_double(cores=2)
+    model = two()
+    machine.config.memory = sum(part.model.numel() for part in placement.traced_parts(model)) - 1
+    with pytest.raises(DeviceError, match="core 1 could not load the model") as refused:
+        backend.load(model, 1, 2)
+    assert [core.used for core in machine.cores.values()] == [0, 0]
+    assert refused.value.__cause__ is not None  # whose traceback is still there to hold it
+
+
+def test_a_core_is_closed_while_another_loads(machine, backend, monkeypatch):
+    core = backend.load(traced(), 0, 2)
+    closing = threading.Thread(target=core.close, daemon=True)
+
+    def loading(module):
+        closing.start()
+        closing.join(20.0)
+        assert not closing.is_alive()
+
+    monkeypatch.setattr(placement, "_check_cores", loading)
+    backend.load(traced(), 1, 2)
+    assert machine.core(0).used == 0
 
 
 def test_two_models_may_share_a_core(machine, backend):
@@ -253,11 +293,13 @@ def test_all_parts_of_a_module_go_to_one_core(machine, backend, partitioned):
     model = torch.jit.trace(two(), X, check_trace=False) if partitioned else two()
     assert placement.is_neuron(model)
     assert len(placement.traced_parts(model)) == 2
+    machine.start()
+    own = [core.models for core in machine.cores.values()]  # where tracing the whole has put them
     loaded = [backend.load(model, core, 2) for core in (0, 1)]
     for core, each in enumerate(loaded):
         assert where(lambda x, each=each: each.execute((x,), {})) == {core}
         assert torch.allclose(each.execute((X,), {}), NET(X).softmax(1), atol=1e-6)
-    assert [core.models for core in machine.cores.values()] == [2, 2, 0, 0]
+    assert [core.models - before for core, before in zip(machine.cores.values(), own, strict=True)] == [2, 2, 0, 0]
 
 
 def test_separate_weights_of_a_part_are_moved_and_the_hosts_are_not(machine, backend, monkeypatch):
@@ -266,8 +308,8 @@ def test_separate_weights_of_a_part_are_moved_and_the_hosts_are_not(machine, bac
     model = Two(traced(inline_weights_to_neff=False), traced(torch.nn.Softmax(1).eval(), torch.ones(2, 3))).eval()
     moved = []
     monkeypatch.setattr(torch_neuronx, "move_trace_to_device", lambda part, core: moved.append((part, core)))
-    backend.load(model, 1, 2)
-    assert moved == [(model.first, 1)]
+    core = backend.load(model, 1, 2)
+    assert moved == [(core._model.first, 1)]
 
 
 def test_parts_that_do_not_fit_name_the_core(on_double, backend):
@@ -280,7 +322,6 @@ def test_parts_that_do_not_fit_name_the_core(on_double, backend):
     assert "status=4" in str(refused.value.__cause__)
     machine.config.memory = sum(sizes)
     backend.load(model, 1, 2)
-    assert where(model) == {1}  # the module itself, since nothing holds it after the failure
 
 
 def test_a_load_that_fails_leaves_no_default_behind(on_double, backend, tmp_path):
@@ -310,6 +351,21 @@ def test_loads_do_not_run_at_once(machine, backend, tmp_path, monkeypatch):
         thread.join(60.0)
     assert sorted(most) == [(1, (core, 1)) for core in range(4)]
     assert machine.loads == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("name", ["cpu", "neuron"])
+def test_loading_a_file_leaves_the_process_s_warnings_alone(machine, backend, tmp_path, monkeypatch, name):
+    """Not even meanwhile: loads run in threads, and the filters are everybody's."""
+    path = saved(tmp_path / "net.pt", torch.jit.trace(NET, X) if name == "cpu" else traced())
+    load, filters, seen = torch.jit.load, warnings.filters, []
+
+    def watched(*args, **kwargs):
+        seen.append(warnings.filters is filters)
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(torch.jit, "load", watched)
+    (CpuBackend(cores=1) if name == "cpu" else backend).load(path, 0, 2)
+    assert seen == [True]
 
 
 # What is no model for these cores.
@@ -459,7 +515,7 @@ def test_a_core_cuts_batches_where_their_size_is_not_known(machine, backend, tmp
     path = saved(tmp_path / "net.pt")
     with pytest.warns(UserWarning, match=r"pass batch_size=, what the model was traced with") as caught:
         loaded = [backend.load(path, core, None) for core in (0, 1)]
-    assert len(caught) == 1
+    assert [warning.category for warning in caught].count(UserWarning) == 1
     with pytest.warns(UserWarning, match="batch_size="):
         loaded.append(backend.load(traced(), 2, None))
     for core in loaded:
@@ -467,9 +523,15 @@ def test_a_core_cuts_batches_where_their_size_is_not_known(machine, backend, tmp
             x = torch.randn(rows, 4)
             assert torch.allclose(core.execute((x,), {}), NET(x))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         backend.load(path, 2, 2)
         backend.load(path, 3, None, dynamic_batching=False)
+
+
+def test_compiling_is_for_the_native_device_only(machine, tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        NeuronBackend(compile=True, root=tmp_path).load(traced(), 0, None, dynamic_batching=False)
 
 
 @pytest.mark.parametrize(("batch_size", "dynamic_batching"), [(2, True), (2, False), (None, False)])

@@ -206,6 +206,18 @@ def test_cores_that_the_machine_has_not(tmp_path, environ):
         count(build(tmp_path, [4] * 4), environ)
 
 
+def test_a_container_with_some_chips_of_the_machine(tmp_path):
+    """Kubernetes's plugin gives a pod a chip's device file, and the machine's numbers of its cores."""
+    build(tmp_path, [2, 2], numbers=[5, 6])
+    assert count(tmp_path, {"NEURON_RT_VISIBLE_CORES": "10-11"}) == (2, "NEURON_RT_VISIBLE_CORES=10-11")
+    assert found(tmp_path, {"NEURON_RT_VISIBLE_CORES": "10-11"}).why.startswith("2 chips, but")  # not its numbers
+    assert count(tmp_path, {}) == (4, "all cores of the machine")
+    with pytest.raises(DeviceError, match="NEURON_RT_NUM_CORES=5: the machine has 4 cores"):
+        count(tmp_path, {"NEURON_RT_NUM_CORES": "5"})
+    assert global_id(1, {"NEURON_RT_VISIBLE_CORES": "10-11"}, tmp_path) == 11
+    assert global_id(1, {}, tmp_path) is None
+
+
 def test_the_environment_counts_where_nothing_else_does(tmp_path):
     assert count(tmp_path, {}) == (None, "all cores of the machine")
     assert count(tmp_path, {"NEURON_RT_VISIBLE_CORES": "12-23"}) == (12, "NEURON_RT_VISIBLE_CORES=12-23")
@@ -296,7 +308,9 @@ def test_what_is_found(tmp_path, install):
     assert "/dev/neuron*" in nothing.lacks[0]
     build(tmp_path, [4] * 4)
     without = found(tmp_path, {})
-    assert (without.cores, without.lacks) == (0, ("a Neuron package",))
+    package = "a Neuron package: torch_neuronx, or torch_neuron for Inf1"
+    assert (without.cores, without.lacks) == (0, (package,))
+    assert nothing.lacks[1:] == (package,)
     assert without.why.startswith("4 chips, but no Neuron package is installed")
     install("torch_neuronx", trace=print)
     assert found(tmp_path, {}) == Found(16, cores.TRACE, "all cores of the machine")
@@ -321,6 +335,17 @@ def test_nothing_is_imported_where_there_is_no_device(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "torch_neuronx", raising=False)
     monkeypatch.setattr(cores, "package", lambda: pytest.fail("asked for the package"))
     assert found(tmp_path, {}).cores == 0
+    assert len(found(tmp_path, {}).lacks) == 1  # it is seen, for all that
+
+
+def test_what_is_found_is_what_the_runtime_goes_by(tmp_path, install, monkeypatch):
+    install("torch_neuronx", trace=print)
+    build(tmp_path, [2])
+    cores.note_start()
+    monkeypatch.setenv("NEURON_RT_VISIBLE_CORES", "")  # for a child process that is to have none
+    assert found(tmp_path).cores == 2
+    monkeypatch.setattr(cores, "_started", None)
+    assert found(tmp_path).cores == 0
 
 
 # The runtime.

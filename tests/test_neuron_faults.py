@@ -50,6 +50,10 @@ def test_the_table_is_all_tested():
     assert set(faults.STATUS) <= {code for code, _ in CODES}
 
 
+class NrtError(RuntimeError):
+    """As nrtpy has it."""
+
+
 @pytest.mark.parametrize(("code", "kind"), CODES)
 @pytest.mark.parametrize(
     "wrap",
@@ -57,9 +61,9 @@ def test_the_table_is_all_tested():
         lambda text: RuntimeError("Caught RuntimeError on neuroncore 3.\nOriginal Traceback ...\n" + text),
         lambda text: torch.jit.Error(text),
         lambda text: RuntimeError(f"nrt_execute: {text.partition('the model ')[2]}, error message"),
-        lambda text: KeyError(text),
+        lambda text: NrtError(text),
     ],
-    ids=["DataParallel", "torch.jit.Error", "TensorFlow", "another type"],
+    ids=["DataParallel", "torch.jit.Error", "TensorFlow", "nrtpy"],
 )
 def test_a_status_code_is_found_wherever_it_stands(code, kind, wrap):
     assert cause(wrap(str(raised(code)))).kind is kind
@@ -125,6 +129,12 @@ def test_the_texts_that_are_known(text, kind):
         RuntimeError(),
         KeyboardInterrupt(),
         RuntimeError("exit status 5"),
+        RuntimeError("the tokeniser ended with exit_status=13"),
+        ValueError("cannot read 'status=5'"),  # the user's own, quoting an input
+        ValueError("status=14"),
+        KeyError("NRT_TIMEOUT(5)"),
+        LookupError("no entry for 'NRT Execution error occurred on Neuron'"),
+        TypeError("'Neuron Runtime could not be initialized' is no text"),
     ],
 )
 def test_anything_else_is_about_the_input(error):

@@ -6,6 +6,7 @@ import threading
 import warnings
 
 import doubles
+import numpy
 import pytest
 import torch
 from doubles import device
@@ -79,6 +80,57 @@ def test_a_run_is_over_when_execute_returns(machine, backend, monkeypatch):
     with pytest.raises(RuntimeError, match="status=1003") as raised:
         core.execute((X,), {})
     assert backend.classify(raised.value) is Fault.INPUT
+
+
+class Failing(torch.nn.Module):
+    """Its own error comes when the device has been given work."""
+
+    def forward(self, x, bad):
+        y = x + 1
+        if bad:
+            raise LookupError("no such row")
+        return y
+
+
+def test_what_was_launched_before_an_error_is_waited_for(machine, backend, monkeypatch):
+    monkeypatch.setenv("TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION", "1")
+    core = backend.load(Failing().eval(), 1, 2)
+    machine.fail(1, 1003)
+    with pytest.raises(RuntimeError, match="status=1003") as raised:
+        core.execute((X, True), {})
+    assert isinstance(raised.value.__context__, LookupError)
+    assert torch.equal(core.execute((X, False), {}), X + 1)  # not the next caller's
+    with pytest.raises(LookupError, match="no such row"):
+        core.execute((X, True), {})
+
+
+def test_what_is_no_tensor_comes_as_it_is(machine, backend):
+    class Mixed(torch.nn.Module):
+        def forward(self, x, scale):
+            return {"twice": x * 2, "array": array, "scale": scale, "none": None}
+
+    array = numpy.ones(2)
+    output = backend.load(Mixed().eval(), 1, 2).execute((X, 3), {})
+    assert torch.equal(output.pop("twice"), X * 2)
+    assert output == {"array": array, "scale": 3, "none": None}
+
+
+def test_loads_do_not_run_at_once(machine, backend):
+    class Slow(torch.nn.Linear):
+        def to(self, *args, **kwargs):
+            inside.append(1)
+            most.append(len(inside))
+            meeting.wait(0.2)  # for a second one, which does not come
+            inside.pop()
+            return super().to(*args, **kwargs)
+
+    inside, most, meeting, net = [], [], threading.Event(), Slow(4, 2).eval()
+    threads = [threading.Thread(target=backend.load, args=(net, core, 2)) for core in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60.0)
+    assert most == [1, 1, 1]
 
 
 @pytest.mark.parametrize(("status", "kind"), [(5, Fault.CORE), (101, Fault.CORE), (1202, Fault.CORE)])

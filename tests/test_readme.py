@@ -1,11 +1,14 @@
 """The programs in README.md run as printed."""
 
+import contextlib
 import re
 import warnings
 from pathlib import Path
 
+import doubles
 import pytest
 import torch
+from fake_cuda import FakeCuda
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 PROGRAMS = dict(re.findall(r"<!-- program: (.+?) -->\n```python\n(.*?)```", README, re.DOTALL))
@@ -15,10 +18,26 @@ def test_every_program_has_a_name_and_is_run():
     assert len(PROGRAMS) == README.count("```python") >= 5
 
 
+@contextlib.contextmanager
+def machine_of(name, monkeypatch):
+    """What the program is written for, and the file that it serves."""
+    if name == "cuda":
+        FakeCuda(monkeypatch, devices=1)
+    with doubles.neuronx(cores=2) if name == "neuron" else contextlib.nullcontext():
+        if name == "neuron":
+            import torch_neuronx
+
+            net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 224 * 224, 2)).eval()
+            torch_neuronx.trace(net, torch.rand(4, 3, 224, 224)).save("model.pt")
+        yield
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit.trace, from torch 2.13 on
-def test_the_program(name):
-    exec(compile(PROGRAMS[name], f"README.md: {name}", "exec"), {"__name__": "readme"})
+def test_the_program(name, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with machine_of(name, monkeypatch):
+        exec(compile(PROGRAMS[name], f"README.md: {name}", "exec"), {"__name__": "readme"})
 
 
 def test_the_web_handler_answers():

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from aneuron import AsyncDataParallel, DeviceError, NeuronBackend, ShapeError
-from aneuron.backends.neuron import cores, placement
+from aneuron.backends.neuron import cores
 
 IMAGE = torch.rand(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -51,7 +51,6 @@ PICTURES, SEAM = Pictures().eval(), Seam().eval()
 def package(request, monkeypatch):
     """The package whose programs these are: today's, and the one for Inf1. Two cores."""
     monkeypatch.setattr(cores, "_started", None)
-    monkeypatch.setattr(placement, "_lent", set())
     flavour = doubles.neuronx if request.param == "torch_neuronx" else doubles.neuron
     with contextlib.ExitStack() as stack:
         machine = stack.enter_context(flavour(cores=2))

@@ -102,9 +102,13 @@ class Backend(Protocol):
         ...
 
     def load(self, model: Any, core_id: int, batch_size: int | None) -> Core:
-        """Load what the user gave as the model on a core; called once a core, in the order of the ids, blocking, in a
-        worker thread. `batch_size` is the number of rows in every `execute`, None if it varies. What it raises ends
-        the start; cores that are loaded by then are closed.
+        """Load what the user gave as the model on a core; blocking, in a worker thread of that core.
+
+        Called once for each core and compiled shape, the shapes of one core after each other, the cores in the order
+        of the ids; loads of several models may run at once. `batch_size` is the number of rows in every `execute`,
+        None if it varies. What it raises puts the core out of service, or ends the start where too few are left
+        (`min_cores`): cores that are loaded by then are closed. Called again, while others serve, for a core that
+        failed, where the backend is `recoverable`.
         """
         ...
 

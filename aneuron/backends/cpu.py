@@ -5,7 +5,6 @@ Lives here: loading a model for this process, threads within an operation. Must 
 
 import os
 import threading
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -35,10 +34,12 @@ def open_model(model: Any, device: torch.device = torch.device("cpu")) -> Any:  
 
 
 def load_script(file: Any, device: torch.device) -> torch.nn.Module:
-    """What a TorchScript file holds, on a device."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.load itself, from torch 2.13 on
-        return torch.jit.load(file, map_location=device)  # type: ignore[no-any-return,no-untyped-call]
+    """What a TorchScript file holds, on a device.
+
+    `torch.jit.load` warns of its deprecation from torch 2.13 on. That is left as it is: Python ignores it by default,
+    and filters are the process's, which a thread cannot change for itself.
+    """
+    return torch.jit.load(file, map_location=device)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class CpuBackend:

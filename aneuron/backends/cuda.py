@@ -5,13 +5,13 @@ here: who runs when.
 """
 
 import copy
+import hashlib
 import io
 import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ _CORE = {
 
 
 class CudaBackend:
-    """Runs the model on CUDA devices, the weights on each of them once.
+    """Runs the model on CUDA devices, the weights on each of them once, if the model can be saved.
 
     `cores_per_device`: cores made of one device, each with a queue and threads of its own: core `i` is on device
     `i // cores_per_device`, as PyTorch numbers those that `CUDA_VISIBLE_DEVICES` leaves it. `staging_bytes`: how many
@@ -53,7 +53,9 @@ class CudaBackend:
     not fit any more goes by an ordinary copy. (PyTorch keeps pinned memory for the next batch, in blocks rounded up to
     powers of two.)
 
-    A module is copied to the device as it is when it is loaded, and left alone itself; a ScriptModule is saved and
+    A module is copied to the device as it is when it is loaded, and left alone itself. Cores of one device share a copy
+    while the module is the same in all that `torch.save` would save; one that it cannot save (for a lambda in it, say)
+    is copied for each core, and each length of `buckets`. A ScriptModule is saved and
     loaded there, with the constants that `torch.jit.trace` has put into it. (A graph that makes tensors on a device of
     its own must have been traced on a GPU.) Any other callable is called with tensors on the device, which is the
     current one, and must have its weights there itself. The model runs under `torch.inference_mode()`, on a stream for
@@ -233,9 +235,8 @@ def _moved(value: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
 
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class _Copy:
-    """A model on a device. Holding what it was made from keeps that one's id from being given to another."""
+    """A model on a device."""
 
-    source: Any
     module: Any
 
 
@@ -244,16 +245,44 @@ _copies: "weakref.WeakValueDictionary[tuple[object, ...], _Copy]" = weakref.Weak
 
 
 def _copy_to(device: torch.device, model: Any) -> _Copy:
-    """A model on a device: the copy that is there already, unless the weights have been written to since."""
+    """A model on a device: the copy that is there already, if it was made of what the model now is."""
     if not isinstance(model, torch.nn.Module):
-        return _Copy(model, open_model(model, device))
-    weights = chain(model.parameters(), model.buffers())
-    key = (device, id(model), *((id(each), None if each.is_inference() else each._version) for each in weights))
+        return _Copy(open_model(model, device))
     with _lock:
+        key = (device, *_content(model))
         found = _copies.get(key)
         if found is None:
-            found = _copies[key] = _Copy(model, _copied(model, device))
+            found = _copies[key] = _Copy(_copied(model, device))
         return found
+
+
+def _content(model: torch.nn.Module) -> tuple[object, ...]:
+    """Equal for modules that are the same in all that can be saved, down to the last weight and attribute.
+
+    Nothing less will do: a write to `.data`, or to an attribute, leaves no trace but itself. What cannot be saved is
+    like nothing else.
+    """
+    digest = _Digest()
+    try:
+        if isinstance(model, torch.jit.ScriptModule):
+            digest.write(model.save_to_buffer())
+        else:
+            torch.save(model, digest)
+    except Exception:
+        return (object(),)
+    return (digest.hash.digest(), *map(type, model.modules()))  # a class may have been written anew, under its name
+
+
+class _Digest(io.BytesIO):
+    """A file that keeps a hash of what is written to it, and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hash = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        return len(data)
 
 
 def _copied(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:

@@ -5,7 +5,9 @@ model (placement.py, native.py), what an error means (faults.py).
 """
 
 import os
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -16,6 +18,8 @@ from aneuron.backends.neuron.cores import Found, Package
 from aneuron.backends.neuron.faults import Kind, Repeated
 from aneuron.errors import DeviceError
 
+# Placement goes by a default of the whole process, and loads that run at once race in the runtime.
+_loading = threading.Lock()
 BACK_OFF = tuple(0.001 * 2**k for k in range(9))  # seconds; about half a second in all, while the core's queue is full
 
 _NO_DEVICE = (
@@ -32,12 +36,18 @@ _RECOMPILED = "it is compiled for each new number, and runs eagerly from the nin
 class NeuronBackend:
     """Runs traced models on the NeuronCores of this process, a copy on each.
 
-    The model is what `torch_neuronx.trace` made (or `torch.neuron.trace`, on Inf1): the module, a module that holds
-    traced parts, or the path of its file. A file is loaded straight onto each core; a module goes to the first core
-    itself and to the others as copies, which take host memory each. A module without a graph for NeuronCores, or one
-    compiled for several cores at once, is refused. Where TorchNeuron is installed, which has a native device and no
-    `trace`, the model is a plain `nn.Module`, copied to `neuron:i`, and compiled there if `compile` is set. Set
-    TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION=1, or what fails on the device may run on the CPU without a word.
+    The model is what `torch_neuronx.trace` made (or `torch.neuron.trace`, on Inf1): its file's path, the module, or
+    a module that holds traced parts. Give the path: a file is loaded straight onto each core. Of a module each core
+    gets a copy, which takes host memory; the module itself stays as it is and where it is, and one that
+    `torch.jit.load` has put on a core takes memory there for as long as somebody holds it. A core that is closed frees
+    its copy. A module without a graph for NeuronCores, or one compiled for several cores at once, is refused.
+
+    Where TorchNeuron is installed, which has a native device and no `trace`, the model is a plain `nn.Module`, copied
+    to `neuron:i`, and compiled there if `compile` is set. Set TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION=1, or what fails
+    on the device may run on the CPU without a word.
+
+    torch_neuron, the package for Inf1, was last published for PyTorch 1.13, which is older than aneuron's (2.4): it is
+    supported as its documentation has it, and tested on a double only.
 
     Cores are counted from zero among those of this process: NEURON_RT_VISIBLE_CORES ("3", "3-6", "3,4,5") or
     NEURON_RT_NUM_CORES, else all, which then no other process can have. Set them before the first model is loaded: the
@@ -114,8 +124,10 @@ class NeuronBackend:
         return here
 
     def global_id(self, core_id: int) -> int | None:
-        """The machine's number of a core; None where the runtime chose the cores (NEURON_RT_NUM_CORES)."""
-        return cores.global_id(core_id, cores.frozen_environment())
+        """The machine's number of a core; None where the runtime chose the cores (NEURON_RT_NUM_CORES), or where this
+        container has not all chips of the machine and no NEURON_RT_VISIBLE_CORES.
+        """
+        return cores.global_id(core_id, cores.frozen_environment(), self._root)
 
     def compiled_rows(self, model: Any) -> int | None:
         """The rows that a file was compiled for, as the config.json of optimum-neuron beside it says; or None."""
@@ -133,11 +145,13 @@ class NeuronBackend:
         cut = batch_size is None and dynamic_batching
         call: Any
         try:
-            if here.kind == cores.NATIVE:
-                call = native.load(here.module, model, core_id, self._compile)
-            else:
-                call = placement.load(here, model, core_id, cut)
+            with _loading:
+                if here.kind == cores.NATIVE:
+                    call = native.load(here.module, model, core_id, self._compile)
+                else:
+                    call = placement.load(here, model, core_id, cut)
         except Exception as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the copy, and with it the device's memory
             cause = faults.cause(error)
             if cause is not None and cause.kind is not Kind.FATAL:
                 cores.note_start()
@@ -147,7 +161,7 @@ class NeuronBackend:
         cores.note_start()
         if cut and here.kind != cores.NATIVE:
             self._warn_once(model, _CUT)
-        elif batch_size is None and self._compile:
+        elif batch_size is None and self._compile and here.kind == cores.NATIVE:
             self._warn_once(model, _RECOMPILED)
         return NeuronCore(call, core_id, concurrent=here.kind != cores.NATIVE)
 
@@ -171,7 +185,8 @@ class NeuronBackend:
         return DeviceError(f"{text}; {why}" if why else text)
 
     def classify(self, error: BaseException) -> Fault:
-        """By the runtime's status code, or the text, anywhere in the error or its causes.
+        """By the runtime's status code, or the text, anywhere in the error or its causes, if they are `RuntimeError`
+        or `torch.jit.Error`: other types are the model's own.
 
         INPUT: 2, 3, 1002, 1003, 1006, wrong arguments, whatever the model itself raises, and a file of another
         version (10). CORE: 5, 6, 101, 1004, 12xx, and a core that cannot be had (9, 1005); also what is nobody's
@@ -243,5 +258,4 @@ class NeuronCore:
 
     def close(self) -> None:
         """Let the model go, and with it the device's memory. The core itself stays this process's until it ends."""
-        model, self._model = self._model, None
-        placement.give_back(model)
+        self._model = None

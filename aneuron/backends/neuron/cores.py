@@ -31,6 +31,7 @@ DIVIDE = (
 )
 VISIBLE, NUMBER = "NEURON_RT_VISIBLE_CORES", "NEURON_RT_NUM_CORES"
 TRACE, LEGACY, NATIVE, NONE = "trace", "legacy", "native", "none"
+_NO_PACKAGE = "a Neuron package: torch_neuronx, or torch_neuron for Inf1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,12 +121,19 @@ def count(root: str | Path, environ: Mapping[str, str]) -> tuple[int | None, str
     """
     wish, total = asked(environ), machine.count_cores(root, environ)
     last = wish.cores[-1] + 1 if wish.cores else wish.number or 0
-    if total is not None and last > total:
+    # A container may have some chips of the machine only; the numbers of cores are the machine's all the same.
+    if total is not None and last > total and (wish.cores is None or has_all_chips(root)):
         raise DeviceError(
             f"{wish.why}: the machine has {total} cores, 0 to {total - 1}, in {len(machine.chips(root))} chips"
         )
     number = total if wish.number is None else wish.number
     return number, wish.why
+
+
+def has_all_chips(root: str | Path) -> bool:
+    """Whether the chips are numbered from 0 without a gap. Where they are not, others are kept from this container."""
+    chips = machine.chips(root)
+    return chips == list(range(len(chips)))
 
 
 # The package.
@@ -163,22 +171,26 @@ def _is_there(name: str) -> bool:
         return False
 
 
-def found(root: str | Path = "/", environ: Mapping[str, str] = os.environ) -> Found:
-    """Look for cores without claiming one, and without importing anything where there are none. Never raises.
+def found(root: str | Path = "/", environ: Mapping[str, str] | None = None) -> Found:
+    """Look for cores without claiming one, and for a package without importing it where there are none. Never raises.
+
+    `environ` is what the runtime goes by, unless given.
 
     >>> found("/nowhere").cores
     0
     """
     if not machine.chips(root):
-        lacks = "a NeuronCore: there is no /dev/neuron*, so no device, no driver, or none that the container is given"
-        return Found(0, NONE, "no device files", (lacks,))
+        lacks = ["a NeuronCore: there is no /dev/neuron*, so no device, no driver, or none that the container is given"]
+        if not (_is_there("torch_neuronx") or _is_there("torch_neuron") or hasattr(torch, "neuron")):
+            lacks.append(_NO_PACKAGE)
+        return Found(0, NONE, "no device files", tuple(lacks))
     try:
-        number, why = count(root, environ)
+        number, why = count(root, frozen_environment() if environ is None else environ)
     except DeviceError as error:
         return Found(0, NONE, str(error), ("an environment that names cores of this machine",))
     here = package()
     if here.kind == NONE:
-        return Found(0, NONE, f"{len(machine.chips(root))} chips, but {here.problem}", ("a Neuron package",))
+        return Found(0, NONE, f"{len(machine.chips(root))} chips, but {here.problem}", (_NO_PACKAGE,))
     if number == 0:
         return Found(0, here.kind, why, ("cores for this process",))
     if number is None:
@@ -263,8 +275,9 @@ def taken_by(root: str | Path, environ: Mapping[str, str]) -> str:
     return f"{mine} are used by " + "; ".join(map(str, others))
 
 
-def global_id(core: int, environ: Mapping[str, str]) -> int | None:
-    """The machine's number of a core of this process; None where the runtime chose the cores.
+def global_id(core: int, environ: Mapping[str, str], root: str | Path = "/") -> int | None:
+    """The machine's number of a core of this process; None where the runtime chose the cores, or where chips of the
+    machine are not to be seen and no NEURON_RT_VISIBLE_CORES says which ones this process has.
 
     >>> global_id(7, {"NEURON_RT_VISIBLE_CORES": "7-15"})
     14
@@ -272,4 +285,4 @@ def global_id(core: int, environ: Mapping[str, str]) -> int | None:
     wish = asked(environ)
     if wish.cores is not None:
         return wish.cores[core] if core < len(wish.cores) else None
-    return core if wish.number is None else None
+    return core if wish.number is None and has_all_chips(root) else None

@@ -1,6 +1,7 @@
 """What an error of the Neuron software says: its status or text, whom that is to be blamed on, what to do about it.
 
-Lives here: the tables, and the search in an exception; pure. Must not be here: torch, retries, the state of a core.
+Lives here: the tables, and the search in an exception; pure. Must not be here: retries, the state of a core, anything
+of torch but the type of its errors.
 
 The codes are those of the runtime's `nrt_status.h`, their causes those of its troubleshooting guide,
 https://awsdocs-neuron.readthedocs-hosted.com/en/latest/neuron-runtime/nrt-troubleshoot.html.
@@ -10,6 +11,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
+
+import torch
 
 from aneuron.backends import Fault
 
@@ -149,7 +152,8 @@ TEXTS = [
     )
 ]
 
-_STATUS = re.compile(r"status=(\d+)|\bNRT_[A-Z_]+\((\d+)\)|\bNRT_([A-Z_]+)\b")
+_STATUS = re.compile(r"\bstatus=(\d+)|\bNRT_[A-Z_]+\((\d+)\)|\bNRT_([A-Z_]+)\b")
+_RAISED = (RuntimeError, torch.jit.Error)  # the latter is none of the former
 _BY_NAME = {cause.name: code for code, cause in STATUS.items()} | {"OOB": 1006}  # as the developer guide has it
 
 
@@ -161,12 +165,14 @@ def cause(error: BaseException) -> Cause | None:
     """What an error comes from; None where nothing in it is the Neuron software's.
 
     The text is searched, not matched from its start: TorchScript puts a traceback before it, DataParallel a prefix.
+    Only in the types that this software raises: an error of the user's own may quote an input, and an input is no
+    reason to lose a core.
 
         >>> cause(RuntimeError("Failed to execute the model status=1003 message=Numerical Error")).kind
         <Kind.INPUT: 'input'>
-        >>> cause(ValueError("no such token"))
+        >>> cause(ValueError("cannot read 'status=5'"))
     """
-    for text in _texts(error):
+    for text in (_text(each) for each in _chain(error) if isinstance(each, _RAISED)):
         for pattern, named in TEXTS:
             if pattern.search(text):
                 return named
@@ -205,18 +211,22 @@ def classify(error: BaseException) -> Fault:
 
 def last_line(error: BaseException) -> str:
     """What the device said: TorchScript puts its own traceback before it."""
-    lines = next(_texts(error)).strip().splitlines()
+    lines = _text(error).strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
 
 
-def _texts(error: BaseException) -> Iterator[str]:
-    """The text of an error, and of what caused it."""
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, and what caused it."""
     seen: set[int] = set()
     current: BaseException | None = error
     while current is not None and id(current) not in seen:
         seen.add(id(current))
-        try:
-            yield str(current)
-        except Exception:
-            yield type(current).__name__
+        yield current
         current = current.__cause__
+
+
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)
+    except Exception:
+        return type(error).__name__

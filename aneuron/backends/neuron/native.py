@@ -38,9 +38,12 @@ class NativeModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run, and wait for it without the GIL."""
         self._device.set_device(self._core_id)  # the current device is a thread's
-        args, kwargs = _on((args, kwargs), f"neuron:{self._core_id}")
-        output = self._model(*args, **kwargs)
-        self._device.current_stream().record_event().synchronize()  # operations return before they are done
+        try:
+            args, kwargs = _on((args, kwargs), f"neuron:{self._core_id}")
+            output = self._model(*args, **kwargs)
+        finally:
+            # Operations return before they are done. After an error, too: their failure is not the next caller's.
+            self._device.current_stream().record_event().synchronize()
         return _on(output, "cpu")
 
 
@@ -48,4 +51,7 @@ def _on(value: Any, device: str) -> Any:
     """A structure with its tensors on a device. A host tensor that is sent may be written to at once."""
     leaves: list[Any] = []
     walk(value, leaves, [], [])
-    return fill(value, iter([leaf.to(device, non_blocking=device != "cpu") for leaf in leaves]))
+    moved = [
+        leaf.to(device, non_blocking=device != "cpu") if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves
+    ]
+    return fill(value, iter(moved))

@@ -1,7 +1,7 @@
 """Loading a traced model on one core.
 
-Lives here: which parts of a module are Neuron graphs, copies, the placement calls of torch_neuronx and torch_neuron,
-the one lock around them. Must not be here: which cores there are (cores.py), what errors mean (faults.py), executing.
+Lives here: which parts of a module are Neuron graphs, copies, the placement calls of torch_neuronx and torch_neuron.
+Must not be here: the lock around loads (__init__.py), which cores there are (cores.py), what errors mean (faults.py).
 
 The calls: https://awsdocs-neuron.readthedocs-hosted.com/en/latest/frameworks/torch/torch-neuronx/api-reference-guide/inference/api-torch-neuronx-core-placement.html.
 Always one module a core: the runtime's own rotation over replicas would hide which core runs what, and which fails.
@@ -11,8 +11,6 @@ import copy
 import importlib
 import json
 import os
-import threading
-import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -24,10 +22,6 @@ from aneuron.backends.neuron.cores import Package
 
 _CLASSES = "__torch__.torch.classes.neuron."
 _SEVERAL = _CLASSES + "SPMDModel"  # the class of models that are compiled for several cores
-
-# Placement goes by a default of the whole process, and loads that run at once race in the runtime.
-_lock = threading.Lock()
-_lent: set[int] = set()  # modules whose original is on a core: the others get copies
 
 
 # What a model is.
@@ -122,42 +116,24 @@ _ONE_CORE = (
 
 
 def load(here: Package, model: Any, core_id: int, dynamic_batching: bool) -> Any:
-    """The model on a core: the module itself if it is on no other, else a copy, or what the file at this path holds.
+    """A copy of the module on a core, or what the file at this path holds. Raises what the package raises.
 
-    Give a module back with `give_back` when it is not used any more. Raises what the package raises.
+    Always a copy: placing a module moves its traced parts, which other modules, or the user, may hold and run, and
+    they would hold the device's memory after the core is closed.
     """
-    with _lock:
-        if isinstance(model, (str, os.PathLike)):
-            check_file(model)
-            return _from_file(here, os.fspath(model), core_id, dynamic_batching)
-        if not is_neuron(model):
-            raise ValueError(f"model={model!r:.80} {_UNTRACED}")
-        module = copy.deepcopy(model) if id(model) in _lent else model
-        _lent.add(id(module))
-        try:
-            _check_cores(module)
-            _set_dynamic_batching(here, module, dynamic_batching)
-            _function(here, "set_neuron_cores")(module, core_id, 1)
-            _move_weights(here, module, core_id)
-        except BaseException:
-            _lent.discard(id(module))
-            raise
-        return module
-
-
-def give_back(module: Any) -> None:
-    """A module is not used any more: it may be the one that goes to the next core."""
-    with _lock:
-        _lent.discard(id(module))
-
-
-def _from_file(here: Package, path: str, core_id: int, dynamic_batching: bool) -> Any:
-    # Placed while it is loaded: placing it afterwards would unload it and load it again.
-    with _function(here, "neuron_cores_context")(start_nc=core_id, nc_count=1), warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.load itself, from torch 2.13 on
-        module = torch.jit.load(path)  # type: ignore[no-untyped-call]
+    if isinstance(model, (str, os.PathLike)):
+        check_file(model)
+        # Placed while it is loaded: placing it afterwards would unload it and load it again.
+        with _function(here, "neuron_cores_context")(start_nc=core_id, nc_count=1):
+            module = torch.jit.load(os.fspath(model))  # type: ignore[no-untyped-call]
+    elif is_neuron(model):
+        module = copy.deepcopy(model)
+    else:
+        raise ValueError(f"model={model!r:.80} {_UNTRACED}")
     _check_cores(module)
     _set_dynamic_batching(here, module, dynamic_batching)
+    if not isinstance(model, (str, os.PathLike)):
+        _function(here, "set_neuron_cores")(module, core_id, 1)
     _move_weights(here, module, core_id)
     return module
 
