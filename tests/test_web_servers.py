@@ -185,7 +185,7 @@ async def test_a_client_may_leave_at_every_stage(server, stage):
 
 
 async def test_thousands_of_cancelled_calls_leave_no_trace(server):
-    calls, wave = (10_000 if server.kind == "uvicorn" else 1_000), 250
+    calls, wave = (4_000 if server.kind == "uvicorn" else 1_000), 250
     before = await server.state()
     resident = []
     for _ in range(calls // wave):

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import warnings
 from contextlib import asynccontextmanager
 from typing import Annotated
@@ -431,6 +432,39 @@ async def test_the_bridge_cancels_what_its_client_does_not_wait_for(middleware, 
         assert len(backend[0].executed) == 1
         assert await settled()
         check_sum(model)
+
+
+@scenario
+async def test_ten_thousand_departures_leave_nothing_behind():
+    model, backend = puppet(num_workers=1)
+
+    async def handler(request):
+        return JSONResponse((await cancel_on_disconnect(request, model(row(2)))).tolist())
+
+    async def wave():
+        wires = [Wire(app, b"[1]") for _ in range(1000)]
+        await settle(30)
+        assert model.statistics().calls.waiting + model.statistics().calls.running == 1001
+        for wire in wires:
+            wire.leave()
+        await asyncio.gather(*(wire.task for wire in wires))
+
+    app = bridged(handler)
+    async with model:
+        first = asyncio.ensure_future(model(row(1)))  # the core is taken, all others wait
+        await settle()
+        await wave()
+        gc.collect()
+        before = len(gc.get_objects())
+        for _ in range(9):
+            await wave()
+        gc.collect()
+        assert len(gc.get_objects()) - before < 1000
+        assert model.statistics().calls.cancelled == 10_000
+        assert asyncio.all_tasks() == {asyncio.current_task(), first}
+        backend[0].release()
+        await first
+        assert len(backend[0].executed) == 1
 
 
 @scenario
