@@ -99,10 +99,12 @@ class Server:
 @pytest.fixture(scope="module")
 def servers(tmp_path_factory):
     folder = tmp_path_factory.mktemp("servers")
-    running = {kind: Server(kind, folder / f"{kind}.log") for kind in SERVERS}  # side by side: they take seconds
-    yield running
-    for one in running.values():
-        one.stop()
+    running = {}
+    with contextlib.ExitStack() as stack:  # all are stopped, whatever one of them does
+        for kind in SERVERS:  # side by side: they take seconds
+            running[kind] = Server(kind, folder / f"{kind}.log")
+            stack.callback(running[kind].stop)
+        yield running
 
 
 @pytest.fixture(params=SERVERS)
