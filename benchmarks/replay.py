@@ -82,7 +82,7 @@ class Replay:
     def _post(self) -> None:
         self._posted = False
         now = time.perf_counter() - self._begin
-        while self._next < len(self._schedule) and self._schedule[self._next] <= now:
+        while not self._stopped and self._next < len(self._schedule) and self._schedule[self._next] <= now:
             task = self._loop.create_task(self._one(self._next))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
