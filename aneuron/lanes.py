@@ -220,6 +220,8 @@ class Lanes:
         for lane in self.lanes:
             if lane.counters.owner in (self, None):  # not another run of the model, on the same core
                 lane.counters.state, lane.counters.in_flight = "closed", 0
+        if not self.futures.calls:
+            self.recovery.end()
         self._closed.set_result(None)
 
     def _log_slow_drain(self) -> None:
@@ -617,4 +619,5 @@ class Staged:
             if self._execution.lane is not self._lane:
                 return False
             self._lane.staged.remove(self._execution)
+            self._execution.staged = None  # nobody can take it away any more, although it has not begun
             return True
