@@ -82,7 +82,7 @@ class Lanes:
         self.lanes = [self._new_lane(index) for index in range(len(core_ids))]
         self.clock = self.lanes[0].workers.clock
         self.recovery = Recovery(self, len(core_ids), backend.recoverable, load.compiled is not None, exec_timeout)
-        self.futures = Futures(self.loop, self.clock, counters, self.discard)
+        self.futures = Futures(self.loop, self.clock, counters, self.discard, self._guard)
 
     def _new_lane(self, index: int) -> Lane:
         core_id = self._core_ids[index]
@@ -304,7 +304,7 @@ class Lanes:
                 self._dispatch_at(due, now)
             if self._scheduler.late:
                 self._end_late()
-        except Exception as error:
+        except BaseException as error:
             self._crash(error)
 
     def _bind(self, now: float) -> list[Lane]:
@@ -362,7 +362,7 @@ class Lanes:
             if self._scheduler.late or (idles and waits):  # what waits is held back, or for the loop to decide
                 self._call_loop(self._dispatch_soon)
             return execution
-        except Exception as error:
+        except BaseException as error:
             self._call_loop(partial(self._crash, error))
             return None
 
@@ -417,7 +417,11 @@ class Lanes:
         self._done.append(execution)
         if not self._posted:
             self._posted = True
-            self._call_loop(self._deliver)
+            try:
+                self._call_loop(self._deliver)
+            except BaseException:
+                self._posted = False  # the next one tries again
+                raise
 
     def _call_loop(self, callback: Callable[[], None]) -> None:  # worker thread
         try:
@@ -433,7 +437,7 @@ class Lanes:
                 self._counters.loop_lag_seconds.add(now - self._done[0].posted)  # of those that wait, the longest
             while self._done:
                 self._settle(self._done.popleft(), now)
-        except Exception as error:
+        except BaseException as error:
             self._crash(error)
         if not self._scheduler.has_work and not self._arrivals:
             self._counters.relaxed()
@@ -559,13 +563,15 @@ class Lanes:
     def _guard(self, callback: Callable[[], None]) -> None:
         try:
             callback()
-        except Exception as error:
+        except BaseException as error:
             self._crash(error)
 
     def _thread_died(self, lane: Lane, error: BaseException) -> None:
         """A worker thread has ended that was not told to: what it had in hand runs elsewhere."""
         for execution in list(lane.in_flight):
             self._guard(partial(self.recovery.lost, lane, execution, error))
+        if not self._stopped:  # it may have had nothing in hand, and been the one to take what comes
+            self._guard(partial(self.recovery.take_out, lane, error))
 
     def discard(self, call: Call) -> None:
         """Take a call's waiting rows out of the queue."""
@@ -576,8 +582,8 @@ class Lanes:
             else:
                 call.bound = call.rows  # it has not got there, and will not
 
-    def _crash(self, error: Exception) -> None:
-        """A bug of ours must not leave anybody waiting."""
+    def _crash(self, error: BaseException) -> None:
+        """A bug of ours must not leave anybody waiting, nor may a cancellation or an exit that has gone astray."""
         logger.critical("the lanes failed and are closed; please report this", exc_info=error)
         why = f"the model was closed by an internal error ({text(error)}); please report it. aclose(), then start()"
         self.why_closed = why
@@ -588,6 +594,8 @@ class Lanes:
                 self.discard(call)
             call.bound = call.rows
         self.futures.end([(call, Closed(why)) for call in calls], failed=True)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)) and threading.get_ident() == self.thread:
+            raise error
 
     def statistics(self) -> Statistics:
         """The frozen snapshot of now; from another thread than the loop's its numbers may be of moments close by."""

@@ -218,12 +218,12 @@ class Schedule:
 
     async def close(self):
         """Drain or abort, while cores go on to answer, but for those that hang."""
-        self.callers.closings += 1
         end = self.pick.choice([self.model.aclose, self.model.abort])
         self.say(end.__name__)
         closing = asyncio.ensure_future(end())
         lanes = self.lanes[-1]
         await asyncio.sleep(0)
+        self.callers.closings += 1  # calls that came before this iteration ended found it open
         while not closing.done() or not lanes._closed.done():
             assert not self.model.ready, "ready while it closes"
             while any(each not in self.hung for each in self.backend.executing()):
