@@ -33,7 +33,12 @@ class Soak:
         faults = [fault("core", probability=0.0005), fault("hang", probability=0.0002, seconds=2.0)]
         backend = SimulatedBackend(CORES, SERVICE, faults=faults)
         self.model = AsyncDataParallel(
-            model_of, backend=backend, batch_size=BATCH, max_pending=64, exec_timeout=1.0, example_inputs=torch.ones(8, 2)
+            model_of,
+            backend=backend,
+            batch_size=BATCH,
+            max_pending=64,
+            exec_timeout=1.0,
+            example_inputs=torch.ones(8, 2),
         )
         self.fates, self.seconds = Counter(), []
         self.rows = self.core_seconds = 0.0
@@ -99,7 +104,9 @@ class Soak:
         errors = sum(core.errors for core in self.model.statistics().cores)
         lost = sent - sum(self.fates.values())
         print(f"{sent} calls in {seconds:g} s: {dict(self.fates)}; {errors} faults of executions; {lost} lost")
-        print(f"goodput {self.rows / possible:.1%} of what the cores in service could do ({self.rows / seconds:.0f} rows/s)")
+        print(
+            f"goodput {self.rows / possible:.1%} of what the cores in service could do ({self.rows / seconds:.0f} rows/s)"
+        )
         print(f"latency p50 {p50:.0f} ms, p99 {p99:.0f} ms, p99.9 {p999:.0f} ms")
         print(f"RSS {rss_before:.0f} -> {after:.0f} MB, threads {threads} -> {threads_after}")
         return not lost and not self.fates["wrong"]
