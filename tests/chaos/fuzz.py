@@ -66,14 +66,29 @@ def status(data):
     faults.classify(RuntimeError(text))
 
 
-TARGETS = [device_ids, visible_cores, environment, config, script, status]
+# Each with an input to begin with.
+TARGETS = [
+    (device_ids, b"nc:12"),
+    (visible_cores, b"0-3,4"),
+    (environment, b"3-6 2"),
+    (config, b'{"neuron": {"static_batch_size": 8, "dynamic_batch_size": false}}'),
+    (script, b"PK\x03\x04\x14\x00 model/code/__torch__.py"),
+    (status, b"Failed to execute the model status=1003 message=Numerical Error"),
+]
 
 
 def consume(raw):
-    data = atheris.FuzzedDataProvider(raw)
-    TARGETS[data.ConsumeIntInRange(0, len(TARGETS) - 1)](data)
+    """The first byte says which target, the rest is for it."""
+    if raw:
+        TARGETS[raw[0] % len(TARGETS)][0](atheris.FuzzedDataProvider(raw[1:]))
 
 
 if __name__ == "__main__":
-    atheris.Setup(sys.argv, consume)
+    corpus = os.path.join(FOLDER, "corpus")
+    os.mkdir(corpus)
+    for number, (_, example) in enumerate(TARGETS):
+        with open(os.path.join(corpus, str(number)), "wb") as file:
+            # Texts are read with a first byte that says which characters they have: 1 is ASCII.
+            file.write(bytes([number]) + (example if number in (3, 4) else b"\x01" + example))
+    atheris.Setup([*sys.argv, "-len_control=0", corpus], consume)
     atheris.Fuzz()
