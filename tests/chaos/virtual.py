@@ -119,7 +119,8 @@ class Schedule:
             exec_timeout=self.exec_timeout,
             min_cores=self.min_cores,
         )
-        self.backend.turns = Turns(self.model) if plain else None
+        # What is bound to a concurrent core waits behind whatever that executes, and this is released in any order.
+        self.backend.turns = Turns(self.model) if plain and not self.backend._concurrent else None
         self.callers = Callers(pick, self.model, self.backend.turns)
         self.callers.sick = self.sick = pick.random() < 0.3
 
