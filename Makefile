@@ -10,7 +10,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install
 # Not README.md, which ruff would format too: its programs are set for reading.
 SOURCES := aneuron benchmarks examples tests
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint bench soak clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -19,6 +19,7 @@ help:
 	@echo 'make test    run the tests'
 	@echo 'make lint    check style and types'
 	@echo 'make bench   measure against hand-written loops and other packages (a quarter of an hour)'
+	@echo 'make soak    serve more than the cores can take, with faults, for SECONDS (ten minutes)'
 	@echo 'make clean   remove what these made, the virtual environment included'
 
 demo: $(VENV)/.demo
@@ -28,7 +29,7 @@ demo: $(VENV)/.demo
 	@echo '  Use this environment   . $(VENV)/bin/activate'
 
 test: $(VENV)/.test $(VENV)/.tools
-	$(RUN) -m pytest
+	$(RUN) -m pytest --numprocesses 2
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check $(SOURCES)
@@ -37,6 +38,11 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.bench
 	$(RUN) -m benchmarks
+
+SECONDS ?= 600
+soak: $(VENV)/.test
+	$(RUN) tests/chaos/soak.py --seconds $(SECONDS)
+	CHAOS_SECONDS=$(SECONDS) $(RUN) -m pytest -s tests/chaos/test_chaos.py
 
 # torch comes first and alone: it is by far the largest, and nothing that follows may choose its version.
 $(VENV)/.torch:

@@ -7,6 +7,7 @@ threads.
 import asyncio
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 from aneuron.errors import DeadlineExceeded
@@ -23,13 +24,14 @@ class Futures:
         clock: Callable[[], float],
         counters: Counters,
         discard: Callable[[Call], None],
+        guard: Callable[[Callable[[], None]], None],
     ) -> None:
         self.calls: set[Call] = set()
         self._loop = loop
         self._clock = clock
         self._counters = counters
         self._discard = discard  # takes a call's waiting rows out of the queue
-        self._on_deadline = self.expire  # one bound method for all timers
+        self._guard = guard  # around what the loop calls: what it raises must not leave anybody waiting
         self._drained: asyncio.Future[None] | None = None
 
     def accept(self, call: Call, now: float) -> "asyncio.Future[Any]":
@@ -43,7 +45,7 @@ class Futures:
     def time(self, call: Call, timeout: float) -> None:
         """Give a call its deadline."""
         call.deadline = call.admitted + timeout
-        call.timer = self._loop.call_later(timeout, self._on_deadline, call)
+        call.timer = self._loop.call_later(timeout, self._guard, partial(self.expire, call))
 
     def expire(self, call: Call) -> None:
         """A call's deadline has passed, or cannot be met."""

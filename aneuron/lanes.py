@@ -85,7 +85,7 @@ class Lanes:
         self.lanes = [self._new_lane(index) for index in range(len(core_ids))]
         self.clock = self.lanes[0].workers.clock
         self.recovery = Recovery(self, len(core_ids), backend.recoverable, load.compiled is not None, exec_timeout)
-        self.futures = Futures(self.loop, self.clock, counters, self.discard)
+        self.futures = Futures(self.loop, self.clock, counters, self.discard, self._guard)
 
     def _new_lane(self, index: int) -> Lane:
         core_id = self._core_ids[index]
@@ -226,6 +226,8 @@ class Lanes:
         for lane in self.lanes:
             if lane.counters.owner in (self, None):  # not another run of the model, on the same core
                 lane.counters.state, lane.counters.in_flight = "closed", 0
+        if not self.futures.calls:
+            self.recovery.end()
         self._closed.set_result(None)
 
     def _log_slow_drain(self) -> None:
@@ -308,7 +310,7 @@ class Lanes:
                 self._dispatch_at(due, now)
             if self._scheduler.late:
                 self._end_late()
-        except Exception as error:
+        except BaseException as error:
             self._crash(error)
 
     def _bind(self, now: float) -> list[Lane]:
@@ -366,7 +368,7 @@ class Lanes:
             if self._scheduler.late or (idles and waits):  # what waits is held back, or for the loop to decide
                 self._call_loop(self._dispatch_soon)
             return execution
-        except Exception as error:
+        except BaseException as error:
             self._call_loop(partial(self._crash, error))
             return None
 
@@ -428,7 +430,11 @@ class Lanes:
         self._done.append(execution)
         if not self._posted:
             self._posted = True
-            self._call_loop(self._deliver)
+            try:
+                self._call_loop(self._deliver)
+            except BaseException:
+                self._posted = False  # the next one tries again
+                raise
 
     def _call_loop(self, callback: Callable[[], None]) -> None:  # worker thread
         try:
@@ -444,7 +450,7 @@ class Lanes:
                 self._counters.loop_lag_seconds.add(now - self._done[0].posted)  # of those that wait, the longest
             while self._done:
                 self._settle(self._done.popleft(), now)
-        except Exception as error:
+        except BaseException as error:
             self._crash(error)
         if not self._scheduler.has_work and not self._arrivals:
             self._counters.relaxed()
@@ -466,7 +472,7 @@ class Lanes:
         self.futures.end(execution.finished, now=now)
         # A traceback holds the worker's frames, and they the execution: no cycle, and nobody else's rows.
         execution.chunks, execution.error, execution.finished = (), None, []
-        execution.batch.chunks = []
+        batch.chunks, batch.inquest, batch.trial = [], None, None
 
     def _count(self, execution: Execution, lane: Lane, now: float) -> None:
         counters, batch, rows = self._counters, execution.batch, execution.rows
@@ -570,13 +576,15 @@ class Lanes:
     def _guard(self, callback: Callable[[], None]) -> None:
         try:
             callback()
-        except Exception as error:
+        except BaseException as error:
             self._crash(error)
 
     def _thread_died(self, lane: Lane, error: BaseException) -> None:
         """A worker thread has ended that was not told to: what it had in hand runs elsewhere."""
         for execution in list(lane.in_flight):
             self._guard(partial(self.recovery.lost, lane, execution, error))
+        if not self._stopped:  # it may have had nothing in hand, and been the one to take what comes
+            self._guard(partial(self.recovery.take_out, lane, error))
 
     def discard(self, call: Call) -> None:
         """Take a call's waiting rows out of the queue."""
@@ -587,8 +595,8 @@ class Lanes:
             else:
                 call.bound = call.rows  # it has not got there, and will not
 
-    def _crash(self, error: Exception) -> None:
-        """A bug of ours must not leave anybody waiting."""
+    def _crash(self, error: BaseException) -> None:
+        """A bug of ours must not leave anybody waiting, nor may a cancellation or an exit that has gone astray."""
         logger.critical("the lanes failed and are closed; please report this", exc_info=error)
         why = f"the model was closed by an internal error ({text(error)}); please report it. aclose(), then start()"
         self.why_closed = why
@@ -599,6 +607,8 @@ class Lanes:
                 self.discard(call)
             call.bound = call.rows
         self.futures.end([(call, Closed(why)) for call in calls], failed=True)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)) and threading.get_ident() == self.thread:
+            raise error
 
     def differ_from(self, old: "Lanes") -> Exception | None:
         """Why these lanes cannot take the place of others on the same cores; None if they can."""
@@ -659,4 +669,5 @@ class Staged:
             if self._execution.lane is not self._lane:
                 return False
             self._lane.staged.remove(self._execution)
+            self._execution.staged = None  # nobody can take it away any more, although it has not begun
             return True

@@ -84,7 +84,7 @@ class Recovery:
         self._timers: dict[int, asyncio.TimerHandle] = {}  # of the cores that are to be loaded again
         self._inquests: weakref.WeakSet[Inquest[Held]] = weakref.WeakSet()
         self._stopped = False
-        self._cause: BaseException | None = None  # of the last core's failure
+        self._cause = ""  # of the last core's failure; not the error, which a caller may get: it would hold his frames
 
     @property
     def in_service(self) -> int:
@@ -92,12 +92,16 @@ class Recovery:
         return sum([health.serves for health in self.health])
 
     def stop(self) -> None:
-        """Bring no core back any more, and declare none hung."""
+        """Bring no core back any more. What executes is watched until it ends: somebody may wait for it."""
         self._stopped = True
-        for timer in (*self._timers.values(), self._watch):
-            if timer is not None:
-                timer.cancel()
+        for timer in self._timers.values():
+            timer.cancel()
         self._close_inquests()
+
+    def end(self) -> None:
+        """Nothing executes any more, or will be waited for."""
+        if self._watch is not None:
+            self._watch.cancel()
 
     def _close_inquests(self) -> None:
         """Nothing will be run again: who has failed alone is to blame."""
@@ -115,7 +119,7 @@ class Recovery:
         then = "none can be loaded again: restart the process"
         if retry_after is not None:
             then = f"one is loaded again {f'in {retry_after:.3g} s' if retry_after else 'now'}; try again then"
-        cause = f" (the last: {text(self._cause)})" if self._cause is not None else ""
+        cause = f" (the last: {self._cause})" if self._cause else ""
         return NoHealthyCores(f"every core is out of service{cause}; {then}", retry_after=retry_after)
 
     # What a batch has come to.
@@ -228,7 +232,7 @@ class Recovery:
         what = "fatal for the process" if for_good else self.health[lane.index].state
         level = logging.ERROR if for_good else logging.WARNING
         logger.log(level, "core %d failed (%s): %s", lane.core_id, what, text(error), exc_info=error)
-        self._cause = error.with_traceback(None)  # its frames hold the rows of all who shared the batch
+        self._cause = text(error)
         if self.in_service:
             self._host.spread()
         else:
@@ -271,7 +275,7 @@ class Recovery:
 
     def watch(self) -> None:
         """Something may be executed from now on: look after `exec_timeout` whether it has ended."""
-        if self._exec_timeout is not None and self._watch is None and not self._stopped:
+        if self._exec_timeout is not None and self._watch is None:
             self._watch = self._host.call_later(self._exec_timeout, self._look)
 
     def _look(self) -> None:
@@ -284,7 +288,7 @@ class Recovery:
             else:
                 why = f"core {lane.core_id} has not answered within exec_timeout={timeout:g} s"
                 self.lost(lane, execution, CoreFailed(why, lane.core_id))
-        if due and not self._stopped:
+        if due:
             self._watch = self._host.call_later(max(min(due) - now, 0.001), self._look)
 
     def lost(self, lane: Lane, execution: Execution, error: BaseException) -> None:
@@ -293,7 +297,8 @@ class Recovery:
             return
         lane.counters.errors += 1
         chunks = [chunk for chunk in execution.chunks if not has_left(chunk[0])]
-        self.take_out(lane, error)
+        if not self._stopped:
+            self.take_out(lane, error)
         self._core_failed(execution, error, chunks)
 
 

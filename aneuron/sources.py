@@ -154,13 +154,17 @@ class ThreadSource:
     def _hand_over(self) -> None:
         """On the loop."""
         self._posted = False  # before the elements: what comes after them posts again
-        while self._arrived and not self._closed:
-            element = self._arrived.popleft()
-            if element is not self._END:
-                self._start(element)
-            else:
-                self.close()
-                self._end(self._error)
+        try:
+            while self._arrived and not self._closed:
+                element = self._arrived.popleft()
+                if element is not self._END:
+                    self._start(element)
+                else:
+                    self.close()
+                    self._end(self._error)
+        except Exception as error:  # nobody else would tell the consumer
+            self.close()
+            self._end(error)
 
     def close(self) -> None:
         """Read no more, and close a generator: in the thread, after the element that it is at work on."""

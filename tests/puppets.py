@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import re
 
 import torch
 
@@ -39,3 +40,8 @@ async def release_all(backend, *tasks):
             if core.executing is not None:
                 core.release()
         await settle()
+
+
+def named(value):
+    """A value as the id of a test: without addresses, which every process that collects the tests has others of."""
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))

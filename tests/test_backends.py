@@ -11,6 +11,7 @@ import types
 
 import pytest
 import torch
+from puppets import named
 
 import aneuron
 from aneuron import AsyncDataParallel, Backend, CoreFailed, CpuBackend, Fault, SimulatedBackend, lane
@@ -371,7 +372,7 @@ def test_faults_have_the_three_names():
 
 
 @pytest.mark.parametrize("name", ["cores", "threads_per_core"])
-@pytest.mark.parametrize("value", [0, -1, True, False, 1.0, "2"], ids=repr)
+@pytest.mark.parametrize("value", [0, -1, True, False, 1.0, "2"], ids=named)
 def test_numbers_that_are_no_counts_are_refused(name, value):
     with pytest.raises(ValueError, match=name):
         CpuBackend(**{name: value})
@@ -586,7 +587,7 @@ def clock(monkeypatch):
         ({"service_time": 0.5, "copy_time": 0.125}, 4, 0.625),
         ({"service_time": 0.0}, 4, 0.0),
     ],
-    ids=str,
+    ids=named,
 )
 def test_an_execution_takes_the_time_that_was_asked_for(clock, settings, rows, seconds):
     core = SimulatedBackend(cores=1, **settings).load(torch.neg, 0, None)

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 import numpy as np
 import pytest
 import torch
+from puppets import named
 
 from aneuron import AneuronError, AsyncDataParallel, Closed, CpuBackend, DeviceError, OutputError, ShapeError
 from aneuron.testing import PuppetBackend, PuppetCore, run, settle
@@ -130,7 +131,7 @@ def test_keyword_inputs_are_named_in_errors():
 # Inputs that are not what the model was compiled for.
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 4}, {"traced": True}], ids=str)
+@pytest.mark.parametrize("settings", [{"batch_size": 4}, {"traced": True}], ids=named)
 @pytest.mark.parametrize(
     ("args", "kwargs", "words"),
     [
@@ -177,7 +178,7 @@ def test_an_example_for_an_eager_model_without_a_batch_size_fixes_nothing():
 @pytest.mark.parametrize(
     "example",
     [(), {}, (1, 2), torch.tensor(1.0), torch.zeros(0, 3), (torch.zeros(2), torch.zeros(3)), np.array(["a"])],
-    ids=repr,
+    ids=named,
 )
 def test_a_bad_example_is_refused_when_the_object_is_made(example):
     with pytest.raises(ShapeError, match=r"^example_inputs: "):
@@ -229,7 +230,7 @@ BAD_OUTPUTS = {
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors|Sparse")
 @pytest.mark.parametrize("kind", BAD_OUTPUTS)
-@pytest.mark.parametrize("settings", [{"batch_size": 8}, {}, {"batch_size": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{"batch_size": 8}, {}, {"batch_size": 2}], ids=named)
 def test_an_output_that_cannot_be_handed_out_is_an_output_error_for_every_caller(kind, settings):
     net, word = BAD_OUTPUTS[kind]
     broken = [True]
@@ -624,7 +625,7 @@ def test_a_module_without_parameters_that_looks_for_one_says_so_at_the_start():
         (1.5, "expected a list"),
         (True, "expected a list"),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_device_ids_that_make_no_sense_are_refused_when_the_object_is_made(ids, words):
     with pytest.raises(DeviceError, match=words) as caught:
@@ -633,7 +634,7 @@ def test_device_ids_that_make_no_sense_are_refused_when_the_object_is_made(ids, 
 
 
 @pytest.mark.parametrize(
-    "ids", [[0, 1], ("nc:0", "nc:1"), range(2), iter([0, "nc:1"]), np.arange(2), ["nc:00", np.int64(1)]], ids=repr
+    "ids", [[0, 1], ("nc:0", "nc:1"), range(2), iter([0, "nc:1"]), np.arange(2), ["nc:00", np.int64(1)]], ids=named
 )
 def test_device_ids_may_be_any_list_of_ints_and_names(ids):
     async def main():
@@ -643,7 +644,7 @@ def test_device_ids_may_be_any_list_of_ints_and_names(ids):
     run(main())
 
 
-@pytest.mark.parametrize("ids", [[3], [0, 7], ["nc:3"], [2**70]], ids=repr)
+@pytest.mark.parametrize("ids", [[3], [0, 7], ["nc:3"], [2**70]], ids=named)
 def test_device_ids_that_the_process_does_not_see_are_refused_at_the_start(ids):
     async def main():
         backend = puppets(cores=3)
@@ -668,7 +669,7 @@ NO_COUNTS = [0, -1, True, False, 1.0, "2", math.inf, [1]]
 
 
 @pytest.mark.parametrize("name", ["num_workers", "split_size", "max_pending", "batch_size"])
-@pytest.mark.parametrize("value", NO_COUNTS, ids=repr)
+@pytest.mark.parametrize("value", NO_COUNTS, ids=named)
 def test_a_number_that_is_no_count_is_refused_when_the_object_is_made(name, value):
     with pytest.raises(ValueError, match=name) as caught:
         AsyncDataParallel(torch.neg, **{name: value})
@@ -676,7 +677,7 @@ def test_a_number_that_is_no_count_is_refused_when_the_object_is_made(name, valu
 
 
 @pytest.mark.parametrize("name", ["num_workers", "split_size"])
-@pytest.mark.parametrize("value", NO_COUNTS, ids=repr)
+@pytest.mark.parametrize("value", NO_COUNTS, ids=named)
 def test_it_is_refused_when_it_is_set_and_the_old_one_stays(name, value):
     async def main():
         model = AsyncDataParallel(torch.neg, backend=puppets(cores=2), **{name: 2})
@@ -691,19 +692,19 @@ def test_it_is_refused_when_it_is_set_and_the_old_one_stays(name, value):
     run(main())
 
 
-@pytest.mark.parametrize("dim", [True, False, 0.0, "0", None, [0]], ids=repr)
+@pytest.mark.parametrize("dim", [True, False, 0.0, "0", None, [0]], ids=named)
 def test_a_dimension_that_is_no_int_is_refused(dim):
     with pytest.raises(ValueError, match="dim="):
         AsyncDataParallel(torch.neg, dim=dim)
 
 
-@pytest.mark.parametrize("backend", ["gpu", "", 3, None, object(), CpuBackend, [CpuBackend()]], ids=str)
+@pytest.mark.parametrize("backend", ["gpu", "", 3, None, object(), CpuBackend, [CpuBackend()]], ids=named)
 def test_a_backend_that_is_none_is_refused(backend):
     with pytest.raises(ValueError, match="backend="):
         AsyncDataParallel(torch.neg, backend=backend)
 
 
-@pytest.mark.parametrize("model", [None, 3, b"model.pt", [torch.neg], torch.zeros(1)], ids=repr)
+@pytest.mark.parametrize("model", [None, 3, b"model.pt", [torch.neg], torch.zeros(1)], ids=named)
 def test_a_model_that_is_none_is_refused(model):
     with pytest.raises(TypeError, match="model="):
         AsyncDataParallel(model)

@@ -7,12 +7,11 @@ import threading
 import pytest
 import torch
 from puppets import call, release_all, row, scenario
-from test_exactly_once import history
 from test_fairness import BATCH, Cores, History, admit, batches, next_batch, scheduler, steps
 from test_terms import fate, now, puppets
 
 from aneuron import AsyncDataParallel, SimulatedBackend
-from aneuron.testing import PuppetBackend, PuppetWorkers, run, settle
+from aneuron.testing import PuppetBackend, PuppetWorkers, settle
 
 # 1. A large call that is late at the head of the order, before another tenant's or another line's: deque.remove raises,
 #    and every call of the model is failed with Closed.
@@ -40,12 +39,6 @@ async def test_a_late_large_call_does_not_close_the_model():
 @pytest.mark.parametrize("seed", range(20))
 def test_random_histories_with_deadlines_on_large_calls(seed):
     History(seed, large_deadlines=True).finish()
-
-
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.filterwarnings("ignore:the cores are not fully used")
-def test_exactly_once_with_deadlines_on_large_calls(seed):
-    run(history(seed, largest_late=30))
 
 
 # 1b. A level can be in the heap of levels twice with the same key; then a batch that another level starts is filled

@@ -7,7 +7,7 @@ import doubles
 import pytest
 import torch
 from fake_cuda import FakeCuda
-from puppets import check_sum, row, scenario
+from puppets import check_sum, named, row, scenario
 
 from aneuron import (
     AsyncDataParallel,
@@ -149,7 +149,7 @@ def test_cuda_devices_are_named_by_number(monkeypatch):
         choose_cores(CudaBackend(), parse_device_ids(["cuda:2"]))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "neuron", SimulatedBackend()], ids=str)
+@pytest.mark.parametrize("backend", ["cpu", "neuron", SimulatedBackend()], ids=named)
 def test_other_backends_have_no_cuda_devices(backend):
     with pytest.raises(DeviceError, match="has no CUDA devices"):
         AsyncDataParallel(NET, device_ids=["cuda:0"], backend=backend)

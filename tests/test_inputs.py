@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from puppets import named
 
 from aneuron import AsyncDataParallel, CpuBackend, OutputError, ShapeError
 from aneuron.testing import PuppetBackend, run
@@ -168,7 +169,7 @@ def column(rows, start=0.0, width=3):
 
 @pytest.mark.parametrize("kind", CONTAINERS)
 @pytest.mark.parametrize(
-    "settings", [{}, {"batch_size": 4}, {"split_size": 2}, {"set_dynamic_batching": False}], ids=str
+    "settings", [{}, {"batch_size": 4}, {"split_size": 2}, {"set_dynamic_batching": False}], ids=named
 )
 def test_a_structure_goes_in_and_comes_out_as_it_is(kind, settings):
     make = CONTAINERS[kind]
@@ -604,7 +605,7 @@ def test_leaves_that_are_no_tensors_reach_every_piece():
         (Sample(1, "a"), Frozen(1, "a"), False),
         ((), None, False),
     ],
-    ids=repr,
+    ids=named,
 )
 def test_only_calls_with_the_same_other_arguments_share_a_batch(one, other, together):
     def net(x, extra):
@@ -672,7 +673,7 @@ def test_nested_inputs_are_cut_along_any_dimension(dim):
         torch.uint64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
         torch.float8_e4m3fn, torch.float8_e5m2,
     ],
-    ids=str,
+    ids=named,
 )  # fmt: skip
 def test_every_dtype_travels_to_the_bit(dtype):
     def bits(tensor):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from puppets import named
 
 from aneuron import AsyncDataParallel, CpuBackend, SimulatedBackend
 from aneuron.testing import PuppetBackend, run, settle
@@ -143,7 +144,7 @@ def test_saving_one_row_does_not_write_the_whole_batch():
     assert torch.equal(loaded["wide"], row(5).repeat(1, 64))
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 4}, {"batch_size": 8}, {"split_size": 1}, {}], ids=str)
+@pytest.mark.parametrize("settings", [{"batch_size": 4}, {"batch_size": 8}, {"split_size": 1}, {}], ids=named)
 def test_changing_one_s_result_changes_nobody_else_s_and_no_input(settings):
     inputs = [row(index, 4) for index in range(4)]
     results = gather(lambda x: x, *inputs, **settings)
@@ -155,7 +156,7 @@ def test_changing_one_s_result_changes_nobody_else_s_and_no_input(settings):
         assert torch.equal(x, row(index, 4))
 
 
-@pytest.mark.parametrize("settings", [{"batch_size": 4}, {"set_dynamic_batching": False}], ids=str)
+@pytest.mark.parametrize("settings", [{"batch_size": 4}, {"set_dynamic_batching": False}], ids=named)
 def test_a_model_that_answers_from_one_buffer_does_not_overwrite_results(settings):
     buffer = torch.zeros(4, WIDTH)
 
@@ -480,7 +481,7 @@ def test_the_same_rows_in_the_same_compiled_shape_are_the_plain_model_s_to_the_b
         assert torch.equal(padded, net(torch.cat([calls[0][:5], calls[0][4:5].expand(3, WIDTH)]))[:5])
 
 
-@pytest.mark.parametrize("settings", [{}, {"batch_size": 4}, {"batch_size": 7}, {"split_size": 3}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 4}, {"batch_size": 7}, {"split_size": 3}], ids=named)
 @pytest.mark.filterwarnings("ignore:the cores are not fully used")
 def test_in_any_other_shape_they_are_close(settings):
     net = mlp()

@@ -11,6 +11,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
+from puppets import named
 
 from aneuron import AsyncDataParallel, CpuBackend, DeviceError, OutputError, ShapeError
 from aneuron.testing import PuppetBackend, run, settle
@@ -146,7 +147,7 @@ def test_no_device_ids_at_all_are_refused_when_the_object_is_made():
 # 1.3 Loading and placement.
 
 
-@pytest.mark.parametrize("ids", [None, [0, 1, 2, 3], [1], [0, 2, 3]], ids=str)
+@pytest.mark.parametrize("ids", [None, [0, 1, 2, 3], [1], [0, 2, 3]], ids=named)
 def test_there_is_one_load_for_each_core_whether_or_not_the_ids_are_consecutive(ids):
     # "`loaded_modules` therefore has length 1 (consecutive) or len(ids) (non-consecutive)."
     # "Consecutive mode: Python neither knows nor chooses the core that runs a chunk."
@@ -180,7 +181,7 @@ def test_the_model_is_not_copied():
 # 1.4 num_workers.
 
 
-@pytest.mark.parametrize("ids", [None, [0, 1], [0, 2, 3]], ids=str)
+@pytest.mark.parametrize("ids", [None, [0, 1], [0, 2, 3]], ids=named)
 def test_there_are_two_workers_for_each_core_by_default(ids):
     # "Code: `2 * len(loaded_modules)`. On the consecutive/default path that is **2, for any number of cores**"
     async def main():
@@ -395,7 +396,7 @@ def test_a_split_size_that_does_not_divide_works_along_other_dimensions(dim, siz
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"batch_size": 2}, {"set_dynamic_batching": False}, {"split_size": 1}, {"dim": 1}], ids=str
+    "settings", [{}, {"batch_size": 2}, {"set_dynamic_batching": False}, {"split_size": 1}, {"dim": 1}], ids=named
 )
 def test_inputs_of_unequal_rows_are_refused_instead_of_cut_short(settings):
     # "BUG scatter-3 (silent data loss): `zip` stops at the leaf with the fewest chunks. Inputs of batch 8 and a
@@ -410,7 +411,7 @@ def test_inputs_of_unequal_rows_are_refused_instead_of_cut_short(settings):
         assert batches == []
 
 
-@pytest.mark.parametrize("leaf", [None, 3, 2.5, "text", True, b"", [], {}, (), object()], ids=repr)
+@pytest.mark.parametrize("leaf", [None, 3, 2.5, "text", True, b"", [], {}, (), object()], ids=named)
 def test_leaves_that_are_no_tensors_go_to_every_piece(leaf):
     # "BUG scatter-4 (non-tensor leaves): [...] UnboundLocalError for None, int, float, str, bool, empty
     # list/dict/tuple"
@@ -421,7 +422,7 @@ def test_leaves_that_are_no_tensors_go_to_every_piece(leaf):
         assert seen is leaf or seen == leaf
 
 
-@pytest.mark.parametrize("args", [(), (None,), ([],), (3, "text")], ids=repr)
+@pytest.mark.parametrize("args", [(), (None,), ([],), (3, "text")], ids=named)
 def test_a_call_without_a_tensor_is_refused(args):
     # "[...] and for a call with no arguments."
     (error,), batches = serve(lambda *args: torch.zeros(1), args, expect=ShapeError)
@@ -480,7 +481,7 @@ def test_any_batch_works_on_three_cores(rows):
         (6, {"dim": 1}, False),
         (2, {"dim": 1}, True),
     ],
-    ids=str,
+    ids=named,
 )
 def test_unused_cores_are_warned_of_only_where_the_caller_decides_the_pieces(rows, settings, warns):
     # "It tests CHUNKS, not rows: batch 5 on 4 cores makes 4 chunks -> no warning; batch 3 on 4 -> warning"
@@ -736,7 +737,7 @@ def test_none_is_none_only_where_every_piece_says_so(batching):
 
 
 @pytest.mark.parametrize("batching", [True, False])
-@pytest.mark.parametrize("value", ["text", 3, 2.5, True, object()], ids=repr)
+@pytest.mark.parametrize("value", ["text", 3, 2.5, True, object()], ids=named)
 def test_outputs_that_are_no_tensors_are_an_error(batching, value):
     # "int/float/bool -> TypeError; str -> the text of a map object (silent garbage)."
     for net in (lambda x: value, lambda x: {"y": x, "extra": value}):

@@ -10,6 +10,7 @@ import warnings
 import doubles
 import pytest
 import torch
+from puppets import named
 
 from aneuron import AsyncDataParallel, DeviceError, NeuronBackend, ShapeError
 from aneuron.backends.neuron import cores
@@ -112,7 +113,7 @@ async def test_default_usage_with_nothing_but_the_model(package):
     same(y, plain(PICTURES, x))
 
 
-@pytest.mark.parametrize("device_ids", [["nc:0", "nc:1"], [0, 1]], ids=str)
+@pytest.mark.parametrize("device_ids", [["nc:0", "nc:1"], [0, 1]], ids=named)
 async def test_specifying_neuroncores(package, device_ids):
     x = images(5)
     theirs = parallel(package)(trace(package, PICTURES, IMAGE), device_ids=device_ids)

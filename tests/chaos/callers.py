@@ -1,0 +1,186 @@
+"""Random callers, each of which knows what it may get, and what must hold whatever happens to them.
+
+Shared by the schedules on virtual time (virtual.py) and on real threads (threads.py).
+"""
+
+import asyncio
+import gc
+import weakref
+
+import anyio
+import torch
+
+from aneuron import Closed, CoreFailed, NoHealthyCores, QueueFull, ShapeError
+from aneuron.backends.simulated import SimulatedFault
+from aneuron.errors import DeadlineExceeded
+
+WIDTH = 64  # rows of the largest call: a row's value is WIDTH * number of its call + its own number
+SERVING = ("ready", "suspect")
+
+
+class BadRowError(Exception):
+    """What the model raises for a row that says so."""
+
+
+class SickCoreError(Exception):
+    """What a core raises, whoever's rows it is given; it looks like an input fault."""
+
+
+def model_of(x):
+    """The answer names the rows; a negative row is one that the model refuses."""
+    if (x < 0).any():
+        raise BadRowError("a negative row")
+    return x * 2 + 1
+
+
+class Turns:
+    """Whose turn each batch was, of a model with compiled batches whose callers all come on the usual terms."""
+
+    def __init__(self, model):
+        self.model = model
+        self.seen = ""  # of those that have begun: "s" with rows of small calls, "l" of large ones only
+        self.waiting: dict[int, int] = {}  # the calls of one row by their numbers: what had begun when they came
+
+    def begun(self, execution):
+        """A batch begins; large calls have had their turns before it, and no more. Reruns are nobody's turn."""
+        if execution.batch.because == "rerun":
+            return
+        for value in execution.prepared[0][0][:, 0].tolist():
+            before = self.waiting.pop(value // WIDTH, None)
+            seen = self.seen[before:] if before is not None else ""
+            slots = 2 * len(self.model.statistics().cores)
+            assert seen.count("l") <= seen.count("s") + slots, f"a small call has waited for the batches {seen}"
+        limit = self.model._models.batch_size
+        self.seen += "s" if any(call.rows <= limit for call, _, _ in execution.batch.chunks) else "l"
+
+
+class Callers:
+    """The callers of one schedule. `fates` counts what became of them."""
+
+    def __init__(self, pick, model, turns=None):
+        self.random, self.model, self.turns = pick, model, turns
+        self.tasks: list[asyncio.Task[None]] = []
+        self.fates: dict[str, int] = {}
+        self.left = 0  # how many were cancelled
+        self.closings = 0  # how often the model has been closed
+        self.sick = False  # whether cores raise what looks like an input fault
+        self.inputs: list[weakref.ref[torch.Tensor]] = []
+
+    def add(self):
+        self.tasks.append(asyncio.ensure_future(self._one(len(self.tasks))))
+
+    def cancel_one(self):
+        waiting = [task for task in self.tasks if not task.done()]
+        if waiting:
+            self.random.choice(waiting).cancel()
+
+    async def finish(self):
+        """Everybody has been answered: nothing happens any more that could answer them."""
+        late = [task for task in self.tasks if not task.done()]
+        assert not late, f"{len(late)} calls are lost"
+        for task in self.tasks:
+            if not task.cancelled():
+                task.result()
+        self.left = sum(task.cancelled() for task in self.tasks)
+        self.tasks.clear()  # the traceback of a cancellation holds the caller's frame
+
+    async def _one(self, number):
+        fate = await self._call(number)
+        self.fates[fate] = self.fates.get(fate, 0) + 1
+
+    async def _call(self, number):
+        pick, closings, lanes = self.random, self.closings, self.model._lanes
+        was_open = lanes is not None and lanes.serving
+        rows, width = pick.choice([1, 1, 1, 2, 3, 8, 9, 30]), pick.choice([2, 2, 2, 3])
+        x = (torch.arange(rows) + WIDTH * number).float()[:, None].repeat(1, width)
+        bad = pick.random() < 0.1
+        if bad:
+            x[pick.randrange(rows)] = -1
+        self.inputs.append(weakref.ref(x))
+        patience = None if self.turns else pick.choice([None, None, None, 0.0, 0.001, 0.01])
+        model = self._terms(rows)
+        if self.turns and rows == 1 and not bad:
+            self.turns.waiting[number] = len(self.turns.seen)
+        try:
+            if patience is None:
+                y = await model(x)
+            else:
+                with anyio.move_on_after(patience) as scope:
+                    y = await model(x)
+                if scope.cancelled_caught:
+                    return "scope"
+        except BadRowError:
+            assert bad, "somebody else's error"
+            return "bad"
+        except SickCoreError:
+            assert self.sick, "an error that nobody raised"
+            return "sick"
+        except QueueFull:
+            return "refused"
+        except DeadlineExceeded:
+            return "late"
+        except Closed as error:
+            if "internal error" in str(error) or (was_open and self.closings == closings):
+                raise AssertionError("closed, and nobody has closed it") from error
+            return "closed"
+        except NoHealthyCores as error:
+            return "none" if error.retry_after is None or error.retry_after >= 0 else "a wrong retry_after"
+        except (
+            CoreFailed,
+            OSError,
+            SystemError,
+            SimulatedFault,
+        ):  # or the device's own, where two cores failed with it
+            return "core"
+        except ShapeError:
+            return "shape"  # dynamic batching is off, and the rows are not those of all cores together
+        assert not bad, "a row that the model refuses was answered"
+        assert torch.equal(y, x * 2 + 1), "somebody else's rows"
+        return "answer"
+
+    def _terms(self, rows):
+        """The model on terms that a call may have."""
+        pick = self.random
+        if self.turns or pick.random() < 0.4:
+            return self.model
+        timeout = pick.choice([None, None, 0, 0.0005, 0.003, 10])
+        return self.model.options(timeout, pick.choice([0, 0, 1, -1.5]), pick.choice([None, "a", "b"]))
+
+
+def check_now(model, min_cores):
+    """At any moment: the sum rule of the statistics, and `ready` says what the cores' states and the door say."""
+    stats = model.statistics()
+    calls = stats.calls
+    assert calls.accepted == calls.completed + calls.failed + calls.cancelled + calls.waiting + calls.running, calls
+    assert min(calls.waiting, calls.running) >= 0, calls
+    serve = sum(core.state in SERVING for core in stats.cores)
+    is_open = model._lanes is not None and model._lanes.serving
+    assert model.ready == (is_open and serve >= (min_cores or 1)), f"ready={model.ready}, {serve} cores serve"
+
+
+def check_nothing_left(model, lanes, callers):
+    """After a close: everybody ended, and was counted once."""
+    stats, fates = model.statistics(), callers.fates
+    calls = stats.calls
+    assert calls.accepted == calls.completed + calls.failed + calls.cancelled, calls
+    assert (calls.waiting, calls.running, stats.waiting_rows) == (0, 0, 0)
+    for run in lanes:
+        assert not run.futures.calls
+        assert all(call.settled for call in run._scheduler.calls())
+        bound = [call for lane in run.lanes for batch in lane.queue._queue for call, _, _ in batch.chunks]
+        assert all(call.settled for call in bound)
+    left = callers.left + fates.get("scope", 0)
+    answers = fates.get("answer", 0)
+    assert answers <= calls.completed <= answers + left, f"{calls}, {fates}"
+    assert calls.refused == fates.get("refused", 0), f"{calls}, {fates}"
+
+
+def check_freed(callers):
+    """Nothing holds what callers sent."""
+    for _ in range(50):  # a thread that has said its last words may be slow to end
+        gc.collect()
+        held = [ref for each in callers for ref in each.inputs if ref() is not None]
+        if not held:
+            return
+        time.sleep(0.02)
+    assert not held, f"{len(held)} inputs are held, by {[type(by) for by in gc.get_referrers(held[0]())]}"

@@ -1,0 +1,116 @@
+"""`make soak`: mixed traffic at 120 % of capacity with 1 % faults on simulated cores; prints what it came to.
+
+`python tests/chaos/soak.py --seconds 60` takes a minute. Leaves with 1 if an answer is wrong or lost.
+"""
+
+import argparse
+import asyncio
+import logging
+import random
+import sys
+import threading
+import time
+from collections import Counter
+
+import torch
+from callers import SERVING, BadRowError, model_of
+
+from aneuron import AsyncDataParallel, CoreFailed, QueueFull, SimulatedBackend
+from aneuron.backends.simulated import SimulatedFault
+
+CORES, BATCH, SERVICE, LOAD = 4, 8, 0.02, 1.2
+BAD = 0.003  # of the calls, about three of which share an execution: with the cores' own, 1 % of executions fail
+
+
+def rss():
+    """MB of this process."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith("VmRSS"))
+
+
+class Soak:
+    def __init__(self):
+        fault = SimulatedBackend.fault
+        settings = {"batch_size": BATCH, "max_pending": 256, "exec_timeout": 0.25, "example_inputs": torch.ones(8, 2)}
+        faults = [fault("core", probability=0.0002), fault("hang", probability=0.0001, seconds=2.0)]
+        self.model = AsyncDataParallel(model_of, backend=SimulatedBackend(CORES, SERVICE, faults=faults), **settings)
+        self.fates, self.seconds = Counter(), []
+        self.rows = self.core_seconds = 0.0
+
+    async def one(self, number, rows, bad):
+        x = (torch.arange(rows) + 64 * number % 2**20).float()[:, None].repeat(1, 2)
+        if bad:
+            x[0] = -1
+        begin = time.monotonic()
+        try:
+            y = await self.model(x)
+            fate = "answer" if torch.equal(y, x * 2 + 1) and not bad else "wrong"
+        except BadRowError:
+            fate = "bad" if bad else "wrong"
+        except QueueFull:
+            fate = "refused"
+        except (CoreFailed, SimulatedFault):
+            fate = "core"
+        if fate == "answer":
+            self.rows += rows
+            self.seconds.append(time.monotonic() - begin)
+        self.fates[fate] += 1
+
+    async def traffic(self, until):
+        """Calls of 1 to 30 rows, a few of them bad, as they come: nobody waits for an answer before the next."""
+        tasks, number, due = set(), 0, time.monotonic()
+        rate = LOAD * CORES * BATCH / SERVICE  # rows a second
+        while time.monotonic() < until:
+            while due < time.monotonic():
+                rows = random.choice([1, 1, 1, 1, 2, 8, 30])
+                task = asyncio.ensure_future(self.one(number, rows, random.random() < BAD))
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
+                number += 1
+                due += rows * random.expovariate(rate)
+            await asyncio.sleep(0.002)
+        await asyncio.gather(*tasks)
+        return number
+
+    async def capacity(self):
+        """The seconds that cores have been in service."""
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(0.02)
+            now = time.monotonic()
+            cores = sum(core.state in SERVING for core in self.model.statistics().cores)
+            self.core_seconds, last = self.core_seconds + cores * (now - last), now
+
+    async def run(self, seconds):
+        async with self.model:
+            await self.traffic(time.monotonic() + min(5.0, seconds / 4))  # warm: allocators and pools have grown
+            self.fates.clear()
+            self.seconds.clear()
+            self.rows, rss_before, threads = 0.0, rss(), threading.active_count()
+            watch = asyncio.ensure_future(self.capacity())
+            sent = await self.traffic(time.monotonic() + seconds)
+            watch.cancel()
+            after = rss()
+            threads_after = threading.active_count()
+        possible = self.core_seconds * BATCH / SERVICE
+        self.seconds.sort()
+        p50, p99, p999 = (1e3 * self.seconds[int(len(self.seconds) * q)] for q in (0.5, 0.99, 0.999))
+        errors = sum(core.errors for core in self.model.statistics().cores)
+        lost = sent - sum(self.fates.values())
+        print(f"{sent} calls in {seconds:g} s: {dict(self.fates)}; {errors} faults of executions; {lost} lost")
+        done, share = self.rows / seconds, self.rows / possible
+        cores = self.model.statistics().cores
+        busy = sum(core.busy_seconds for core in cores) / (CORES * seconds)
+        print(f"cores executed {busy:.1%} of the time; {sum(core.padded_rows for core in cores)} rows of padding")
+        print(f"goodput {done:.0f} rows/s, {share:.1%} of what the cores in service could do")
+        print(f"latency p50 {p50:.0f} ms, p99 {p99:.0f} ms, p99.9 {p999:.0f} ms")
+        print(f"RSS {rss_before:.0f} -> {after:.0f} MB, threads {threads} -> {threads_after}")
+        return not lost and not self.fates["wrong"]
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=600.0)
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(1)
+    sys.exit(not asyncio.run(Soak().run(parser.parse_args().seconds)))

@@ -1,0 +1,91 @@
+"""What the schedules have found, each told as a story that fails without its mend."""
+
+import asyncio
+import gc
+import threading
+import weakref
+
+import torch
+from puppets import call, row, scenario
+
+from aneuron import AsyncDataParallel, CoreFailed, Fault, SimulatedBackend, recovery
+from aneuron.lanes import Staged
+from aneuron.testing import PuppetBackend, settle
+
+
+@scenario
+async def test_a_drain_gives_up_what_hangs_also_where_its_caller_has_left():
+    backend = PuppetBackend(1)
+    model = AsyncDataParallel(torch.neg, backend=backend, batch_size=4, exec_timeout=5.0)
+    await model.start()
+    task = call(model, 1)
+    await settle()
+    task.cancel()
+    await settle()
+    await asyncio.wait_for(model.aclose(), 6.0)
+
+
+@scenario
+async def test_after_an_abort_a_hang_does_not_keep_its_caller_waiting():
+    backend = PuppetBackend(1)
+    model = AsyncDataParallel(torch.neg, backend=backend, batch_size=4, exec_timeout=5.0)
+    await model.start()
+    task = call(model, 1)
+    await settle()
+    await model.abort()
+    await asyncio.sleep(5.1)
+    assert isinstance(task.exception(), CoreFailed)
+    assert [core.state for core in model.statistics().cores] == ["closed"]
+    assert model.statistics().calls.failed == 1
+
+
+@scenario
+async def test_the_error_of_a_core_does_not_keep_what_a_caller_sent(monkeypatch):
+    monkeypatch.setattr(recovery.logger, "disabled", True)  # pytest keeps the records, and they the error
+    backend = PuppetBackend(2, faults={OSError: Fault.CORE})
+    async with AsyncDataParallel(torch.neg, backend=backend, batch_size=4) as model:
+
+        async def caller():
+            x = row(13)
+            sent.append(weakref.ref(x))
+            try:
+                await model(x)
+            except OSError:
+                return "its own"
+
+        sent = []
+        task = asyncio.ensure_future(caller())
+        for _ in range(2):  # on two cores: then the device's own error goes to the caller
+            await settle()
+            (core,) = [core for core in backend.loaded.values() if core.executing is not None]
+            core.release(OSError("the device"))
+            core.executed.clear()
+        assert await task == "its own"
+        gc.collect()
+        assert sent[0]() is None
+
+
+async def test_a_batch_that_its_thread_has_claimed_is_not_taken_away(monkeypatch):
+    """Its core fails just before it begins."""
+    backend = SimulatedBackend(cores=2, service_time=0.0, copy_time=0.001)  # concurrent: a second thread has a claim
+    async with AsyncDataParallel(torch.neg, backend=backend, batch_size=1, num_workers=4) as model:
+        claimed, go_on, taken = threading.Event(), threading.Event(), []
+        real = Staged.claim
+
+        def claim(staged):
+            mine = real(staged)
+            if mine and not taken:
+                taken.append(staged._lane)
+                claimed.set()
+                go_on.wait(10.0)
+            return mine
+
+        monkeypatch.setattr(Staged, "claim", claim)
+        calls = [call(model, n) for n in range(40)]
+        while not claimed.is_set():
+            await asyncio.sleep(0.001)
+        model._lanes.recovery.take_out(taken[0], OSError("the core"))
+        go_on.set()
+        results = await asyncio.gather(*calls)
+        assert [y[0, 0].item() for y in results] == [-n for n in range(40)]
+        assert model.ready

@@ -1,0 +1,107 @@
+"""A random schedule on real threads, from a seed: simulated cores that fail, hang and are slow.
+
+`python tests/chaos/threads.py SEED` runs one again; threads make it another run each time, of the same kind.
+"""
+
+import asyncio
+import random
+import sys
+import threading
+from unittest import mock
+
+import uvloop
+from callers import Callers, check_nothing_left, check_now, model_of
+
+from aneuron import AsyncDataParallel, SimulatedBackend, health
+
+
+def names():
+    """The threads of the lanes."""
+    return {thread for thread in threading.enumerate() if thread.name.startswith("aneuron-core")}
+
+
+def plan(pick):
+    fault = SimulatedBackend.fault
+    possible = [
+        fault("core", probability=0.01),
+        fault("hang", probability=0.003, seconds=0.4),
+        fault("slow", probability=0.02, seconds=0.01),
+        fault("fatal", probability=0.001),
+    ]
+    return [each for each in possible if pick.random() < 0.6]
+
+
+async def bounded(seed, callers_made):
+    async with asyncio.timeout(30.0):
+        await schedule(seed, callers_made)
+
+
+async def schedule(seed, callers_made):
+    pick = random.Random(seed)
+    backend = SimulatedBackend(
+        cores=pick.choice([1, 3]),
+        service_time=0.0005,
+        copy_time=pick.choice([0.0, 0.0002]),
+        load_time=pick.choice([0.0, 0.002]),
+        faults=plan(pick),
+        seed=seed,
+    )
+    model = AsyncDataParallel(
+        model_of,
+        backend=backend,
+        batch_size=4,
+        max_pending=40,
+        max_delay=pick.choice([0, 0.001, None]),
+        exec_timeout=0.1,
+    )
+    await model.start()
+    lanes = [model._lanes]
+    callers = Callers(pick, model)
+    callers_made.append(callers)
+
+    async def end():
+        callers.closings += 1
+        await pick.choice([model.aclose, model.abort])()
+
+    for _ in range(60):
+        for _ in range(pick.randrange(8)):
+            callers.add()
+        if pick.random() < 0.5:
+            callers.cancel_one()
+        if pick.random() < 0.1:
+            model.num_workers = pick.randrange(1, 9)
+        await asyncio.sleep(pick.choice([0, 0, 0.0005, 0.002]))
+        if pick.random() < 0.03:
+            await end()
+            await model.start()
+            lanes.append(model._lanes)
+        check_now(model, None)
+    await end()
+    if callers.tasks:
+        await asyncio.wait(callers.tasks)
+    await callers.finish()
+    for run in lanes:
+        await asyncio.shield(run._closed)
+    check_nothing_left(model, lanes, callers)
+    assert asyncio.all_tasks() == {asyncio.current_task()}, "a task is left"
+
+
+def replay(seed):
+    """Run the schedule of a seed; its callers. What fails says how to try it again."""
+    made = []
+    random.seed(seed)
+    loop = uvloop.new_event_loop if seed % 2 else asyncio.new_event_loop
+    try:
+        with mock.patch.object(health, "FIRST", 0.01), asyncio.Runner(loop_factory=loop) as runner:
+            runner.run(bounded(seed, made))
+        for thread in names():
+            thread.join(10.0)
+            assert not thread.is_alive(), f"{thread.name} is left"
+    except BaseException as error:
+        command = f"python tests/chaos/threads.py {seed}"
+        raise AssertionError(f"{type(error).__name__}: {error}; run it again with: {command}") from error
+    return made[0]
+
+
+if __name__ == "__main__":
+    print(replay(int(sys.argv[1])).fates)

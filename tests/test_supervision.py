@@ -1,0 +1,303 @@
+"""Nothing dies silently: each background task, callback and thread is killed in turn, by an exception and by a
+cancellation. Callers get an error before the clock moves, and `ready` turns false or the part restarts."""
+
+import asyncio
+import itertools
+
+import pytest
+import torch
+from puppets import call, check_sum, release_all, row, scenario
+
+from aneuron import AsyncDataParallel, Closed, Fault, SimulatedBackend, health
+from aneuron.health import FIRST
+from aneuron.sources import LoopSource
+from aneuron.testing import PuppetBackend, settle
+from aneuron.workers import Execution
+
+BUG = ZeroDivisionError("a bug")
+DEATHS = [BUG, asyncio.CancelledError("from nowhere")]
+ids = [type(death).__name__ for death in DEATHS]
+every_death = pytest.mark.parametrize("death", DEATHS, ids=ids)
+BACK = 1.25 * FIRST + 0.01  # seconds until a core is back for sure
+
+
+def served(cores=1, **settings):
+    backend = PuppetBackend(cores, faults={OSError: Fault.CORE}, concurrent=settings.pop("concurrent", False))
+    settings.setdefault("batch_size", 4)
+    return backend, AsyncDataParallel(torch.neg, backend=backend, **settings)
+
+
+def kill(monkeypatch, owner, name, death, skip=0):
+    """Have `owner.name` raise, from its call number `skip` on."""
+    real, seen = getattr(owner, name), []
+
+    def dying(*args, **kwargs):
+        seen.append(name)
+        if len(seen) > skip:
+            raise death
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, dying)
+    return seen
+
+
+async def all_end_at_once(model, calls):
+    """Whoever waits gets an error without the clock moving, and nobody is told that all is well."""
+    before = asyncio.get_running_loop().time()
+    await settle(20)
+    assert asyncio.get_running_loop().time() == before
+    assert all(task.done() for task in calls), "somebody waits for what has died"
+    assert not any(task.cancelled() for task in calls), "somebody else's cancellation"
+    assert all(isinstance(task.exception(), Closed) for task in calls)
+    assert not model.ready
+    with pytest.raises(Closed, match="internal error"):
+        await model(row(1))
+    assert check_sum(model).running == 0
+    await model.abort()
+
+
+# The callbacks of the loop.
+
+
+@every_death
+@pytest.mark.parametrize("where", ["_bind", "_dispatch_at", "_end_late"])
+@scenario
+async def test_dispatch_dies(monkeypatch, where, death):
+    _, model = served(2, max_delay=1.0)
+    await model.start()
+    lanes = model._lanes
+    executing = call(model, 1, rows=4)
+    await settle()
+    kill(monkeypatch, lanes, where, death)
+    if where == "_end_late":
+        lanes._scheduler.late = [None]
+    waiting = [call(model, n) for n in range(2)]  # held back, which takes a timer
+    await all_end_at_once(model, [executing, *waiting])
+
+
+@every_death
+@scenario
+async def test_a_dispatch_that_was_due_later_dies(monkeypatch, death):
+    _, model = served(2, max_delay=1.0)
+    await model.start()
+    calls = [call(model, 1, rows=4), *(call(model, n) for n in range(2))]
+    await settle()
+    assert model._lanes._timer is not None
+    kill(monkeypatch, model._lanes._scheduler, "bind", death)
+    await asyncio.sleep(1.01)
+    await all_end_at_once(model, calls)
+
+
+@every_death
+@pytest.mark.parametrize("where", ["_settle", "_count"])
+@scenario
+async def test_delivery_dies(monkeypatch, where, death):
+    backend, model = served()
+    await model.start()
+    calls = [call(model, n) for n in range(12)]
+    await settle()
+    kill(monkeypatch, model._lanes, where, death)
+    backend[0].release()
+    await all_end_at_once(model, calls)
+
+
+@every_death
+@scenario
+async def test_the_timer_of_a_deadline_dies(monkeypatch, death):
+    _, model = served()
+    await model.start()
+    kill(monkeypatch, model._lanes.futures, "expire", death)
+    calls = [call(model, 0, rows=4), asyncio.ensure_future(model.options(timeout=1.0)(row(1)))]
+    await asyncio.sleep(1.01)
+    await all_end_at_once(model, calls)
+
+
+@every_death
+@scenario
+async def test_the_watch_for_hangs_dies(monkeypatch, death):
+    _, model = served(exec_timeout=1.0)
+    await model.start()
+    calls = [call(model, n, rows=4) for n in range(2)]
+    await settle()
+    kill(monkeypatch, model._lanes, "running", death)
+    await asyncio.sleep(1.01)
+    await all_end_at_once(model, calls)
+
+
+@every_death
+@pytest.mark.parametrize("where", ["_load", "_loaded", "reload"])
+@scenario
+async def test_bringing_a_core_back_dies(monkeypatch, where, death):
+    backend, model = served(2)
+    await model.start()
+    recovery = model._lanes.recovery
+    calls = [call(model, n, rows=4) for n in range(2)]
+    await settle()
+    backend[0].release(OSError("the core"))
+    kill(monkeypatch, recovery if where.startswith("_") else model._lanes, where, death)
+    await settle()
+    assert model.ready
+    if where == "_load":  # bound before: the timer has it
+        recovery._come_back_in(0, 0.1)
+    await asyncio.sleep(BACK)
+    await all_end_at_once(model, calls)
+
+
+@every_death
+@scenario
+async def test_a_load_in_progress_dies_and_is_tried_again(monkeypatch, death):
+    backend, model = served(1)
+    await model.start()
+    first = call(model, 1)
+    await settle()
+    load = backend.load
+    kill(monkeypatch, backend, "load", death)
+    backend[0].release(OSError("the core"))
+    await asyncio.gather(first, return_exceptions=True)
+    await asyncio.sleep(BACK)
+    assert not model.ready
+    monkeypatch.setattr(backend, "load", load)
+    await asyncio.sleep(4 * BACK)
+    assert model.ready
+    again = call(model, 2)
+    await settle()
+    backend[0].release()
+    assert (await again)[0, 0] == -2
+    await model.aclose()
+
+
+@every_death
+@scenario
+async def test_a_resize_dies_and_the_slots_stay(monkeypatch, death):
+    backend, model = served(2)
+    async with model:
+        asyncio.get_running_loop().set_exception_handler(lambda loop, context: seen.append(context["exception"]))
+        seen = []
+        with monkeypatch.context() as patch:
+            kill(patch, model._lanes, "change", death)
+            model.num_workers = 7
+            await settle()
+        assert seen == [death]
+        assert model.ready
+        calls = [call(model, n, rows=4) for n in range(6)]
+        await settle()
+        await release_all(backend, *calls)
+
+
+@scenario
+async def test_the_task_of_a_start_is_cancelled():
+    backend, model = served(2)
+    calls = [call(model, n) for n in range(3)]
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    model._starting.task.cancel()
+    await settle(20)
+    assert model.ready  # those who waited have begun another
+    await release_all(backend, *calls)
+    await model.aclose()
+
+
+# The source of a map.
+
+
+@scenario
+async def test_the_task_that_reads_a_source_is_cancelled():
+    backend, model = served()
+
+    async def source():
+        yield row(1)
+        await asyncio.Event().wait()
+
+    async with model:
+        results = model.map(source())
+        consumer = asyncio.ensure_future(anext(results))
+        await settle()
+        await release_all(backend, consumer)
+        waiting = asyncio.ensure_future(anext(results))
+        await settle()
+        (task,) = results._window.source.tasks
+        assert isinstance(results._window.source, LoopSource)
+        task.cancel()
+        await settle(20)
+        assert waiting.done()
+        assert model.ready
+        await results.aclose()
+
+
+async def wait_for_error(results):
+    async with asyncio.timeout(5.0):
+        async for _ in results:
+            pass
+
+
+async def test_handing_over_what_a_thread_has_read_dies():
+    model = AsyncDataParallel(torch.neg, backend=SimulatedBackend(cores=1, service_time=0.0))
+    async with model:
+        results = model.map((row(n) for n in itertools.count()), limit=2)
+        assert (await anext(results))[0, 0] == 0
+        window = results._window
+
+        def start(element):
+            raise BUG
+
+        window.source._start = start
+        window.source._arrived.append(row(5))
+        window.source._hand_over()
+        with pytest.raises(ZeroDivisionError):
+            await wait_for_error(results)
+        assert model.ready
+
+
+# The worker threads, which are real ones: in each step, at the first batch after the model has served one.
+
+
+@every_death
+@pytest.mark.parametrize("step", ["prepare", "begin", "execute", "finish", "_post", "_deliver", "_take"])
+@pytest.mark.parametrize("copy_time", [0.0, 0.001], ids=["one", "two"])
+async def test_a_thread_dies(monkeypatch, step, death, copy_time):
+    monkeypatch.setattr(health, "FIRST", 0.02)
+    backend = SimulatedBackend(cores=2, service_time=0.001, copy_time=copy_time)
+    async with AsyncDataParallel(torch.neg, batch_size=4, backend=backend) as model:
+        await model(row(1))
+        lanes, died = model._lanes, []
+        real = getattr(Execution, step) if not step.startswith("_") else getattr(lanes, step)
+
+        def dying(*args):
+            if not died:
+                died.append(step)
+                raise death
+            return real(*args)
+
+        if step == "_take":
+            for lane in lanes.lanes:
+                monkeypatch.setattr(lane, "take", lambda ended, lane=lane: dying(lane, ended))
+        elif step == "_post":
+            object.__setattr__(lanes._common, "post", dying)
+        elif step == "_deliver":  # it does not come to the loop
+            call_loop = lanes._call_loop
+            patched = lambda callback: (dying if callback == lanes._deliver and not died else call_loop)(callback)  # noqa: E731
+            monkeypatch.setattr(lanes, "_call_loop", patched)
+        else:
+            monkeypatch.setattr(Execution, step, dying)
+        async with asyncio.timeout(10.0):
+            results = await asyncio.gather(*(model(row(n)) for n in range(40)))
+            assert [y[0, 0].item() for y in results] == [-n for n in range(40)]
+            assert died
+            while not all(core.state in ("ready", "suspect") for core in model.statistics().cores):
+                await asyncio.sleep(0.005)
+        assert model.ready
+        check_sum(model)
+
+
+@every_death
+async def test_what_a_thread_decides_dies(monkeypatch, death):
+    """Under the lock: who knows what is left of the queue."""
+    model = AsyncDataParallel(torch.neg, batch_size=4, backend=SimulatedBackend(cores=2, service_time=0.001))
+    await model.start()
+    await model(row(1))
+    kill(monkeypatch, model._lanes, "_next", death)
+    async with asyncio.timeout(10.0):
+        outcomes = await asyncio.gather(*(model(row(n)) for n in range(40)), return_exceptions=True)
+    assert all(isinstance(outcome, Closed) for outcome in outcomes)
+    assert not model.ready
+    await model.abort()
