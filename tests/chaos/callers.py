@@ -5,6 +5,7 @@ Shared by the schedules on virtual time (virtual.py) and on real threads (thread
 
 import asyncio
 import gc
+import time
 import weakref
 
 import anyio
