@@ -1,10 +1,12 @@
 """Every accepted call ends exactly once, with its own rows or an error that it may get: random schedules of whatever
 may happen. CHAOS_SECONDS makes them longer, CHAOS_SEED begins elsewhere."""
 
+import logging
 import os
 import time
 from collections import Counter
 
+import pytest
 import threads
 import virtual
 from callers import check_freed
@@ -12,6 +14,14 @@ from callers import check_freed
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "10"))
 FEWEST = 150  # schedules, however slow the machine
+
+
+@pytest.fixture(autouse=True)
+def no_records():
+    """The test runner keeps what is logged, with errors that callers got, and so their frames and inputs."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 def descriptors():
