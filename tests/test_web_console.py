@@ -493,7 +493,7 @@ return {
   why: Object.fromEntries(all('.why li', (item) => [item.dataset.why, item.lastChild.textContent])),
   shares: texts('.why b'),
   times: texts('.times [data-of=total] td'),
-  curve: model.querySelector('path').getAttribute('d').length,
+  curve: model.querySelector('path').getAttribute('d')?.length ?? 0,
 };
 """
 
