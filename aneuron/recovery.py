@@ -229,7 +229,9 @@ class Recovery:
             if served:
                 self._host.retire(other)
             self._come_back_in(other.index, delay)
-        what = "fatal for the process" if for_good else self.health[lane.index].state
+        what = self.health[lane.index].state
+        if what == "failed":
+            what = "fatal: restart the process" if for_good else "out of service until the process is restarted"
         level = logging.ERROR if for_good else logging.WARNING
         logger.log(level, "core %d failed (%s): %s", lane.core_id, what, text(error), exc_info=error)
         self._cause = text(error)

@@ -7,9 +7,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import doubles
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+TESTS = Path(__file__).parent
+
+TORCHVISION = """
+import torch
+
+class ResNet50_Weights:
+    DEFAULT = None
+
+def resnet50(weights):
+    torch.manual_seed(0)
+    layers = [torch.nn.Conv2d(3, 8, 7, stride=8), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()]
+    return torch.nn.Sequential(*layers, torch.nn.Linear(32, 9))
+"""
 
 
 def run(program: str, *arguments: str, **environment: str) -> str:
@@ -68,6 +82,27 @@ def test_the_resnet_program_serves_a_small_network_on_cpu_cores(tmp_path: Path) 
         per_core = re.search(r"^images per core: \[(.*)\]$", output, re.MULTILINE)
         assert per_core is not None
         assert sum(map(int, per_core[1].split(","))) == 2 * 26
+
+
+def test_the_resnet_program_compiles_and_serves_on_neuroncores(tmp_path: Path) -> None:
+    """On the double of torch_neuronx, in place of the weights, which are a download, with a small network."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").touch()
+    (tmp_path / "torchvision" / "models.py").write_text(TORCHVISION)
+    doubles.build(tmp_path / "machine", cores=4)
+    paths = [TESTS, TESTS / "doubles" / "neuronx", tmp_path, TESTS.parent]
+    output = run(
+        "resnet50_neuron.py",
+        *("--images", "26", "--callers", "5"),
+        PYTHONPATH=os.pathsep.join(map(str, paths)),
+        DOUBLE_NEURON_DIR=str(tmp_path / "machine"),
+    )
+    assert output.startswith("compiling for 4 images ...\nserving on 4 cores\n")
+    assert "of 16 images 16 get the plain model's class" in output
+    per_core = re.search(r"^images per core: \[(.*)\]$", output, re.MULTILINE)
+    assert per_core is not None
+    rows = list(map(int, per_core[1].split(",")))
+    assert (len(rows), sum(rows)) == (4, 2 * 26)
 
 
 @pytest.mark.skipif(

@@ -667,6 +667,25 @@ def test_a_start_that_fails_on_one_core_frees_the_others(machine, backend, tmp_p
     assert [core.models for core in machine.cores.values()] == [0, 0, 0, 0]
 
 
+def test_with_min_cores_a_core_that_does_not_load_stays_out_and_all_are_freed(machine, backend, tmp_path, caplog):
+    machine.start()
+    machine.core(2).used = machine.config.memory
+
+    async def main():
+        model = AsyncDataParallel(
+            saved(tmp_path / "net.pt"), backend=backend, batch_size=2, example_inputs=X, min_cores=3
+        )
+        async with model:
+            assert [core.state for core in model.statistics().cores] == ["ready", "ready", "failed", "ready"]
+            torch.testing.assert_close(await model(X.repeat(4, 1)), NET(X.repeat(4, 1)).detach())
+        with pytest.raises(DeviceError, match="core 2 could not load"):
+            await AsyncDataParallel(saved(tmp_path / "net.pt"), backend=backend, batch_size=2, min_cores=4).start()
+
+    asyncio.run(main())
+    assert "core 2 did not load (failed)" in caplog.text
+    assert [core.models for core in machine.cores.values()] == [0, 0, 0, 0]
+
+
 def core_of(machine, backend, **plan):
     core = backend.load(traced(), 1, 2)
     machine.fail(1, **plan)
@@ -832,7 +851,7 @@ def test_a_lost_core_says_what_to_do(machine, backend, caplog):
             assert "stop this instance and replace it" in failed.value.__cause__.__notes__[0]
 
     asyncio.run(main())
-    assert "core 0 failed" in caplog.text
+    assert "core 0 failed (out of service until the process is restarted)" in caplog.text
 
 
 def test_two_batches_are_on_a_core_at_once(machine, backend, monkeypatch):

@@ -19,7 +19,7 @@ _lock = threading.Lock()  # around the process's number of threads, and the file
 _loaded: "weakref.WeakValueDictionary[tuple[object, ...], torch.nn.Module]" = weakref.WeakValueDictionary()
 
 
-def open_model(model: Any, device: torch.device = torch.device("cpu")) -> Any:  # noqa: B008
+def open_model(model: Any, device: torch.device | str = "cpu") -> Any:
     """What to call: the model itself, or what the TorchScript file at this path holds, once for all cores."""
     if not isinstance(model, (str, os.PathLike)):
         return model
@@ -33,7 +33,7 @@ def open_model(model: Any, device: torch.device = torch.device("cpu")) -> Any:  
         return module
 
 
-def load_script(file: Any, device: torch.device) -> torch.nn.Module:
+def load_script(file: Any, device: torch.device | str) -> torch.nn.Module:
     """What a TorchScript file holds, on a device.
 
     `torch.jit.load` warns of its deprecation from torch 2.13 on. That is left as it is: Python ignores it by default,
