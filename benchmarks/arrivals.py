@@ -13,7 +13,7 @@ from pathlib import Path
 import aneuron
 from benchmarks.contenders import Aneuron, Contender, Makers, everybody, learned_hold, yardsticks
 from benchmarks.floors import FairFloor, Floor
-from benchmarks.loops import BATCH, CORES, SERVICE
+from benchmarks.loops import BATCH, CAPACITY, CORES, SERVICE
 from benchmarks.replay import Replay, poisson
 from benchmarks.rows import Row, at_least, at_most, p99, percentile, rate, row
 from benchmarks.timing import Effort, Say, Seen, Turn, rounds, sleep_length, started
@@ -29,8 +29,7 @@ async def w1b(effort: Effort, say: Say) -> list[Row]:
     for load in (30, 70, 90):
         say(f"W1b, {load} % of capacity")
         async with started(everybody() | learned_hold(), CORES, SERVICE, BATCH) as contenders:
-            capacity = CORES * BATCH / sleep_length(SERVICE)
-            schedule = poisson(capacity * load / 100, longer.seconds, seed=load)
+            schedule = poisson(CAPACITY * load / 100, longer.seconds, seed=load)
             seen = await rounds(contenders, longer, lambda c, s=schedule: Replay(c.call, s).run(1.0), SERVICE)
             held = _only(seen, "aneuron, held")
             for one, name in ((seen, f"W1b {load} %, p99"), (held, f"W1b {load} % held, p99")):
@@ -88,16 +87,15 @@ async def overload(effort: Effort, say: Say) -> list[Row]:
     makers: Makers = {"aneuron": lambda: Aneuron(max_pending=MAX_PENDING), "floor": Floor, "fair floor": FairFloor}
     async with started(makers, CORES, SERVICE, BATCH) as contenders:
         say(f"overload: twice the capacity for {longer.seconds:g} s")
-        capacity = CORES * BATCH / sleep_length(SERVICE)
-        schedule = poisson(2 * capacity, longer.seconds, seed=2)
+        schedule = poisson(2 * CAPACITY, longer.seconds, seed=2)
         seen = await rounds(contenders, longer, lambda c: _overloaded(c, schedule), SERVICE)
-    goodput = row("overload: goodput", "rows/s", seen, rate, ideal=lambda sleep: CORES * BATCH / sleep)
+    goodput = row("overload: goodput", "rows/s", seen, rate, ideal=lambda sleep: CAPACITY)
     goodput.must, goodput.goal = at_least(0.95, "ideal"), at_least(0.98, "ideal")
     rows = [goodput]
     if _resident() is not None:
         rows.append(row("overload: memory", "MB", seen, lambda turn: turn.more["grown"], at_most(8, None)))
     wait = row("overload: p99", "ms", seen, p99, None, at_most(1.2, "ideal"))
-    wait.values["ideal"] = [MAX_PENDING / (CORES * BATCH / sleep) * 1e3 for sleep in seen.sleeps]
+    wait.values["ideal"] = [MAX_PENDING / CAPACITY * 1e3] * len(seen.sleeps)
     return [*rows, wait]
 
 

@@ -24,12 +24,15 @@ def model(x: torch.Tensor) -> torch.Tensor:
 
 
 class Core:
-    """One simulated core of fixed shape. Like aneuron's, it sleeps for what the model has left of its time."""
+    """One simulated core of fixed shape. Like aneuron's, it sleeps for what is left of the service time, and begins
+    with what it was given meanwhile when that has ended.
+    """
 
     def __init__(self, seconds: float, batch: int) -> None:
         self.seconds = seconds
         self.batch = batch
         self._lock = threading.Lock()
+        self._free = 0.0  # when it will have done all that it was given
         self.executions = 0
         self.rows = 0
 
@@ -43,14 +46,13 @@ class Core:
         else:
             padded = x
         with self._lock:
-            if self.seconds > 0:
-                end = time.monotonic() + self.seconds
-                y = padded * 2 + 1
-                time.sleep(max(0.0, end - time.monotonic()))
-            else:
-                y = padded * 2 + 1
+            begin = max(self._free, time.monotonic())
+            y = padded * 2 + 1
+            self._free = end = max(begin + self.seconds, time.monotonic())
             self.executions += 1
             self.rows += n
+        if self.seconds > 0 and (rest := end - time.monotonic()) > 0:
+            time.sleep(rest)
         return y[:n] if n < self.batch else y
 
 

@@ -198,7 +198,7 @@ def compared(scenes: list[tuple[str, Seen]]) -> list[Row]:
             name = f"{framework}, {scene:>5}"
             must, goal = at_least(0.9), GOALS.get((framework, scene))
             rows.append(row(name, "answers/s", own, lambda turn: turn.rows_per_second, must, goal,
-                            lambda sleep: SCENE["cores"] * SCENE["batch"] / sleep))  # fmt: skip
+                            lambda sleep: SCENE["cores"] * SCENE["batch"] / SCENE["seconds"]))  # fmt: skip
             if scene == "1":
                 rows[-1].values.pop("ideal")  # one caller cannot fill a batch
                 rows.append(row(name, "p50 ms", own, lambda turn: percentile(turn.latencies, 0.5) * 1e3,
@@ -230,7 +230,7 @@ def _overload(framework: str, own: Seen) -> list[Row]:
     name = f"{framework}, overload"
     return [
         row(name, "answers/s", own, lambda turn: turn.rows_per_second, at_least(0.95, "ideal"),
-            ideal=lambda sleep: OVERLOAD["cores"] * OVERLOAD["batch"] / sleep),
+            ideal=lambda sleep: OVERLOAD["cores"] * OVERLOAD["batch"] / OVERLOAD["seconds"]),
         row(name, "p99 ms", own, lambda turn: percentile(turn.latencies, 0.99) * 1e3, at_most(150, None)),
         row(name, "503, p50 ms", own, lambda turn: turn.more["refused p50"]),
         row(name, "503, p99 ms", own, lambda turn: turn.more["refused p99"]),

@@ -17,7 +17,7 @@ import torch
 
 from benchmarks.contenders import Aneuron, installed
 from benchmarks.floors import FEATURES, model
-from benchmarks.loops import BATCH, CORES, SERVICE
+from benchmarks.loops import BATCH, CAPACITY, CORES, SERVICE
 from benchmarks.rows import Row
 from benchmarks.timing import Effort, Say, WrongAnswer, reason, sleep_length
 
@@ -73,16 +73,15 @@ async def loadgen(effort: Effort, say: Say) -> list[Row]:
         for scenario in ("Server", "Offline"):
             say(f"LoadGen, {scenario.lower()} scenario, {seconds:g} s")
             sleep = sleep_length(SERVICE)
-            capacity = CORES * BATCH / sleep
             bridge = Bridge(contender.call)
-            found = await asyncio.to_thread(_test, bridge, scenario, capacity, seconds)
+            found = await asyncio.to_thread(_test, bridge, scenario, CAPACITY, seconds)
             if scenario == "Server":
                 made = Row("LoadGen server, p99", "ms", values={"ideal": [sleep * 1e3]})
                 made.values["aneuron"] = [found["99.00 percentile latency (ns)"] / 1e6]
                 made.p50["aneuron"] = found["50.00 percentile latency (ns)"] / 1e6
                 made.p99["aneuron"] = found["99.00 percentile latency (ns)"] / 1e6
             else:
-                made = Row("LoadGen offline", "rows/s", values={"ideal": [capacity]})
+                made = Row("LoadGen offline", "rows/s", values={"ideal": [CAPACITY]})
                 made.values["aneuron"] = [found["Samples per second"]]
             if bridge.errors:
                 made.fails["aneuron"] = reason(bridge.errors[0])

@@ -31,11 +31,12 @@ the best of the last three contenders.
 The contenders take turns within one process, and comparisons hold within this run only: on a machine with neighbours
 the same code may run at twice the speed a minute later. The floors are loops without features (no limits, cancellation,
 deadlines, statistics, signatures, isolation of errors). The original is the behaviour of torch_neuronx.DataParallel,
-re-created, in asyncio's default executor. The cores are simulated, for all alike: a core sleeps without the GIL for the
-service time; a core of W4 takes no time, which no real one does. The ideal is every core executing full batches without
-a gap, with this machine's measured length of that sleep; of a p99 under overload, max_pending / capacity. CPU a row is
-the whole process's, callers included. Every answer is compared with the right one; a contender that gives a wrong one,
-raises, or is not done in time "fails". LoadGen rows are no MLPerf results.
+re-created, in asyncio's default executor. The cores are simulated, for all alike: one runs a batch at a time, for the
+service time, without the GIL, and begins with another that it was given meanwhile when the first has ended; a core of
+W4 takes no time, which no real one does. The ideal of rows/s is every core executing full batches without a gap; of a
+lone call, this machine's measured length of a sleep for the service time; of a p99 under overload, max_pending /
+capacity. CPU a row is the whole process's, callers included. Every answer is compared with the right one; a contender
+that gives a wrong one, raises, or is not done in time "fails". LoadGen rows are no MLPerf results.
 """
 
 

@@ -615,42 +615,55 @@ def test_a_load_takes_its_time(clock):
     assert clock.slept == [7.0]
 
 
-def test_copies_overlap_with_a_run_and_runs_do_not_with_each_other(monkeypatch):
-    copying, running = threading.Semaphore(0), threading.Semaphore(0)  # somebody has begun to
-    end_copy, end_run = threading.Semaphore(0), threading.Semaphore(0)  # somebody may end it
-    runs = []
+@pytest.mark.parametrize("settings", [{}, {"copy_time": 1.0}, {"per_row": 0.5, "service_time": 0.5}], ids=named)
+def test_copies_overlap_with_a_run_and_runs_wait_in_the_queue_of_the_device(monkeypatch, settings):
+    """Two executions while the clock stands still: the second sleeps until the first would have ended, and then as long
+    again."""
+    slept = []
 
-    class Stepped:
-        @staticmethod
-        def monotonic():
-            return 0.0
+    class Still(Clock):
+        def sleep(self, seconds):
+            slept.append(seconds)
 
-        @staticmethod
-        def sleep(seconds):
-            begun, end = (copying, end_copy) if seconds == 1.0 else (running, end_run)
-            begun.release()
-            assert end.acquire(timeout=20.0)
-
-    monkeypatch.setattr(simulated, "time", Stepped)
-    core = SimulatedBackend(cores=1, service_time=2.0, copy_time=1.0).load(lambda x: runs.append(x) or x, 0, None)
+    monkeypatch.setattr(simulated, "time", Still())
+    core = SimulatedBackend(cores=1, **{"service_time": 2.0, **settings}).load(torch.neg, 0, None)
     assert core.concurrent
-    threads = [threading.Thread(target=core.execute, args=((GOOD,), {})) for _ in range(2)]
-    threads[0].start()
-    assert copying.acquire(timeout=20.0)
-    end_copy.release()
-    assert running.acquire(timeout=20.0)  # the first runs
-    threads[1].start()
-    assert copying.acquire(timeout=20.0)  # the second copies meanwhile
-    end_copy.release()
-    assert not running.acquire(timeout=0.05)  # but does not run
-    assert len(runs) == 1
-    end_run.release()
-    assert running.acquire(timeout=20.0)
-    assert len(runs) == 2
-    end_run.release()
+    for _ in range(2):
+        core.execute((GOOD,), {})
+    copies, runs = [each for each in slept if each == 1.0], [each for each in slept if each != 1.0]
+    assert runs == [2.0, 4.0]
+    assert len(copies) == 2 * ("copy_time" in settings)
+
+
+def test_a_device_that_was_idle_begins_at_once(clock):
+    core = SimulatedBackend(cores=1, service_time=2.0).load(torch.neg, 0, None)
+    for _ in range(2):
+        core.execute((GOOD,), {})
+        clock.now += 10.0
+    assert clock.slept == [2.0, 2.0]
+
+
+def test_the_model_is_not_run_by_two_threads_at_once():
+    inside, most = [], []
+
+    def net(x):
+        inside.append(x)
+        threading.Event().wait(0.01)
+        most.append(len(inside))
+        inside.pop()
+        return x
+
+    core = SimulatedBackend(cores=1, service_time=0.001).load(net, 0, None)
+    threads = [threading.Thread(target=core.execute, args=((GOOD,), {})) for _ in range(3)]
+    for thread in threads:
+        thread.start()
     for thread in threads:
         thread.join(20.0)
-        assert not thread.is_alive()
+    assert most == [1, 1, 1]
+
+
+def test_a_core_that_takes_no_time_has_no_queue():
+    assert not SimulatedBackend(cores=1, service_time=0.0).load(torch.neg, 0, None).concurrent
 
 
 @pytest.mark.parametrize(

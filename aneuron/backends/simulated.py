@@ -53,8 +53,9 @@ class SimulatedFault(RuntimeError):
 class SimulatedBackend:
     """Runs the given model for its answer and takes `service_time + per_row * rows` seconds for it, without the GIL.
 
-    One batch at a time runs on a core. `copy_time` seconds pass before the run, for the copies; they overlap with
-    the run of another batch. `load_time` is the time of one load. A batch that is not of the compiled size is refused
+    One batch at a time runs on a core; another may wait in the device's queue, as on a NeuronCore, and begins when the
+    first has ended. `copy_time` seconds pass before the run, for the copies; they overlap with the run of another
+    batch. `load_time` is the time of one load. A batch that is not of the compiled size is refused
     like on a real device. `faults` is a plan: `SimulatedBackend.fault("core", core=1, execution=3)`,
     `SimulatedBackend.fault("input", probability=0.01)`; kinds are "input", "core", "fatal" (the exception is
     classified so), "hang" and "slow" (`seconds` longer). `seed` makes probabilities repeatable.
@@ -116,12 +117,13 @@ class SimulatedCore:
     """One simulated core."""
 
     def __init__(self, backend: SimulatedBackend, model: Any, core_id: int, batch_size: int | None, seed: int) -> None:
-        self.concurrent = backend.copy_time > 0
+        self.concurrent = backend.copy_time + backend.service_time + backend.per_row > 0  # else there is no queue
         self._backend = backend
         self._model = model
         self._core_id = core_id
         self._batch_size = batch_size
-        self._device = threading.Lock()  # copies overlap with a run, runs do not with each other
+        self._device = threading.Lock()
+        self._free = 0.0  # when the device will have done all that it was given
         self._executions = 0
         self._random = random.Random(f"{seed}/{core_id}")
 
@@ -130,18 +132,19 @@ class SimulatedCore:
         backend = self._backend
         if backend.copy_time:
             time.sleep(backend.copy_time)
+        rows = _rows(args, kwargs)
+        if self._batch_size is not None and rows != self._batch_size:
+            raise ValueError(f"a batch of {rows} rows, on a core compiled for {self._batch_size}")
         with self._device:
-            begin = time.monotonic()
-            rows = _rows(args, kwargs)
-            if self._batch_size is not None and rows != self._batch_size:
-                raise ValueError(f"a batch of {rows} rows, on a core compiled for {self._batch_size}")
+            begin = max(self._free, time.monotonic())
             extra = sum([self._strike(fault) for fault in backend.faults]) if backend.faults else 0.0
             output = self._model(*args, **kwargs)
             self._executions += 1
-            rest = backend.service_time + backend.per_row * rows + extra
-            if rest and (rest := rest + begin - time.monotonic()) > 0:
-                time.sleep(rest)
-            return output
+            end = begin + backend.service_time + backend.per_row * rows + extra
+            self._free = end = max(end, time.monotonic())
+        if (rest := end - time.monotonic()) > 0:
+            time.sleep(rest)
+        return output
 
     def _strike(self, fault: PlannedFault) -> float:
         """Seconds that a fault adds, if it strikes now; raises where its kind is to raise."""
