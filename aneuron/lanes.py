@@ -237,12 +237,7 @@ class Lanes:
 
     def admit(self, call: Call, timeout: float | None = None) -> "asyncio.Future[Any]":
         """Admit a call; its future. Who stops waiting for that before the call is settled must `withdraw` it."""
-        if not self.serving:
-            raise Closed(self.why_closed)
-        if self._down:
-            raise self.recovery.none_left()
-        if self.rules.max_pending is not None:
-            self._find_room(call)
+        self.check(call.rows, call.bucket)
         future = self.futures.accept(call, self.clock())
         if timeout is not None and self._is_hopeless(call, timeout):
             return future
@@ -256,6 +251,17 @@ class Lanes:
             self.recovery.watch()
         return future
 
+    def check(self, rows: int, bucket: int = 0) -> None:
+        """Raise what a call of so many rows is refused with now, if it is."""
+        if self._done:
+            self._hand_out()  # results do not wait for the end of a long iteration of a loop that is flooded
+        if not self.serving:
+            raise Closed(self.why_closed)
+        if self._down:
+            raise self.recovery.none_left()
+        if self.rules.max_pending is not None:
+            self._find_room(rows, bucket)
+
     def _is_hopeless(self, call: Call, timeout: float) -> bool:
         """Give a call its deadline, and end it if that cannot be met."""
         self._scheduler.timed = True
@@ -268,23 +274,23 @@ class Lanes:
             self.futures.expire(call)
         return hopeless
 
-    def _find_room(self, call: Call) -> None:
+    def _find_room(self, rows: int, bucket: int) -> None:
         with self._lock:
             self._flush()
-            room = self._scheduler.room(call.rows, call.bucket)
+            room = self._scheduler.room(rows, bucket)
         if not room:
             self._dispatch()  # what idle cores can take does not wait
             if not self.serving:
                 raise Closed(self.why_closed)
-            if not self._scheduler.room(call.rows, call.bucket):
-                raise self._refusal(call)
+            if not self._scheduler.room(rows, bucket):
+                raise self._refusal(rows, bucket)
 
-    def _refusal(self, call: Call) -> QueueFull:
+    def _refusal(self, rows: int, bucket: int) -> QueueFull:
         self._counters.refused += 1
-        retry_after = self._counters.drain_seconds(self._scheduler.excess(call.rows, call.bucket))
+        retry_after = self._counters.drain_seconds(self._scheduler.excess(rows, bucket))
         return QueueFull(
-            f"no room for {call.rows} rows: {self._scheduler.waiting_rows} wait and "
-            f"max_pending={self.rules.max_pending}; try again later, or raise max_pending",
+            f"no room for {rows} rows: {self._scheduler.waiting_rows} wait and max_pending={self.rules.max_pending}; "
+            "try again later, or raise max_pending",
             retry_after,
         )
 
@@ -444,6 +450,13 @@ class Lanes:
 
     def _deliver(self) -> None:
         self._posted = False  # before the queue is emptied: what is posted from here on posts again
+        self._hand_out()
+        if not self._scheduler.has_work and not self._arrivals:
+            self._counters.relaxed()
+        elif self._scheduler.staging:
+            self._dispatch_soon()
+
+    def _hand_out(self) -> None:
         now = self.clock()
         try:
             if self._done:
@@ -452,10 +465,6 @@ class Lanes:
                 self._settle(self._done.popleft(), now)
         except BaseException as error:
             self._crash(error)
-        if not self._scheduler.has_work and not self._arrivals:
-            self._counters.relaxed()
-        elif self._scheduler.staging:
-            self._dispatch_soon()
 
     def _settle(self, execution: Execution, now: float) -> None:
         """End the calls that the batch has completed."""

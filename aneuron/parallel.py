@@ -250,6 +250,17 @@ class AsyncDataParallel:
         """
         return View(self, timeout, priority, tenant)
 
+    def check_admission(self, rows: int = 1) -> None:
+        """Raise what a call of so many rows would be refused with now: `QueueFull`, `NoHealthyCores`, `Closed`.
+
+        For servers: a request can be refused before its body is read, which costs a fraction (`shed` of
+        `aneuron.web`). It counts as a refused call. Says nothing of a model that is not started, and reserves nothing.
+        To be called on the loop of the model, `RuntimeError` elsewhere.
+        """
+        self._check_loop()
+        if self._lanes is not None:
+            self._lanes.check(_count("rows", rows) or 1)
+
     async def _timed(
         self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None = None, timeout: float | None = None
     ) -> tuple[Any, Timing]:

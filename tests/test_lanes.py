@@ -9,7 +9,7 @@ import pytest
 import torch
 from puppets import call, check_sum, release_all, row, scenario
 
-from aneuron import AsyncDataParallel, Closed, CoreFailed, Fault, QueueFull, SimulatedBackend
+from aneuron import AsyncDataParallel, Closed, CoreFailed, Fault, NoHealthyCores, QueueFull, SimulatedBackend
 from aneuron.testing import PuppetBackend, run, settle
 
 
@@ -316,6 +316,64 @@ async def test_what_idle_cores_can_take_does_not_count_as_waiting():
         await settle()
         assert check_sum(model).accepted == 2
         await release_all(backend, *calls)
+
+
+@scenario
+async def test_one_can_ask_whether_a_call_would_be_refused():
+    backend, model = puppets(max_pending=4)
+    model.check_admission()  # nobody knows before the start
+    async with model:
+        model.check_admission()
+        calls = [call(model, n) for n in range(4 + 3)]
+        await settle()
+        model.check_admission()
+        with pytest.raises(QueueFull, match="no room for 2 rows"):
+            model.check_admission(2)
+        with pytest.raises(ValueError, match="rows=0: expected an int of at least 1"):
+            model.check_admission(0)
+        assert check_sum(model).refused == 1
+        assert check_sum(model).accepted == 7  # nothing is reserved
+        closing = asyncio.ensure_future(model.aclose())
+        await settle()
+        with pytest.raises(Closed):
+            model.check_admission()
+        await release_all(backend, closing, *calls)
+    model.check_admission()  # nor after the close: the call will say
+
+
+@scenario
+async def test_while_no_core_serves_admission_is_refused():
+    backend, model = puppets()
+    async with model:
+        first = call(model, 1)
+        await settle()
+        backend[0].release(OSError("the core"))
+        await settle()
+        with pytest.raises(NoHealthyCores):
+            model.check_admission()
+        assert isinstance(first.exception(), CoreFailed)
+
+
+@pytest.mark.parametrize("asks", ["check_admission", "calls"])
+@scenario
+async def test_results_are_handed_out_while_calls_come_and_the_loop_does_not_get_round(asks):
+    """One iteration of a flooded loop may be longer than an execution."""
+    backend, model = puppets()
+    async with model:
+        first = call(model, 1)
+        await settle()
+        future = next(iter(model._lanes.futures.calls)).future
+        backend[0].release()
+        assert not future.done()
+        if asks == "calls":
+            second = model(row(2))
+            second.send(None)  # its first step, in this iteration
+            assert future.done()
+            second.close()
+        else:
+            model.check_admission()
+            assert future.done()
+        assert (await first)[0, 0] == -1
 
 
 @scenario

@@ -93,6 +93,27 @@ async def test_the_application_s_own_answers_pass():
         assert (await client.get("/nowhere")).status == 404
 
 
+# Overload.
+
+
+async def test_what_would_be_refused_is_refused_before_its_body_is_read(gated):
+    model = model_of(gated, max_pending=1)
+    app = app_with(model, shed={"/predict": "net"})
+    async with TestClient(TestServer(app)) as client:
+        gated.gate.clear()
+        first = asyncio.create_task(client.post("/predict", json=[1.0]))
+        await until(lambda: gated.rows)
+        second = asyncio.create_task(client.post("/predict", json=[2.0]))
+        await until(lambda: model.statistics().waiting_rows)
+        answer = await client.post("/predict", data=b"not JSON: it would be a 500")
+        assert (answer.status, (await answer.json())["error"]) == (503, "QueueFull")
+        assert int(answer.headers["Retry-After"]) >= 1
+        gated.gate.set()
+        assert [(await each).status for each in (first, second)] == [200, 200]
+    with pytest.raises(LookupError, match="no model 'nett' is installed"):
+        setup(web.Application(), shed={"/predict": "nett"}, net=model)
+
+
 # Calls.
 
 

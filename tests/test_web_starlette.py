@@ -224,6 +224,44 @@ async def test_of_two_deadlines_the_earlier_holds(outer, inner):
         backend[0].release()
 
 
+# Overload.
+
+
+@scenario
+async def test_what_would_be_refused_is_refused_before_its_body_is_read():
+    model, backend = puppet(max_pending=1)
+    app = app_with(model, shed={"/predict": "net"})
+    received, sent = [], []
+    scope = {"type": "http", "method": "POST", "path": "/api/predict", "root_path": "/api", "headers": []}
+
+    async def receive():
+        received.append(scope)
+        return {"type": "http.request", "body": b"[1.0]", "more_body": False}
+
+    async def send(message):
+        sent.append(message)
+
+    async with model, client_of(app) as client:
+        asking = [asyncio.create_task(client.post("/predict", json=[1.0])) for _ in range(2)]
+        await settle(50)
+        await app(scope, receive, send)
+        assert (sent[0]["status"], received) == (503, [])
+        assert (b"retry-after", b"1") in sent[0]["headers"]
+        answer = await client.post("/predict", json=[1.0])
+        assert (answer.status_code, answer.json()["error"]) == (503, "QueueFull")
+        assert model.statistics().calls.refused == 2
+        assert (await client.get("/docs")).status_code == 200
+        for _ in asking:
+            backend[0].release()
+            await settle(20)
+        assert [answer.status_code for answer in await asyncio.gather(*asking)] == [200, 200]
+
+
+def test_a_path_is_shed_for_a_model_that_is_installed():
+    with pytest.raises(LookupError, match=r"no model 'nett' is installed .* there is 'net'"):
+        install(FastAPI(), shed={"/predict": "nett"}, net=puppet()[0])
+
+
 # How an answer was made.
 
 
@@ -269,6 +307,10 @@ async def test_health_has_routes_that_no_other_hides():
             assert (answer.status_code, answer.json()["status"]) == (503, "draining")
             assert (await client.get("/livez")).status_code == 200
         assert (await client.get("/else")).status_code == 418
+        assert (await client.post("/livez")).status_code == 405  # the application's answer, which takes no POST
+    async with client_of(Starlette(routes=[Mount("/inner", app=app)])) as client:
+        assert (await client.get("/inner/livez")).status_code == 200
+        assert (await client.get("/livez")).status_code == 404
 
 
 # Lifespan.

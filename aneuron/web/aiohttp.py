@@ -9,7 +9,7 @@ Lives here: what is aiohttp's. Must not be here: what another framework needs as
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -19,7 +19,7 @@ from aneuron.web.deadlines import MalformedTimeout, deadline
 from aneuron.web.health import Health
 from aneuron.web.lifecycle import frozen, serving
 from aneuron.web.problems import Problem, logger, problem, problem_of
-from aneuron.web.views import RequestView, Timings, view_of
+from aneuron.web.views import RequestView, Timings, guarded, view_of
 from aneuron.web.views import server_timing as timing_header
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -36,6 +36,7 @@ def setup(
     max_timeout: float | None = None,
     drain_timeout: float | None = 25.0,
     freeze: bool = True,
+    shed: Mapping[str, str] | None = None,
     **models: AsyncDataParallel,
 ) -> None:
     """Put models into an application, which starts and drains them: `get`, errors, `/livez`, `/readyz`, deadlines.
@@ -49,12 +50,16 @@ def setup(
         `X-Request-Timeout-Ms: 250` or `grpc-timeout: 250m`; malformed ones get 400.
     drain_timeout: seconds that the models may take at the end to finish what they have accepted; None: no bound.
     freeze: whether `gc.freeze()` is called after the start (undone at the end), see `aneuron.web.starlette.lifespan`.
+    shed: paths, and the name of the model that their requests need: `shed={"/predict": "net"}`. While that model has no
+        room for another row (`max_pending`), they get their 503 before their handlers are called and their bodies read:
+        a flood leaves the server time for those that it has accepted.
 
     Errors of aneuron become problem details (RFC 9457) by the table in `aneuron.web.problems`, every other exception
     but aiohttp's own answers a 500 that says nothing; its text is in the log. How large a body may be is aiohttp's
     `client_max_size`, 1 MiB by default.
     """
     health = app[_HEALTH] = Health(models)
+    doors = guarded(shed, models)
 
     async def live(app: web.Application) -> AsyncIterator[None]:
         async with serving(models, drain_timeout):
@@ -68,6 +73,8 @@ def setup(
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         timings: Timings | None = [] if server_timing else None
         try:
+            if request.path in doors:
+                doors[request.path].check_admission()
             until = deadline(request.headers, asyncio.get_running_loop().time(), max_timeout)
             request[_TERMS] = until, timings
             response = await handler(request)

@@ -67,7 +67,7 @@ def problem(
 
 def problem_of(error: Exception) -> Problem:
     """What a client is told of an exception: by the table, and of those that are not in it nothing but 500."""
-    known = next((kind for kind in type(error).__mro__ if kind in TABLE), None)
+    known = _known(error)
     if known is None:
         return problem(500)
     status, told = TABLE[known]
@@ -76,8 +76,13 @@ def problem_of(error: Exception) -> Problem:
 
 def log(error: Exception) -> None:
     """Leave an error of ours that is the server's fault, and that nobody else will log, to the log."""
-    if problem_of(error).status == 500:
+    known = _known(error)
+    if known is None or TABLE[known][0] == 500:
         logger.error("a request failed", exc_info=error)
+
+
+def _known(error: Exception) -> type[Exception] | None:
+    return next((kind for kind in type(error).__mro__ if kind in TABLE), None)
 
 
 def _retry_after(error: Exception) -> int | None:

@@ -12,7 +12,7 @@ Lives here: ASGI. Must not be here: what another framework needs as well (the fi
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,7 +22,6 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
-from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
@@ -31,12 +30,13 @@ from aneuron.web.deadlines import MalformedTimeout, deadline
 from aneuron.web.health import Health
 from aneuron.web.lifecycle import frozen, serving
 from aneuron.web.problems import Problem, log, problem, problem_of
-from aneuron.web.views import RequestView, Timings, server_timing, view_of
+from aneuron.web.views import RequestView, Timings, guarded, server_timing, view_of
 
 T = TypeVar("T")
 AppLifespan = Callable[[Any], AbstractAsyncContextManager[Any]]
 
 _MODELS, _DEADLINE, _TIMINGS = "aneuron.models", "aneuron.deadline", "aneuron.timings"  # in the scope of a request
+_ASKS = (b"x-request-timeout-ms", b"grpc-timeout")
 
 
 def lifespan(
@@ -80,6 +80,7 @@ def install(
     server_timing: bool = False,
     max_timeout: float | None = None,
     max_body: int | None = None,
+    shed: Mapping[str, str] | None = None,
     **models: AsyncDataParallel,
 ) -> None:
     """Put models into an application, before it starts: `get(name)`, answers to errors, `/livez`, `/readyz`, deadlines.
@@ -88,12 +89,16 @@ def install(
     max_timeout: seconds that a request may have for its calls; see `deadline_middleware`.
     max_body: bytes that a request's body may have; longer ones get 413. It is the application's own `max_body_size`,
         which None leaves as it is; a route may have another.
+    shed: paths, and the name of the model that their requests need: `shed={"/predict": "net"}`. While that model has no
+        room for another row (`max_pending`), they get their 503 before the application sees them and before their
+        bodies are read, for a third of the cost: a flood leaves the server time for those that it has accepted. Paths
+        are compared as they are, without parameters.
 
     Errors of aneuron become problem details (RFC 9457) by the table in `aneuron.web.problems`. Every other exception
     that nobody handles becomes a 500 that says nothing; its text is in the server's log. A handler of `Exception`
     that the application has already is left alone.
     """
-    app.state.aneuron = Health(models)
+    health = app.state.aneuron = Health(models)
     app.add_exception_handler(AneuronError, _on_error)  # type: ignore[arg-type]  # of requests and websockets
     own = app.exception_handlers
     if Exception not in own and 500 not in own:
@@ -103,9 +108,7 @@ def install(
         if not hasattr(app, "max_body_size"):
             raise RuntimeError(f"max_body={max_body} needs Starlette 1.6 or newer, which bounds bodies")
         app.max_body_size = max_body
-    app.router.routes[:0] = [Route("/livez", _livez), Route("/readyz", _readyz)]  # before a route that takes all paths
-    app.add_middleware(_middleware(models, server_timing))
-    app.add_middleware(deadline_middleware(max_timeout))
+    app.add_middleware(_middleware(health, max_timeout, guarded(shed, models), server_timing))
 
 
 def drain(app: Starlette) -> None:
@@ -175,43 +178,73 @@ def deadline_middleware(max_seconds: float | None) -> Callable[[ASGIApp], ASGIAp
 
     def wrap(app: ASGIApp) -> ASGIApp:
         async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
-            if scope["type"] == "http":
-                now = asyncio.get_running_loop().time()
-                try:
-                    until = deadline(Headers(scope=scope), now, max_seconds)
-                except MalformedTimeout as error:
-                    await _response(problem(400, str(error)))(scope, receive, send)
-                    return
-                outer = scope.get(_DEADLINE)
-                scope[_DEADLINE] = until if outer is None else outer if until is None else min(until, outer)
-            await app(scope, receive, send)
+            refusal = _give_time(scope, max_seconds) if scope["type"] == "http" else None
+            await (refusal or app)(scope, receive, send)
 
         return middleware
 
     return wrap
 
 
-def _middleware(models: dict[str, AsyncDataParallel], timing: bool) -> Callable[[ASGIApp], ASGIApp]:
+def _give_time(scope: Scope, max_seconds: float | None) -> Response | None:
+    """Note a request's deadline in its scope; the answer to one that does not say it well."""
+    asked = [each for each in scope["headers"] if each[0] in _ASKS]
+    if not asked and max_seconds is None:
+        return None
+    now, outer = asyncio.get_running_loop().time(), scope.get(_DEADLINE)
+    try:
+        until = deadline(Headers(raw=asked), now, max_seconds)
+    except MalformedTimeout as error:
+        return _response(problem(400, str(error)))
+    scope[_DEADLINE] = until if outer is None else outer if until is None else min(until, outer)
+    return None
+
+
+def _middleware(
+    health: Health, max_timeout: float | None, shed: Mapping[str, AsyncDataParallel], timing: bool
+) -> Callable[[ASGIApp], ASGIApp]:
+    """All that `install` does for a request, in one: each layer costs every request some microseconds."""
+    reports = {"/livez": health.live, "/readyz": health.ready}
+
+    def at_once(scope: Scope) -> Response | None:
+        """The answer to what the application need not see."""
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path in reports and scope["method"] in ("GET", "HEAD"):
+            return _report(*reports[path]())
+        try:
+            if path in shed:
+                shed[path].check_admission()
+        except AneuronError as error:
+            return _response(problem_of(error))
+        return _give_time(scope, max_timeout)
+
     def wrap(app: ASGIApp) -> ASGIApp:
         async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
-            scope[_MODELS] = models
-            if not timing or scope["type"] != "http":
-                await app(scope, receive, send)
-                return
-            timings: Timings = []
-            scope[_TIMINGS] = timings
-
-            async def send_timed(message: Message) -> None:
-                if message["type"] == "http.response.start" and timings:
-                    header = (b"server-timing", server_timing(timings).encode("latin-1", "replace"))
-                    message = {**message, "headers": [*message.get("headers", ()), header]}
-                await send(message)
-
-            await app(scope, receive, send_timed)
+            scope[_MODELS] = health.models
+            answer = None
+            if scope["type"] == "http":
+                answer = at_once(scope)
+                if timing:
+                    send = _timed(scope, send)
+            await (answer or app)(scope, receive, send)
 
         return middleware
 
     return wrap
+
+
+def _timed(scope: Scope, send: Send) -> Send:
+    """A `send` that adds how the request's calls were run."""
+    timings: Timings = []
+    scope[_TIMINGS] = timings
+
+    async def send_timed(message: Message) -> None:
+        if message["type"] == "http.response.start" and timings:
+            header = (b"server-timing", server_timing(timings).encode("latin-1", "replace"))
+            message = {**message, "headers": [*message.get("headers", ()), header]}
+        await send(message)
+
+    return send_timed
 
 
 def _health(app: Any) -> Health:
@@ -219,14 +252,6 @@ def _health(app: Any) -> Health:
     if not isinstance(health, Health):
         raise RuntimeError("no models are in this app; call aneuron.web.starlette.install(app, ...) first")
     return health
-
-
-async def _livez(request: Request) -> Response:
-    return _report(*_health(request.app).live())
-
-
-async def _readyz(request: Request) -> Response:
-    return _report(*_health(request.app).ready())
 
 
 def _report(status: int, body: bytes) -> Response:

@@ -79,10 +79,20 @@ def view_of(
     name: str, models: Mapping[str, AsyncDataParallel], deadline: float | None, timings: Timings | None
 ) -> RequestView:
     """The view of the model that was installed under a name."""
+    return RequestView(name, installed(name, models), deadline, timings)
+
+
+def installed(name: str, models: Mapping[str, AsyncDataParallel]) -> AsyncDataParallel:
+    """The model that was installed under a name."""
     if name not in models:
         there = ", ".join(map(repr, models)) or "none at all"
         raise LookupError(f"no model {name!r} is installed in this app: there is {there}; see install() or setup()")
-    return RequestView(name, models[name], deadline, timings)
+    return models[name]
+
+
+def guarded(shed: Mapping[str, str] | None, models: Mapping[str, AsyncDataParallel]) -> dict[str, AsyncDataParallel]:
+    """By path, the model without which a request need not come in."""
+    return {path: installed(name, models) for path, name in (shed or {}).items()}
 
 
 def server_timing(timings: Iterable[tuple[str, Timing]]) -> str:

@@ -25,7 +25,7 @@ def with_aneuron() -> web.Application:
     from aneuron.web import aiohttp as integration
 
     app = application(lambda request: integration.get(request, "net"))
-    integration.setup(app, net=servers.product())
+    integration.setup(app, shed={"/predict": "net"}, net=servers.product())
     return app
 
 

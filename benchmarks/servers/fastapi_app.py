@@ -27,7 +27,7 @@ def with_aneuron() -> FastAPI:
 
     model = servers.product()
     app = application(web.get("net"), lifespan=web.lifespan(net=model))
-    web.install(app, net=model)
+    web.install(app, shed={"/predict": "net"}, net=model)
     return app
 
 
