@@ -14,6 +14,7 @@ whose result waits to be taken.
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar
 
@@ -22,6 +23,7 @@ import torch
 from aneuron.errors import Closed
 from aneuron.nested import is_array
 from aneuron.sources import check_source, close_unread, open_source
+from aneuron.workers import carried
 
 T = TypeVar("T")
 
@@ -167,7 +169,7 @@ class _Window:
         self._line: deque[tuple[int, asyncio.Task[Any]]] = deque()  # ordered: every call; else the finished ones
         self._running: dict[asyncio.Task[Any], int] = {}
         self._count = 0  # elements so far
-        self._exhausted = False
+        self._exhausted = self._broken = False
         self._room = 0  # places that became free in this iteration of the loop
         self._waiter: asyncio.Future[None] | None = None
         self.source = open_source(source, self._start, self._end)
@@ -181,12 +183,12 @@ class _Window:
     @property
     def over(self) -> bool:
         """Whether there will never be another."""
-        return self._exhausted and not self._line and not self._running
+        return self._broken or (self._exhausted and not self._line and not self._running)
 
     def take(self) -> tuple[int, asyncio.Task[Any]]:
         """The next result, and room for another element."""
         if not self._room:  # once an iteration: the places of a batch's results are asked for together
-            self.loop.call_soon(self._refill)
+            self.loop.call_soon(self._guard, self._refill)
         self._room += 1
         return self._line.popleft()
 
@@ -219,7 +221,7 @@ class _Window:
         self._running[task] = index
         if self._ordered:
             self._line.append((index, task))
-        task.add_done_callback(self._finished)
+        task.add_done_callback(partial(self._guard, self._finished))
 
     def _finished(self, task: asyncio.Task[Any]) -> None:
         index = self._running.pop(task)
@@ -234,6 +236,14 @@ class _Window:
         self._exhausted = True
         self.error = error
         self._wake()
+
+    def _guard(self, callback: Callable[..., None], *args: Any) -> None:
+        """What the loop calls: what it raises is for the consumer, who would wait in vain."""
+        try:
+            callback(*args)
+        except BaseException as error:
+            self._broken = True
+            self._end(carried(error))
 
     # Leaving.
 

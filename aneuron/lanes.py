@@ -10,7 +10,9 @@ them, not before, and the way round by the loop is saved.
 
 import asyncio
 import logging
+import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
@@ -35,6 +37,11 @@ from aneuron.workers import Common, Execution, Workers, text
 logger = logging.getLogger("aneuron")
 
 SLOW_DRAIN = 10.0  # seconds after which a drain that goes on is logged
+SLOW_CLOSE = 30.0  # seconds after which a core that does not close is left to itself
+FORKED = (
+    "this process was forked while the model was running: threads and devices stay with the parent; use the spawn "
+    "method, or make and start a model of its own after the fork"
+)
 
 
 class Lanes:
@@ -82,6 +89,8 @@ class Lanes:
         self._beside = beside  # another run of the model serves on these cores until `take_over`
         self._core_ids = core_ids
         self._open: set[Lane] = set()  # lanes whose cores have not been closed; hung ones may never be
+        self.forked = False
+        _all.add(self)
         self.lanes = [self._new_lane(index) for index in range(len(core_ids))]
         self.clock = self.lanes[0].workers.clock
         self.recovery = Recovery(self, len(core_ids), backend.recoverable, load.compiled is not None, exec_timeout)
@@ -125,8 +134,7 @@ class Lanes:
         except BaseException as error:
             self.stop()
             if isinstance(error, Exception):
-                await asyncio.shield(self._closed)
-                self._join()
+                await self._cores_closed()
             raise
         finally:
             failures.clear()  # their tracebacks hold this frame, and that the cores
@@ -177,16 +185,22 @@ class Lanes:
         try:
             await asyncio.shield(self.futures.drained())
             self.stop()
-            await asyncio.shield(self._closed)
-            self._join()
+            await self._cores_closed()
         finally:
             slow.cancel()
 
-    def _join(self) -> None:
-        """See the threads end; they have said their last words."""
+    async def _cores_closed(self) -> None:
+        """Wait for the cores to be closed and their threads to end, but not for ever."""
+        await asyncio.wait({self._closed}, timeout=SLOW_CLOSE)
+        if not self._closed.done():  # it hangs in its close, or executes for nobody
+            cores = sorted(lane.core_id for lane in self._open)
+            logger.warning("cores %s have not closed within %g s, and are left to themselves", cores, SLOW_CLOSE)
+            for lane in self._open:
+                lane.hung = True
+            self._check_closed()
         for lane in self.lanes:
             if not lane.hung:
-                lane.workers.join(1.0)
+                lane.workers.join(1.0)  # they have said their last words
 
     def abort(self) -> None:
         """Fail what has not begun to execute, and let the threads end after what they execute."""
@@ -214,11 +228,16 @@ class Lanes:
 
     def _end(self, lane: Lane) -> None:
         """Let a lane's threads end."""
-        lane.stop(lambda: self._call_loop(partial(self._lane_closed, lane)))
+        lane.stop(lambda: self._call_loop(partial(self._guard, partial(self._lane_closed, lane))))
 
     def _lane_closed(self, lane: Lane) -> None:
         self._open.discard(lane)
         self._check_closed()
+
+    def forget(self) -> None:
+        """Be in a process that was forked: nothing here works any more, and nothing may wait."""
+        self.forked, self.serving, self.why_closed = True, False, FORKED
+        self.thread, self._lock = 0, threading.Lock()
 
     def _check_closed(self) -> None:
         if not self._stopped or self._closed.done() or not all(lane.hung for lane in self._open):
@@ -469,16 +488,15 @@ class Lanes:
     def _settle(self, execution: Execution, now: float) -> None:
         """End the calls that the batch has completed."""
         batch = execution.batch
-        if execution.abandoned:
-            execution.finished = ()
-        elif execution.begun:
-            self._count(execution, execution.lane, now)
-        if execution.error is not None and not execution.abandoned:
-            execution.lane.counters.errors += 1
-            self.recovery.failed(execution, execution.error)
-        elif batch.because == "rerun" or self.recovery.health[execution.lane.index].state == "suspect":
-            self.recovery.succeeded(execution)
-        self.futures.end(execution.finished, now=now)
+        if not execution.abandoned:
+            if execution.begun:
+                self._count(execution, execution.lane, now)
+            if execution.error is not None:
+                execution.lane.counters.errors += 1
+                self.recovery.failed(execution, execution.error)
+            elif batch.because == "rerun" or self.recovery.health[execution.lane.index].state == "suspect":
+                self.recovery.succeeded(execution)
+            self.futures.end(execution.finished, now=now)
         # A traceback holds the worker's frames, and they the execution: no cycle, and nobody else's rows.
         execution.chunks, execution.error, execution.finished = (), None, []
         batch.chunks, batch.inquest, batch.trial = [], None, None
@@ -533,10 +551,11 @@ class Lanes:
             self._take_out(lane)
         self._end(lane)
 
-    def running(self) -> list[tuple[Lane, Execution]]:
-        """What executes, also on lanes that are out of service."""
+    def running(self) -> list[tuple[Lane, list[Execution]]]:
+        """What executes, oldest first, by lane; also on those that are out of service."""
         with self._lock:
-            return [(lane, each) for lane in self._open for each in lane.in_flight if each.begun and not each.over]
+            found = [(lane, [each for each in lane.in_flight if each.begun and not each.over]) for lane in self._open]
+        return [(lane, executions) for lane, executions in found if executions]
 
     def abandon(self, lane: Lane, execution: Execution) -> bool:
         """Give an execution up, and wait no more for its lane; whether it had not ended."""
@@ -591,7 +610,7 @@ class Lanes:
     def _thread_died(self, lane: Lane, error: BaseException) -> None:
         """A worker thread has ended that was not told to: what it had in hand runs elsewhere."""
         for execution in list(lane.in_flight):
-            self._guard(partial(self.recovery.lost, lane, execution, error))
+            self._guard(partial(self.recovery.lost, lane, [execution], error))
         if not self._stopped:  # it may have had nothing in hand, and been the one to take what comes
             self._guard(partial(self.recovery.take_out, lane, error))
 
@@ -609,10 +628,11 @@ class Lanes:
         logger.critical("the lanes failed and are closed; please report this", exc_info=error)
         why = f"the model was closed by an internal error ({text(error)}); please report it. aclose(), then start()"
         self.why_closed = why
-        self.stop()
+        with suppress(BaseException):  # it may be what is broken, or the queue
+            self.stop()
         calls = list(self.futures.calls)
         for call in calls:
-            with suppress(Exception):  # the queue may be what is broken
+            with suppress(BaseException):
                 self.discard(call)
             call.bound = call.rows
         self.futures.end([(call, Closed(why)) for call in calls], failed=True)
@@ -680,3 +700,15 @@ class Staged:
             self._lane.staged.remove(self._execution)
             self._execution.staged = None  # nobody can take it away any more, although it has not begun
             return True
+
+
+_all: "weakref.WeakSet[Lanes]" = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for each in list(_all):
+        each.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)

@@ -26,7 +26,7 @@ from aneuron.buckets import Buckets
 from aneuron.bulk import Map
 from aneuron.errors import Closed, DeadlineExceeded, DeviceError, ShapeError
 from aneuron.lane import Load
-from aneuron.lanes import Lanes
+from aneuron.lanes import FORKED, Lanes
 from aneuron.measure import Compiled, measure
 from aneuron.models import Models
 from aneuron.observing import Observer, Trace
@@ -486,7 +486,9 @@ class AsyncDataParallel:
         return lanes, max(0.0, timeout - (loop.time() - began))
 
     def _check_loop(self) -> None:
-        """An instance belongs to the loop that started it, until it is closed or that loop is."""
+        """An instance belongs to the loop that started it, until it is closed or that loop is; and to its process."""
+        if self._lanes is not None and self._lanes.forked:
+            raise RuntimeError(FORKED)
         if self._lanes is not None:
             owner = self._lanes.loop
         elif self._starting is not None and self._starting.task is not None and not self._starting.over:
@@ -585,7 +587,7 @@ class AsyncDataParallel:
             new = await self._load_beside(old, models)
         finally:
             self._swapping = False
-        if self._lanes is not old:
+        if self._lanes is not old or not old.serving:
             new.abort()
             raise Closed("the model was closed while it was being swapped")
         self._serve(new, models, old.slots)

@@ -36,8 +36,8 @@ class Host(Protocol):
     futures: Futures
     lanes: list[Lane]  # the last one of each core
 
-    def running(self) -> list[tuple[Lane, Execution]]:
-        """What executes, also on lanes that are out of service."""
+    def running(self) -> list[tuple[Lane, list[Execution]]]:
+        """What executes, oldest first, by lane; also on those that are out of service."""
 
     def clock(self) -> float:
         """Seconds."""
@@ -153,6 +153,8 @@ class Recovery:
         if not alone and self._stopped:
             closed = "the model was closed before it could run this call again"
             self._host.futures.end([(call, Closed(closed)) for call, _, _ in chunks], failed=True)
+        elif not alone and not self.in_service:
+            self._host.futures.end([(call, self.none_left()) for call, _, _ in chunks], failed=True)
         elif not alone:
             inquest = batch.inquest or Inquest[Held]()
             self._inquests.add(inquest)
@@ -170,7 +172,8 @@ class Recovery:
 
     def _conclude(self, inquest: "Inquest[Held]", guilty: list[Held]) -> None:
         """Blame the guilty; where all parts have failed on one core, ask another core about one of them."""
-        self._blame(guilty if not self._stopped else [*guilty, *inquest.let_go()])
+        over = self._stopped or not self.in_service  # parts that have not run will not
+        self._blame([*guilty, *inquest.let_go()] if over else guilty)
         if inquest.open and self.in_service > 1:
             asked = inquest.ask()
             self._host.run_again(asked.execution, [asked.chunk], trial=inquest, avoid=asked.lane.index)
@@ -284,24 +287,34 @@ class Recovery:
         timeout, now = self._exec_timeout or 0.0, self._host.clock()
         self._watch = None
         due = [now + timeout] if self._host.futures.calls else []
-        for lane, execution in self._host.running():
-            if execution.started + timeout > now:
-                due.append(execution.started + timeout)
+        for lane, executions in self._host.running():
+            since = max(executions[0].started, lane.ended)  # where a core takes several, it may have had to wait
+            if since + timeout > now:
+                due.append(since + timeout)
             else:
                 why = f"core {lane.core_id} has not answered within exec_timeout={timeout:g} s"
-                self.lost(lane, execution, CoreFailed(why, lane.core_id))
+                self.lost(lane, executions, CoreFailed(why, lane.core_id))
         if due:
             self._watch = self._host.call_later(max(min(due) - now, 0.001), self._look)
 
-    def lost(self, lane: Lane, execution: Execution, error: BaseException) -> None:
-        """A thread of a core does not answer any more: give up what it executes, and the core with it."""
-        if not self._host.abandon(lane, execution):
+    def lost(self, lane: Lane, executions: Sequence[Execution], error: BaseException) -> None:
+        """A thread of a core does not answer any more: give up what it executes, the first of these, and the core with
+        it. What the core was given besides has failed nothing: it runs elsewhere as it would have run here.
+        """
+        given_up = [each for each in executions if self._host.abandon(lane, each)]
+        if not given_up:
             return
         lane.counters.errors += 1
-        chunks = [chunk for chunk in execution.chunks if not has_left(chunk[0])]
         if not self._stopped:
             self.take_out(lane, error)
-        self._core_failed(execution, error, chunks)
+        for execution in given_up:
+            chunks = [chunk for chunk in execution.chunks if not has_left(chunk[0])]
+            if execution is executions[0] or not chunks or not self.in_service or self._stopped:
+                self._core_failed(execution, error, chunks)
+            else:
+                was = execution.batch
+                how = {"tried": was.tried, "avoid": was.avoid, "inquest": was.inquest, "trial": was.trial}
+                self._host.run_again(execution, chunks, **how)
 
 
 def core_failed(lane: Lane, error: BaseException) -> CoreFailed:

@@ -119,6 +119,7 @@ class ThreadSource:
         # The caller's, once for each side: a context is entered by one thread at a time.
         self._context, self._loops_context = contextvars.copy_context(), contextvars.copy_context()
         self._workers = Workers("aneuron-map")
+        self._workers.on_death = self._die
         self._workers.grow(1)
         self.tasks: list[asyncio.Task[None]] = []  # nobody waits for a thread
 
@@ -144,6 +145,11 @@ class ThreadSource:
             self._error = error
         if read < room:
             self._arrive(self._END)
+
+    def _die(self, error: BaseException) -> None:
+        """The thread ends, and was not told to."""
+        self._error = error
+        self._arrive(self._END)
 
     def _arrive(self, element: Any) -> None:
         self._arrived.append(element)

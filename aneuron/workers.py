@@ -6,6 +6,7 @@ futures, decisions. A worker is handed an `Execution`, takes it through its step
 
 import atexit
 import logging
+import os
 import queue
 import threading
 import time
@@ -302,6 +303,10 @@ class Workers(Executor):
         for thread in self._threads:
             thread.join(timeout)
 
+    def forget(self) -> None:
+        """Be in a process that was forked: the threads are the parent's, and may hold the lock."""
+        self._threads, self._alive, self._stopping, self._lock = [], 0, True, threading.Lock()
+
     def _work(self) -> None:
         torch.set_grad_enabled(False)  # of this thread only
         try:
@@ -360,3 +365,12 @@ def _stop_all() -> None:
         each.stop()
     for each in workers:
         each.join(max(0.0, deadline - time.monotonic()))
+
+
+def _forget_all() -> None:
+    for each in list(_all):
+        each.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)

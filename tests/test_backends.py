@@ -662,6 +662,30 @@ def test_the_model_is_not_run_by_two_threads_at_once():
     assert most == [1, 1, 1]
 
 
+def test_a_core_that_is_loaded_again_has_other_luck():
+    """Or it would fail at the same execution each time."""
+
+    def fails(core):
+        seen = []
+        for _ in range(50):
+            try:
+                core.execute((GOOD,), {})
+                seen.append(False)
+            except SimulatedFault:
+                seen.append(True)
+        return seen
+
+    def backend():
+        plan = [SimulatedBackend.fault("core", probability=0.3)]
+        return SimulatedBackend(cores=2, service_time=0.0, faults=plan, seed=7)
+
+    one, other = backend(), backend()
+    first, second = (fails(one.load(torch.neg, 0, None)) for _ in range(2))
+    assert first != second
+    assert [fails(other.load(torch.neg, 0, None)) for _ in range(2)] == [first, second]
+    assert fails(other.load(torch.neg, 1, None)) != first
+
+
 def test_a_core_that_takes_no_time_has_no_queue():
     assert not SimulatedBackend(cores=1, service_time=0.0).load(torch.neg, 0, None).concurrent
 

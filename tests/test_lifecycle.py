@@ -16,6 +16,7 @@ import torch
 from puppets import scenario
 
 from aneuron import AsyncDataParallel, Closed, CpuBackend, DeviceError, Fault, SimulatedBackend
+from aneuron.lanes import SLOW_CLOSE
 from aneuron.testing import PuppetBackend, VirtualTimeLoop, settle
 
 
@@ -26,6 +27,76 @@ def net():
 
 def threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("aneuron-core")]
+
+
+class Reluctant(PuppetBackend):
+    """Its first core does not come back from its close."""
+
+    def workers(self, name):
+        workers = super().workers(name)
+        if name.endswith("core-0"):
+            workers.stop = lambda last_words=None: None
+        return workers
+
+
+@scenario
+async def test_a_core_that_hangs_in_its_close_is_left_to_itself_after_a_while(caplog):
+    backend = Reluctant(2)
+    model = AsyncDataParallel(torch.neg, backend=backend, batch_size=4)
+    await model.start()
+    closing = asyncio.ensure_future(model.aclose())
+    await asyncio.sleep(SLOW_CLOSE - 0.01)
+    assert not closing.done()
+    assert backend[1].closed
+    await asyncio.sleep(0.02)
+    assert closing.done()
+    assert "cores [0] have not closed within 30 s" in caplog.text
+    await model.start()
+    assert model.ready
+    await model.abort()
+
+
+def test_a_model_that_a_forked_process_was_given_says_so():
+    program = """
+        import asyncio, os, sys, torch, aneuron
+
+        async def child(model):
+            for use in (lambda: model(torch.ones(1, 1)), model.start, model.aclose):
+                try:
+                    await use()
+                except RuntimeError as error:
+                    assert "forked while the model was running" in str(error), error
+                else:
+                    raise AssertionError("no error")
+            assert not model.ready
+            async with aneuron.AsyncDataParallel(torch.neg, backend=aneuron.CpuBackend(1)) as own:
+                assert await own(torch.ones(1, 1)) == -1
+
+        async def main():
+            async with aneuron.AsyncDataParallel(torch.neg, backend=aneuron.CpuBackend(1)) as model:
+                await model(torch.ones(1, 1))
+                pid = os.fork()
+                if not pid:
+                    code = 1
+                    try:
+                        loop = asyncio.new_event_loop()
+                        asyncio._set_running_loop(None)
+                        loop.run_until_complete(child(model))
+                        code = 0
+                    finally:
+                        sys.stdout.flush()
+                        os._exit(code)
+                _, status = os.waitpid(pid, 0)
+                assert os.waitstatus_to_exitcode(status) == 0
+                assert await model(torch.ones(1, 1)) == -1
+                print("well")
+
+        asyncio.run(main())
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.stdout, done.returncode) == ("well\n", 0), done.stderr
 
 
 class Gate:

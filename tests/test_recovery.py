@@ -579,14 +579,49 @@ async def until(condition):
 class Planned(SimulatedBackend):
     """What is planned for a core happens once: when it is loaded again it is sound."""
 
-    def __init__(self, plan):
-        super().__init__(cores=4, service_time=0.002)
+    def __init__(self, plan, cores=4, service_time=0.002):
+        super().__init__(cores, service_time)
         self.plan = plan
 
     def load(self, model, core_id, batch_size):
         own = [fault for fault in self.plan if fault.core == core_id]
         self.plan = [fault for fault in self.plan if fault.core != core_id]
-        return SimulatedBackend(cores=4, service_time=0.002, faults=own).load(model, core_id, batch_size)
+        return SimulatedBackend(1, self.service_time, faults=own).load(model, core_id, batch_size)
+
+
+async def test_what_waits_in_the_queue_of_a_device_that_hangs_is_not_to_blame(monkeypatch):
+    """It runs elsewhere, as if it had not been here."""
+    plan = [SimulatedBackend.fault("hang", core=0, execution=0, seconds=1.0)]
+    model = AsyncDataParallel(torch.neg, batch_size=4, backend=Planned(plan, 2, 0.02), exec_timeout=0.3, num_workers=4)
+    async with model:
+        again, real = [], model._lanes.run_again
+
+        def run_again(execution, chunks, **how):
+            again.append((chunks[0][0].rows, how["tried"]))
+            real(execution, chunks, **how)
+
+        monkeypatch.setattr(model._lanes, "run_again", run_again)
+        calls = [call(model, n, rows=rows) for n, rows in enumerate([4, 4])]
+        await until(lambda: [core.in_flight for core in model.statistics().cores] == [1, 1])
+        calls += [call(model, n, rows=8) for n in range(2, 3)]  # a batch for each core's queue
+        assert [(await each)[0, 0].item() for each in calls] == [0, -1, -2]
+        assert sorted(again) == [(4, 0), (8, None)]
+        assert model.statistics().cores[0].errors == 1
+
+
+@scenario
+async def test_time_in_the_queue_of_a_device_does_not_count_as_a_hang():
+    backend, model = served(1, exec_timeout=1.0)
+    async with model:
+        task = call(model, 1)
+        await settle()
+        lanes = model._lanes
+        await asyncio.sleep(0.9)
+        lanes.lanes[0].ended = 0.9  # an execution before it has ended just now
+        await asyncio.sleep(0.9)
+        assert states(model) == ["ready"]
+        await release_all(backend, task)
+        await asyncio.sleep(5.0)
 
 
 async def test_simulated_cores_fail_and_hang_and_every_caller_gets_the_right_answer(monkeypatch):

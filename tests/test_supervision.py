@@ -9,7 +9,9 @@ import torch
 from puppets import call, check_sum, release_all, row, scenario
 
 from aneuron import AsyncDataParallel, Closed, Fault, SimulatedBackend, health
+from aneuron.bulk import _Window
 from aneuron.health import FIRST
+from aneuron.lanes import SLOW_CLOSE, SLOW_DRAIN
 from aneuron.sources import LoopSource
 from aneuron.testing import PuppetBackend, settle
 from aneuron.workers import Execution
@@ -197,7 +199,99 @@ async def test_the_task_of_a_start_is_cancelled():
     await model.aclose()
 
 
+@every_death
+@scenario
+async def test_what_says_that_a_core_is_closed_dies_and_the_close_ends(monkeypatch, death):
+    backend, model = served(2)
+    await model.start()
+    kill(monkeypatch, model._lanes, "_lane_closed", death)
+    calls = [call(model, n, rows=4) for n in range(3)]
+    await settle()
+    await model.abort()
+    await release_all(backend, *calls)
+    await model.start()  # nothing of the old run is in its way
+    await model.aclose()
+
+
+@every_death
+@pytest.mark.parametrize("where", ["_lane_closed", "_check_closed"])
+@scenario
+async def test_a_drain_does_not_wait_for_what_has_died(monkeypatch, where, death):
+    backend, model = served(2)
+    await model.start()
+    calls = [call(model, n, rows=4) for n in range(3)]
+    await settle()
+    kill(monkeypatch, model._lanes, where, death)
+    closing = asyncio.ensure_future(model.aclose())
+    await release_all(backend, *calls)
+    await asyncio.sleep(SLOW_CLOSE + 0.01)
+    await settle()
+    assert closing.done()
+    assert not model.ready
+
+
+@every_death
+@scenario
+async def test_the_log_of_a_slow_drain_dies_and_the_drain_goes_on(monkeypatch, death):
+    backend, model = served()
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: seen.append(context["exception"]))
+    seen = []
+    await model.start()
+    first = call(model, 1)
+    await settle()
+    kill(monkeypatch, model._lanes, "_log_slow_drain", death)
+    closing = asyncio.ensure_future(model.aclose())
+    await asyncio.sleep(SLOW_DRAIN + 0.01)
+    assert not closing.done()
+    await release_all(backend, first, closing)
+    assert seen in ([], [death])  # as the loop likes it
+
+
 # The source of a map.
+
+
+@every_death
+@pytest.mark.parametrize("where", ["_refill", "_finished"])
+@scenario
+async def test_a_callback_of_a_map_dies(monkeypatch, where, death):
+    backend, model = served()
+    async with model:
+        results = model.map(rows(), limit=2)
+        kill(monkeypatch, _Window, where, death)
+        consumer = asyncio.ensure_future(drain(results))
+        for _ in range(5):
+            await settle()
+            if backend[0].executing is not None:
+                backend[0].release()
+        before = asyncio.get_running_loop().time()
+        with pytest.raises((ZeroDivisionError, RuntimeError)):
+            await consumer
+        assert asyncio.get_running_loop().time() == before
+        assert model.ready
+
+
+async def rows():
+    for n in range(3):
+        yield row(n)
+
+
+async def drain(results):
+    return [y async for y in results]
+
+
+async def test_the_thread_that_reads_a_source_dies():
+    model = AsyncDataParallel(torch.neg, backend=SimulatedBackend(cores=1, service_time=0.0))
+    async with model:
+        results = model.map((row(n) for n in itertools.count()), limit=2)
+        assert (await anext(results))[0, 0] == 0
+
+        def dying():
+            raise BUG
+
+        results._window.source._workers._inbox.put(dying)
+        with pytest.raises(ZeroDivisionError):
+            await wait_for_error(results)
+        assert model.ready
 
 
 @scenario

@@ -237,6 +237,34 @@ async def test_a_close_while_the_old_model_has_calls_left_ends_both(end):
     check_sum(model)
 
 
+@pytest.mark.parametrize("wait", range(8))
+@pytest.mark.parametrize("end", ["aclose", "abort"])
+@scenario
+async def test_a_close_while_the_new_model_is_loaded_is_a_close(end, wait):
+    """At whichever iteration of the loop it comes, and with calls that are still to be finished."""
+    backend, model = served()
+    await model.start()
+    before = call(model, 1, rows=9)
+    await settle()
+    swap = asyncio.ensure_future(model.swap(NEW))
+    for _ in range(wait):
+        await asyncio.sleep(0)
+    closing = asyncio.ensure_future(getattr(model, end)())
+    for _ in range(20):
+        await asyncio.sleep(0)
+        assert not model.ready
+    while not (closing.done() and before.done() and swap.done() and all(core.closed for core in backend.every)):
+        for core in backend.every:
+            if core.executing is not None:
+                core.release()
+        await settle()
+    await asyncio.gather(before, swap, return_exceptions=True)
+    assert not model.ready
+    with pytest.raises(Closed):
+        await model(row(1))
+    assert not model._retired
+
+
 @scenario
 async def test_a_swap_that_is_cancelled_after_the_switch_goes_on():
     backend, model = served()

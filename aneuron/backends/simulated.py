@@ -58,7 +58,8 @@ class SimulatedBackend:
     batch. `load_time` is the time of one load. A batch that is not of the compiled size is refused
     like on a real device. `faults` is a plan: `SimulatedBackend.fault("core", core=1, execution=3)`,
     `SimulatedBackend.fault("input", probability=0.01)`; kinds are "input", "core", "fatal" (the exception is
-    classified so), "hang" and "slow" (`seconds` longer). `seed` makes probabilities repeatable.
+    classified so), "hang" and "slow" (`seconds` longer). `seed` makes probabilities repeatable: a core draws on where it
+    was when it is loaded again.
 
     For tests, benchmarks, and planning for machines that one does not have: 24 cores of an inf2.48xlarge are
     `SimulatedBackend(cores=24, service_time=...)`.
@@ -92,6 +93,7 @@ class SimulatedBackend:
         self.service_time, self.per_row, self.copy_time, self.load_time = service_time, per_row, copy_time, load_time
         self.faults = tuple(faults)
         self._seed = seed
+        self._random: dict[int, random.Random] = {}  # by core
 
     def cores(self) -> Sequence[int]:
         """As many as were asked for."""
@@ -106,7 +108,8 @@ class SimulatedBackend:
         """Takes `load_time`."""
         if self.load_time:
             time.sleep(self.load_time)
-        return SimulatedCore(self, open_model(model), core_id, batch_size, self._seed)
+        chance = self._random.setdefault(core_id, random.Random(f"{self._seed}/{core_id}"))
+        return SimulatedCore(self, open_model(model), core_id, batch_size, chance)
 
     def classify(self, error: BaseException) -> Fault:
         """What the plan said; anything else is the model's."""
@@ -116,7 +119,9 @@ class SimulatedBackend:
 class SimulatedCore:
     """One simulated core."""
 
-    def __init__(self, backend: SimulatedBackend, model: Any, core_id: int, batch_size: int | None, seed: int) -> None:
+    def __init__(
+        self, backend: SimulatedBackend, model: Any, core_id: int, batch_size: int | None, chance: random.Random
+    ) -> None:
         self.concurrent = backend.copy_time + backend.service_time + backend.per_row > 0  # else there is no queue
         self._backend = backend
         self._model = model
@@ -125,7 +130,7 @@ class SimulatedCore:
         self._device = threading.Lock()
         self._free = 0.0  # when the device will have done all that it was given
         self._executions = 0
-        self._random = random.Random(f"{seed}/{core_id}")
+        self._random = chance
 
     def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Answer after the time that a device would take."""

@@ -8,7 +8,7 @@ import weakref
 import torch
 from puppets import call, row, scenario
 
-from aneuron import AsyncDataParallel, CoreFailed, Fault, SimulatedBackend, recovery
+from aneuron import AsyncDataParallel, CoreFailed, Fault, NoHealthyCores, SimulatedBackend, recovery
 from aneuron.lanes import Staged
 from aneuron.testing import PuppetBackend, settle
 
@@ -89,3 +89,42 @@ async def test_a_batch_that_its_thread_has_claimed_is_not_taken_away(monkeypatch
         results = await asyncio.gather(*calls)
         assert [y[0, 0].item() for y in results] == [-n for n in range(40)]
         assert model.ready
+
+
+@scenario
+async def test_what_fails_after_the_last_core_went_out_of_service_is_not_run_again():
+    """An execution outlives its core's service, and its input is at fault: nobody is left to run the halves."""
+    faults = {SystemError: Fault.FATAL}
+    backend = PuppetBackend(2, faults=faults)
+    async with AsyncDataParallel(torch.neg, backend=backend, batch_size=4) as model:
+        first = call(model, 1, rows=4)
+        await settle()
+        calls = [call(model, n) for n in range(4)]
+        await settle()
+        backend[0].release(SystemError("the process"))
+        await settle()
+        assert isinstance(first.exception(), CoreFailed)
+        backend[1].release(ValueError("one of the inputs"))
+        await settle()
+        assert all(isinstance(each.exception(), NoHealthyCores) for each in calls)
+        assert len({id(each.exception()) for each in calls}) == 4
+
+
+@scenario
+async def test_what_fails_alone_after_the_last_core_went_out_of_service_is_blamed_at_once():
+    """The other half of its batch will never run: nothing is to be waited for."""
+    backend = PuppetBackend(2, faults={SystemError: Fault.FATAL})
+    async with AsyncDataParallel(torch.neg, backend=backend, batch_size=4) as model:
+        other = call(model, 9, rows=4)
+        await settle()
+        calls = [call(model, n) for n in range(2)]
+        await settle()
+        backend[1].release(ValueError("one of the inputs"))  # the halves: one executes, one waits
+        await settle()
+        backend[0].release(SystemError("the process"))
+        await settle()
+        assert isinstance(other.exception(), CoreFailed)
+        backend[1].release(ValueError("this one"))
+        await settle()
+        errors = [each.exception() for each in calls]
+        assert sorted(type(error).__name__ for error in errors) == ["NoHealthyCores", "ValueError"]

@@ -10,9 +10,9 @@ import sys
 import warnings
 from collections import Counter
 
-from callers import Callers, SickCoreError, Turns, check_nothing_left, check_now, model_of
+from callers import Callers, SickCoreError, Turns, Version, check_nothing_left, check_now
 
-from aneuron import AsyncDataParallel, Fault
+from aneuron import AsyncDataParallel, Closed, CoreFailed, Fault
 from aneuron.testing import PuppetBackend, PuppetCore, PuppetWorkers, run, settle
 
 RUNS = 16  # that a row may take at most: one, halving of 32 rows, a trial, and the same on a second core
@@ -106,9 +106,11 @@ class Schedule:
         self.hung = set()  # executions that do not end by themselves
         self.lanes = []
         plain = pick.random() < 0.25  # no priorities, tenants, deadlines, pieces: what is fair can be counted
-        by_size = not plain and pick.random() < 0.1
+        by_size = self.by_size = not plain and pick.random() < 0.1
+        self.versions = 0
+        self.swaps = []
         self.model = AsyncDataParallel(
-            {2: model_of, 8: model_of} if by_size else model_of,
+            self.next_version(),
             backend=self.backend,
             batch_size=None if by_size else pick.choice([4, 8] if plain else [None, 1, 4, 8]),
             num_workers=pick.choice([None, 1, 5]),
@@ -119,10 +121,16 @@ class Schedule:
             exec_timeout=self.exec_timeout,
             min_cores=self.min_cores,
         )
-        # What is bound to a concurrent core waits behind whatever that executes, and this is released in any order.
+        # What is bound to a concurrent core waits behind whatever that executes, and this is released in any order:
+        # turns are told where batches begin. That they are kept where batches are bound, test_fairness.py tells.
         self.backend.turns = Turns(self.model) if plain and not self.backend._concurrent else None
         self.callers = Callers(pick, self.model, self.backend.turns)
         self.callers.sick = self.sick = pick.random() < 0.3
+
+    def next_version(self):
+        self.versions += 1
+        model = Version(self.versions)
+        return {2: model, 8: model} if self.by_size else model
 
     def say(self, what):
         if self.verbose:
@@ -175,6 +183,25 @@ class Schedule:
         if self.backend.turns is None:
             self.model.split_size = self.pick.choice([None, 1, 3])
 
+    async def swap(self):
+        """Another version takes the place of the one that serves, if all cores load it. Not waited for."""
+        if self.backend.turns is None:
+            self.swaps.append(asyncio.ensure_future(self._swap(self.next_version())))
+
+    async def _swap(self, model):
+        try:
+            await self.model.swap(model)
+        except (Closed, CoreFailed, OSError):
+            pass  # closed meanwhile, or a core has not loaded it
+        except RuntimeError as error:
+            if "another swap is in progress" not in str(error):
+                raise
+
+    def note(self):
+        """The runs of the model, of which a swap makes more."""
+        if self.model._lanes not in (None, *self.lanes):
+            self.lanes.append(self.model._lanes)
+
     async def unloadable(self):
         self.backend.unloadable = self.pick.choice([0.0, 0.5, 1.0])
 
@@ -188,7 +215,8 @@ class Schedule:
     async def probe(self):
         """A call that comes while no core serves is told so before the clock moves."""
         lanes = self.model._lanes
-        if lanes is None or not lanes.serving or lanes.recovery.in_service:
+        swapped = any(not swap.done() for swap in self.swaps)  # soon, to cores that may serve
+        if lanes is None or not lanes.serving or lanes.recovery.in_service or swapped:
             return
         before = asyncio.get_running_loop().time()
         self.callers.add()
@@ -206,7 +234,7 @@ class Schedule:
 
     EVENTS = {
         call: 30, burst: 3, cancel: 10, release: 30, sicken: 4, core_fault: 4, fatal: 0.4, hang: 3, wake: 2,
-        resize: 3, split: 1, unloadable: 1, pass_time: 12, probe: 6, restart: 1,
+        resize: 3, split: 1, unloadable: 1, pass_time: 12, probe: 6, restart: 1, swap: 2,
     }  # fmt: skip
 
     # From the start to the end.
@@ -215,17 +243,17 @@ class Schedule:
         unloadable, self.backend.unloadable = self.backend.unloadable, 0.0
         await self.model.start()
         self.backend.unloadable = unloadable
-        self.lanes.append(self.model._lanes)
+        self.note()
 
     async def close(self):
         """Drain or abort, while cores go on to answer, but for those that hang."""
         end = self.pick.choice([self.model.aclose, self.model.abort])
         self.say(end.__name__)
+        self.note()
         closing = asyncio.ensure_future(end())
-        lanes = self.lanes[-1]
         await asyncio.sleep(0)
         self.callers.closings += 1  # calls that came before this iteration ended found it open
-        while not closing.done() or not lanes._closed.done():
+        while not closing.done() or not all(run._closed.done() for run in self.lanes):
             assert not self.model.ready, "ready while it closes"
             while any(each not in self.hung for each in self.backend.executing()):
                 await self.release()
@@ -244,10 +272,11 @@ class Schedule:
             self.say(kind.__name__)
             await kind(self)
             await settle(self.pick.choice([0, 0, 1, 4]))
+            self.note()
             check_now(self.model, self.min_cores)
         await settle(4)  # what the workers have posted has arrived
         if self.model.ready:
-            sound = [core for core in self.backend.loaded.values() if core.sound and not core.closed]
+            sound = [core for core in self.backend.cores_made if core.sound and not core.closed]
             assert len(sound) >= (self.min_cores or 1), "ready, and no core is sound"
         await self.close()
         while self.backend.executing():  # too late, and nobody must be harmed
@@ -255,6 +284,7 @@ class Schedule:
             await self.wake()
         await settle()
         await self.callers.finish()
+        await asyncio.gather(*self.swaps)
         check_nothing_left(self.model, self.lanes, self.callers)
         assert all(core.closed for core in self.backend.cores_made), "a core was not closed"
         assert asyncio.all_tasks() == {asyncio.current_task()}, "a task is left"

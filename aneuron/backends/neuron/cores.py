@@ -73,21 +73,21 @@ def parse_cores(text: str) -> tuple[int, ...]:
     """
     if not text.strip():
         return ()
-    cores: list[int] = []
-    for part in text.split(","):
+    first = stop = 0
+    for index, part in enumerate(text.split(",")):
         match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", part, re.ASCII)
         if not match:
             raise DeviceError(
                 f"{VISIBLE}={text!r}: {part!r} is neither a core nor a range; write '3', '3-6' or '3,4,5'"
             )
-        first, last = int(match[1]), int(match[2] or match[1])
-        cores += range(first, last + 1) or [first, last]
-    if cores != list(range(cores[0], cores[0] + len(cores))):
-        raise DeviceError(
-            f"{VISIBLE}={text!r}: the runtime takes cores that follow one another only, such as '3-6'; give this "
-            "process a range without gaps"
-        )
-    return tuple(cores)
+        begin, last = int(match[1]), int(match[2] or match[1])
+        if (index and begin != stop) or last < begin:
+            raise DeviceError(
+                f"{VISIBLE}={text!r}: the runtime takes cores that follow one another only, such as '3-6'; give this "
+                "process a range without gaps"
+            )
+        first, stop = first if index else begin, last + 1
+    return tuple(range(first, stop))
 
 
 @dataclass(frozen=True, slots=True)
