@@ -55,11 +55,11 @@ class SimulatedBackend:
 
     One batch at a time runs on a core; another may wait in the device's queue, as on a NeuronCore, and begins when the
     first has ended. `copy_time` seconds pass before the run, for the copies; they overlap with the run of another
-    batch. `load_time` is the time of one load. A batch that is not of the compiled size is refused
-    like on a real device. `faults` is a plan: `SimulatedBackend.fault("core", core=1, execution=3)`,
+    batch. `load_time` is the time of one load. A batch that is not of the compiled size is refused like on a real
+    device. `faults` is a plan: `SimulatedBackend.fault("core", core=1, execution=3)`,
     `SimulatedBackend.fault("input", probability=0.01)`; kinds are "input", "core", "fatal" (the exception is
-    classified so), "hang" and "slow" (`seconds` longer). `seed` makes probabilities repeatable: a core draws on where it
-    was when it is loaded again.
+    classified so), "hang" and "slow" (`seconds` longer). `seed` makes probabilities repeatable; a core that is loaded
+    again draws on from where it was.
 
     For tests, benchmarks, and planning for machines that one does not have: 24 cores of an inf2.48xlarge are
     `SimulatedBackend(cores=24, service_time=...)`.

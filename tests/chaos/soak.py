@@ -81,12 +81,17 @@ class Soak:
             cores = sum(core.state in SERVING for core in self.model.statistics().cores)
             self.core_seconds, last = self.core_seconds + cores * (now - last), now
 
+    def busy(self):
+        """Seconds that cores have executed."""
+        return sum(core.busy_seconds for core in self.model.statistics().cores)
+
     async def run(self, seconds):
         async with self.model:
             await self.traffic(time.monotonic() + min(5.0, seconds / 4))  # warm: allocators and pools have grown
             self.fates.clear()
             self.seconds.clear()
             self.rows, rss_before, threads = 0.0, rss(), threading.active_count()
+            busy_before = self.busy()
             watch = asyncio.ensure_future(self.capacity())
             sent = await self.traffic(time.monotonic() + seconds)
             watch.cancel()
@@ -100,7 +105,7 @@ class Soak:
         print(f"{sent} calls in {seconds:g} s: {dict(self.fates)}; {errors} faults of executions; {lost} lost")
         done, share = self.rows / seconds, self.rows / possible
         cores = self.model.statistics().cores
-        busy = sum(core.busy_seconds for core in cores) / (CORES * seconds)
+        busy = (self.busy() - busy_before) / (CORES * seconds)
         print(f"cores executed {busy:.1%} of the time; {sum(core.padded_rows for core in cores)} rows of padding")
         print(f"goodput {done:.0f} rows/s, {share:.1%} of what the cores in service could do")
         print(f"latency p50 {p50:.0f} ms, p99 {p99:.0f} ms, p99.9 {p999:.0f} ms")
