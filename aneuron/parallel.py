@@ -653,6 +653,7 @@ class AsyncDataParallel:
         """Refuse new calls, finish the accepted ones, free cores and threads. If cancelled, `abort()` instead.
 
         A start in progress is cancelled: what a thread is loading then is freed when it is loaded, and not waited for.
+        A core that has not closed 30 s after its last call is left to itself, with a warning in the log.
         """
         self._check_loop()
         self._close_door()

@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import contextlib
 import gc
 import json
 import logging
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from puppets import row, scenario
 
 import aneuron
@@ -118,6 +121,13 @@ def test_milliseconds_that_are_none_are_refused(value):
 def test_grpc_timeouts_that_are_none_are_refused(value):
     with pytest.raises(MalformedTimeout, match=r"grpc-timeout: .*expected up to 8 digits"):
         deadline({"grpc-timeout": value}, 100.0, None)
+
+
+@given(st.text(max_size=30), st.text(max_size=12), st.sampled_from([None, 0.0, 5.0]))
+def test_whatever_a_client_sends_is_a_time_or_malformed(milliseconds, grpc, most):
+    headers = {"x-request-timeout-ms": milliseconds, "grpc-timeout": grpc}
+    with contextlib.suppress(MalformedTimeout):
+        assert 100.0 <= deadline(headers, 100.0, most) <= 100.0 + (1e9 if most is None else most)
 
 
 # What a handler is given.

@@ -14,6 +14,9 @@ with atheris.instrument_imports(include=["aneuron.backends"]):
     from aneuron.backends import parse_device_ids
     from aneuron.backends.neuron import cores, faults, placement
 
+with atheris.instrument_imports(include=["aneuron.web.deadlines"]):
+    from aneuron.web.deadlines import MalformedTimeout, deadline
+
 from aneuron.errors import DeviceError
 
 FOLDER = tempfile.mkdtemp(prefix="aneuron-fuzz")
@@ -66,6 +69,16 @@ def status(data):
     faults.classify(RuntimeError(text))
 
 
+def headers(data):
+    names = ["x-request-timeout-ms", "grpc-timeout"]
+    sent = {name: data.ConsumeUnicodeNoSurrogates(24) for name in names if data.ConsumeBool()}
+    try:
+        until = deadline(sent, 100.0, 5.0 if data.ConsumeBool() else None)
+        assert until is None or 100.0 <= until < 1e12
+    except MalformedTimeout:
+        pass
+
+
 # Each with an input to begin with.
 TARGETS = [
     (device_ids, b"nc:12"),
@@ -73,6 +86,7 @@ TARGETS = [
     (environment, b"3-6 2"),
     (config, b'{"neuron": {"static_batch_size": 8, "dynamic_batch_size": false}}'),
     (script, b"PK\x03\x04\x14\x00 model/code/__torch__.py"),
+    (headers, b"250 3S"),
     (status, b"Failed to execute the model status=1003 message=Numerical Error"),
 ]
 
