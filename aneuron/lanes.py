@@ -89,7 +89,7 @@ class Lanes:
         self._beside = beside  # another run of the model serves on these cores until `take_over`
         self._core_ids = core_ids
         self._open: set[Lane] = set()  # lanes whose cores have not been closed; hung ones may never be
-        self.forked = False
+        self.forked = self._crashed = False
         _all.add(self)
         self.lanes = [self._new_lane(index) for index in range(len(core_ids))]
         self.clock = self.lanes[0].workers.clock
@@ -244,7 +244,7 @@ class Lanes:
             return
         for lane in self.lanes:
             if lane.counters.owner in (self, None):  # not another run of the model, on the same core
-                lane.counters.state, lane.counters.in_flight = "closed", 0
+                lane.counters.state, lane.counters.in_flight = "failed" if self._crashed else "closed", 0
         if not self.futures.calls:
             self.recovery.end()
         self._closed.set_result(None)
@@ -627,7 +627,9 @@ class Lanes:
         """A bug of ours must not leave anybody waiting, nor may a cancellation or an exit that has gone astray."""
         logger.critical("the lanes failed and are closed; please report this", exc_info=error)
         why = f"the model was closed by an internal error ({text(error)}); please report it. aclose(), then start()"
-        self.why_closed = why
+        self.why_closed, self._crashed = why, True
+        for lane in self.lanes:
+            lane.show("failed")  # whoever asks whether the process is to be restarted is to see it
         with suppress(BaseException):  # it may be what is broken, or the queue
             self.stop()
         calls = list(self.futures.calls)

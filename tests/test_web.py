@@ -271,6 +271,24 @@ async def test_readiness_ends_when_closing_begins():
     assert health.ready()[0] == 503
 
 
+@scenario
+async def test_an_internal_error_ends_life_until_the_model_is_started_again(monkeypatch):
+    backend = PuppetBackend(cores=2)
+    model = AsyncDataParallel(torch.neg, backend=backend)
+    health = Health({"net": model})
+    await model.start()
+    monkeypatch.setattr(model._lanes, "_bind", lambda now: 1 / 0)
+    with pytest.raises(Closed, match="internal error"):
+        await model(row())
+    await settle()
+    assert (health.live()[0], health.ready()[0]) == (503, 503)
+    await model.aclose()
+    await model.start()
+    assert (health.live()[0], health.ready()[0]) == (200, 200)
+    await model.aclose()
+    assert health.live()[0] == 200
+
+
 # Lifecycle.
 
 

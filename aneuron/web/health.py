@@ -18,7 +18,7 @@ class Health:
     draining: bool = False  # no new requests, please; those that come are served all the same
 
     def live(self) -> tuple[int, bytes]:
-        """Status and body: 503 when a model has lost every core for good, which only a new process heals."""
+        """Status and body: 503 when a model has lost every core for good, or has met an internal error: restart it."""
         return _answer({name: "failed" if _is_lost(model) else "live" for name, model in self.models.items()}, "live")
 
     def ready(self) -> tuple[int, bytes]:
