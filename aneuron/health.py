@@ -104,6 +104,11 @@ class Inquest(Generic[T]):
             self._decided = True
         return self.let_go() if self._decided else []
 
+    def close(self) -> list[T]:
+        """Some of its parts will not run: whoever has failed alone, or does so from now on, is to blame."""
+        self._decided = True
+        return self.let_go()
+
     def let_go(self) -> list[T]:
         """Those that are held, no longer."""
         held, self.held = self.held, []

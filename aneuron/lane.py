@@ -57,6 +57,7 @@ class Lane:
         self.kinds: dict[Shape, Hashable] = {}  # of the outputs that the example gave
         self.take: Take  # how a thread gets its next execution; set by `Lanes`
         self.ended = 0.0  # when the last execution did
+        self.since = 0.0  # when the oldest one in flight came to be the oldest
         self._backend = backend
         self._cores: dict[Shape, Core] = {}
         self._preparing = Recent()  # seconds

@@ -381,6 +381,8 @@ class Lanes:
                 if ended is not None:
                     if ended.abandoned:
                         return None
+                    if lane.in_flight[0] is ended:
+                        lane.since = now
                     lane.in_flight.remove(ended)
                     self._scheduler.release(lane.index, now, ended.batch)
                     if ended.fault is not Fault.INPUT:
@@ -496,7 +498,7 @@ class Lanes:
                 self.recovery.failed(execution, execution.error)
             elif batch.because == "rerun" or self.recovery.health[execution.lane.index].state == "suspect":
                 self.recovery.succeeded(execution)
-            self.futures.end(execution.finished, now=now)
+        self.futures.end(execution.finished, now=now)  # given up or not: they are the right ones
         # A traceback holds the worker's frames, and they the execution: no cycle, and nobody else's rows.
         execution.chunks, execution.error, execution.finished = (), None, []
         batch.chunks, batch.inquest, batch.trial = [], None, None
@@ -609,8 +611,8 @@ class Lanes:
 
     def _thread_died(self, lane: Lane, error: BaseException) -> None:
         """A worker thread has ended that was not told to: what it had in hand runs elsewhere."""
-        for execution in list(lane.in_flight):
-            self._guard(partial(self.recovery.lost, lane, [execution], error))
+        if lane.in_flight:
+            self._guard(partial(self.recovery.lost, lane, list(lane.in_flight), error))
         if not self._stopped:  # it may have had nothing in hand, and been the one to take what comes
             self._guard(partial(self.recovery.take_out, lane, error))
 
@@ -632,6 +634,9 @@ class Lanes:
             lane.show("failed")  # whoever asks whether the process is to be restarted is to see it
         with suppress(BaseException):  # it may be what is broken, or the queue
             self.stop()
+        for lane in list(self._open):
+            with suppress(BaseException):
+                self._end(lane)
         calls = list(self.futures.calls)
         for call in calls:
             with suppress(BaseException):

@@ -700,7 +700,7 @@ class AsyncDataParallel:
 
     def __del__(self) -> None:
         lanes = getattr(self, "_lanes", None)
-        if lanes is not None:
+        if lanes is not None and not lanes.forked:
             for run in (lanes, *self._retired):
                 run.stop()
             warnings.warn(

@@ -106,7 +106,7 @@ class Recovery:
     def _close_inquests(self) -> None:
         """Nothing will be run again: who has failed alone is to blame."""
         for inquest in list(self._inquests):
-            self._blame(inquest.let_go())
+            self._blame(inquest.close())
 
     def none_left(self) -> NoHealthyCores:
         """What to say while no core serves."""
@@ -150,11 +150,13 @@ class Recovery:
         batch, lane = execution.batch, execution.lane
         alone = len(execution.chunks) == 1  # a caller who has left since may be the one to blame: of those executed
         held = [Held(chunk, error, execution, lane) for chunk in chunks]
-        if not alone and self._stopped:
+        if not alone and (self._stopped or not self.in_service):
             closed = "the model was closed before it could run this call again"
-            self._host.futures.end([(call, Closed(closed)) for call, _, _ in chunks], failed=True)
-        elif not alone and not self.in_service:
-            self._host.futures.end([(call, self.none_left()) for call, _, _ in chunks], failed=True)
+            errors = [Closed(closed) if self._stopped else self.none_left() for _ in chunks]
+            calls = [call for call, _, _ in chunks]
+            self._host.futures.end(zip(calls, errors, strict=True), failed=True)
+            if batch.inquest is not None:
+                self._blame(batch.inquest.close())
         elif not alone:
             inquest = batch.inquest or Inquest[Held]()
             self._inquests.add(inquest)
@@ -172,8 +174,7 @@ class Recovery:
 
     def _conclude(self, inquest: "Inquest[Held]", guilty: list[Held]) -> None:
         """Blame the guilty; where all parts have failed on one core, ask another core about one of them."""
-        over = self._stopped or not self.in_service  # parts that have not run will not
-        self._blame([*guilty, *inquest.let_go()] if over else guilty)
+        self._blame(guilty)
         if inquest.open and self.in_service > 1:
             asked = inquest.ask()
             self._host.run_again(asked.execution, [asked.chunk], trial=inquest, avoid=asked.lane.index)
@@ -288,7 +289,7 @@ class Recovery:
         self._watch = None
         due = [now + timeout] if self._host.futures.calls else []
         for lane, executions in self._host.running():
-            since = max(executions[0].started, lane.ended)  # where a core takes several, it may have had to wait
+            since = max(executions[0].started, lane.since)  # where a core takes several, it may have had to wait
             if since + timeout > now:
                 due.append(since + timeout)
             else:
@@ -301,15 +302,17 @@ class Recovery:
         """A thread of a core does not answer any more: give up what it executes, the first of these, and the core with
         it. What the core was given besides has failed nothing: it runs elsewhere as it would have run here.
         """
-        given_up = [each for each in executions if self._host.abandon(lane, each)]
-        if not given_up:
+        first, *rest = executions
+        if not self._host.abandon(lane, first):
             return
+        given_up = [first, *(each for each in rest if self._host.abandon(lane, each))]
         lane.counters.errors += 1
         if not self._stopped:
             self.take_out(lane, error)
         for execution in given_up:
+            self._host.futures.end(execution.finished)  # its thread may have come as far as that
             chunks = [chunk for chunk in execution.chunks if not has_left(chunk[0])]
-            if execution is executions[0] or not chunks or not self.in_service or self._stopped:
+            if execution is first or not chunks or not self.in_service or self._stopped:
                 self._core_failed(execution, error, chunks)
             else:
                 was = execution.batch

@@ -5,6 +5,9 @@ import logging
 import subprocess
 import sys
 import textwrap
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -617,7 +620,7 @@ async def test_time_in_the_queue_of_a_device_does_not_count_as_a_hang():
         await settle()
         lanes = model._lanes
         await asyncio.sleep(0.9)
-        lanes.lanes[0].ended = 0.9  # an execution before it has ended just now
+        lanes.lanes[0].since = 0.9  # an execution before it has ended just now
         await asyncio.sleep(0.9)
         assert states(model) == ["ready"]
         await release_all(backend, task)
@@ -743,3 +746,137 @@ def test_the_process_ends_behind_a_hung_core():
         [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=60, check=False
     )
     assert (done.returncode, done.stdout) == (0, "CoreFailed\ndone\n"), done.stderr
+
+
+# Cores that take several executions at once, with real threads.
+
+
+class Held:
+    """A core whose executions end when they are told to, in any order."""
+
+    concurrent = True
+
+    def __init__(self, backend):
+        self.backend = backend
+
+    def execute(self, args, kwargs):
+        held = SimpleNamespace(first=args[0][0, 0].item(), rows=len(args[0]), ended=threading.Event(), error=None)
+        self.backend.held.append(held)
+        assert held.ended.wait(20.0)
+        if held.error is not None:
+            raise held.error
+        return -args[0]
+
+    def close(self):
+        pass
+
+
+class Holding:
+    """A backend of such cores."""
+
+    name, recoverable, preferred_rows = "holding", True, 32
+
+    def __init__(self, cores=1):
+        self._cores, self.held = cores, []
+
+    def cores(self):
+        return range(self._cores)
+
+    def load(self, model, core_id, batch_size):
+        return Held(self)
+
+    def classify(self, error):
+        return Fault.CORE if isinstance(error, OSError) else Fault.INPUT
+
+    async def end(self, first, error=None):
+        """End the execution whose first row is that, once it is there."""
+        await until(lambda: any(each.first == first and not each.ended.is_set() for each in self.held))
+        each = next(each for each in self.held if each.first == first and not each.ended.is_set())
+        each.error = error
+        each.ended.set()
+        await asyncio.sleep(0.02)
+
+    def end_all(self):
+        for each in self.held:
+            each.ended.set()
+
+
+async def test_parts_of_a_batch_are_not_waited_for_where_some_could_not_run_again(monkeypatch):
+    """The core goes out of service while the halves of a batch execute on it, and comes back in between."""
+    monkeypatch.setattr(health, "FIRST", 0.05)
+    backend = Holding()
+    model = AsyncDataParallel(torch.neg, backend=backend, batch_size=4, num_workers=4)
+    async with model:
+        calls = [call(model, n) for n in (1, 2, 3, 4)]
+        await backend.end(1, INPUT)  # and so its halves execute
+        other = call(model, 9, rows=4)
+        await backend.end(9, CORE)
+        assert isinstance((await asyncio.gather(other, return_exceptions=True))[0], CoreFailed)
+        await backend.end(1, INPUT)
+        await until(lambda: model._lanes.recovery.in_service)
+        await backend.end(3, INPUT)
+        for first in (3, 4):
+            await backend.end(first, INPUT)
+        async with asyncio.timeout(5.0):
+            errors = await asyncio.gather(*calls, return_exceptions=True)
+        assert [type(error) for error in errors] == [NoHealthyCores, NoHealthyCores, ValueError, ValueError]
+
+
+async def test_a_hang_is_seen_while_others_come_and_go_on_the_same_core():
+    backend = Holding()
+    model = AsyncDataParallel(torch.neg, backend=backend, batch_size=1, num_workers=2, exec_timeout=0.3)
+    async with model:
+        hung = call(model, 99)
+        await until(lambda: backend.held)
+        for n in range(100):  # two seconds
+            other = call(model, n)
+            await backend.end(n)
+            if hung.done():
+                break
+            assert (await other)[0, 0] == -n
+        assert isinstance(hung.exception(), CoreFailed)
+        await asyncio.gather(other, return_exceptions=True)
+        backend.end_all()
+
+
+async def test_what_has_ended_meanwhile_does_not_hang_and_what_is_behind_it_stays():
+    backend = Holding()
+    model = AsyncDataParallel(torch.neg, backend=backend, batch_size=1, num_workers=2)
+    async with model:
+        calls = [call(model, n) for n in (1, 2)]
+        await until(lambda: len(backend.held) == 2)
+        ((lane, executions),) = model._lanes.running()
+        await backend.end(executions[0].chunks[0][0].leaves[0][0, 0].item())
+        model._lanes.recovery.lost(lane, executions, CoreFailed("a hang", 0))
+        backend.end_all()
+        assert [y[0, 0].item() for y in await asyncio.gather(*calls)] == [-1, -2]
+        assert model.statistics().cores[0].errors == 0
+
+
+async def test_rows_that_were_handed_out_before_their_execution_was_given_up_count():
+    """A thread is between handing out its rows and saying that it has ended."""
+    backend = Holding(2)
+    model = AsyncDataParallel(torch.neg, backend=backend, batch_size=4)
+    async with model:
+        go, there = threading.Event(), []
+        for lane in model._lanes.lanes:
+
+            def take(ended, take=lane.take):
+                if ended is not None:
+                    there.append(ended)
+                    assert go.wait(20.0)
+                return take(ended)
+
+            lane.take = take
+        task = call(model, 1, rows=8)
+        await until(lambda: len(backend.held) == 2)
+        running = model._lanes.running()
+        backend.end_all()
+        while len(there) < 2:  # and the loop does not learn of it
+            time.sleep(0.001)
+        last = next(each for each in running if each[1][0].finished)
+        model._lanes.recovery.lost(*last, CoreFailed("a hang", last[0].core_id))
+        go.set()
+        assert torch.equal(await asyncio.wait_for(task, 5.0), -row(1, rows=8))
+        check_sum(model)
+        backend.end_all()

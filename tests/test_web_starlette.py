@@ -251,6 +251,7 @@ async def test_what_would_be_refused_is_refused_before_its_body_is_read():
         assert (answer.status_code, answer.json()["error"]) == (503, "QueueFull")
         assert model.statistics().calls.refused == 2
         assert (await client.get("/docs")).status_code == 200
+        assert (await client.options("/predict")).status_code == 405  # as ever: it needs no room
         for _ in asking:
             backend[0].release()
             await settle(20)
@@ -308,6 +309,9 @@ async def test_health_has_routes_that_no_other_hides():
             assert (await client.get("/livez")).status_code == 200
         assert (await client.get("/else")).status_code == 418
         assert (await client.post("/livez")).status_code == 405  # the application's answer, which takes no POST
+    transport = httpx.ASGITransport(app, root_path="/")
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        assert (await client.get("/livez")).status_code == 200
     async with client_of(Starlette(routes=[Mount("/inner", app=app)])) as client:
         assert (await client.get("/inner/livez")).status_code == 200
         assert (await client.get("/livez")).status_code == 404

@@ -52,7 +52,8 @@ def setup(
     freeze: whether `gc.freeze()` is called after the start (undone at the end), see `aneuron.web.starlette.lifespan`.
     shed: paths, and the name of the model that their requests need: `shed={"/predict": "net"}`. While that model has no
         room for another row (`max_pending`), they get their 503 before their handlers are called and their bodies read:
-        a flood leaves the server time for those that it has accepted.
+        a flood leaves the server time for those that it has accepted. Paths are compared with `request.path`, as they
+        are; `OPTIONS` passes.
 
     Errors of aneuron become problem details (RFC 9457) by the table in `aneuron.web.problems`, every other exception
     but aiohttp's own answers a 500 that says nothing; its text is in the log. How large a body may be is aiohttp's
@@ -73,7 +74,7 @@ def setup(
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         timings: Timings | None = [] if server_timing else None
         try:
-            if request.path in doors:
+            if request.path in doors and request.method != "OPTIONS":
                 doors[request.path].check_admission()
             until = deadline(request.headers, asyncio.get_running_loop().time(), max_timeout)
             request[_TERMS] = until, timings

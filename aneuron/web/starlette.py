@@ -91,8 +91,10 @@ def install(
         which None leaves as it is; a route may have another.
     shed: paths, and the name of the model that their requests need: `shed={"/predict": "net"}`. While that model has no
         room for another row (`max_pending`), they get their 503 before the application sees them and before their
-        bodies are read, for a third of the cost: a flood leaves the server time for those that it has accepted. Paths
-        are compared as they are, without parameters.
+        bodies are read, for half the cost: a flood leaves the server time for those that it has accepted. Paths are
+        compared as they are, without parameters; `OPTIONS` passes.
+
+    Middleware that is added before it sees neither what is shed nor `/livez` and `/readyz`: add it (CORS, say) after.
 
     Errors of aneuron become problem details (RFC 9457) by the table in `aneuron.web.problems`. Every other exception
     that nobody handles becomes a 500 that says nothing; its text is in the server's log. A handler of `Exception`
@@ -208,11 +210,11 @@ def _middleware(
 
     def at_once(scope: Scope) -> Response | None:
         """The answer to what the application need not see."""
-        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        path = scope["path"].removeprefix(scope.get("root_path", "").rstrip("/"))
         if path in reports and scope["method"] in ("GET", "HEAD"):
             return _report(*reports[path]())
         try:
-            if path in shed:
+            if path in shed and scope["method"] != "OPTIONS":
                 shed[path].check_admission()
         except AneuronError as error:
             return _response(problem_of(error))
