@@ -122,18 +122,25 @@ class Lane:
         """The core loaded with the shape of a batch."""
         return self._cores[size, bucket]
 
-    def widen(self, slots: int) -> float | None:
+    def widen(self, slots: int, crowded: bool) -> float | None:
         """Serve `slots` slots; the lead with which the loop may bind batches while the lane executes.
 
         A concurrent core has a thread for each slot, which are kept busy. Another has one thread, which takes its
-        next batch when the last has ended; where copying takes long a second prepares the next batch meanwhile.
+        next batch when the last has ended; where copying takes long a second prepares the next batch meanwhile. So it
+        is where all cores together are faster than Python: there more threads only wait for one another.
         """
         self._slots = slots
-        if self.concurrent:
+        if self.concurrent and not crowded:
             self.workers.grow(max(1, slots))
             return float("inf")
         self.workers.grow(1)
         return self.lead if slots > 1 and self._staging else None
+
+    @property
+    def pace(self) -> float:
+        """Executions a second, of the shape that takes longest; 0 while that is not known."""
+        slowest = max([recent.median for recent in self.counters.services.values()], default=0.0)
+        return 1 / slowest if slowest else 0.0
 
     @property
     def lead(self) -> float:

@@ -36,6 +36,7 @@ from aneuron.workers import Common, Execution, Workers, text
 
 logger = logging.getLogger("aneuron")
 
+CROWDED = 4000.0  # executions a second that the cores could do, beyond which it is Python that they wait for
 SLOW_DRAIN = 10.0  # seconds after which a drain that goes on is logged
 SLOW_CLOSE = 30.0  # seconds after which a core that does not close is left to itself
 FORKED = (
@@ -166,7 +167,8 @@ class Lanes:
         self._down = not any(serves)
         shares = iter(spread(self.slots, self.rules.cores))
         slots = [next(shares) if serves[lane.index] else 0 for lane in self.lanes]
-        leads = [lane.widen(own) if own else None for lane, own in zip(self.lanes, slots, strict=True)]
+        crowded = sum([lane.pace for lane in self.lanes if serves[lane.index]]) > CROWDED
+        leads = [lane.widen(own, crowded) if own else None for lane, own in zip(self.lanes, slots, strict=True)]
         with self._lock:
             self._scheduler.resize(slots, leads)
         self._dispatch_soon()

@@ -594,8 +594,13 @@ class AsyncDataParallel:
         new.take_over()
         drain = asyncio.get_running_loop().create_task(old.drain(), name="aneuron swap")
         self._retired[old] = drain
-        drain.add_done_callback(lambda _: self._retired.pop(old, None))
+        drain.add_done_callback(lambda _: self._forget(old))
         await asyncio.shield(drain)
+
+    def _forget(self, old: Lanes) -> None:
+        """A run that was swapped has been drained."""
+        self._retired.pop(old, None)
+        old.abort()  # there is nothing left to, unless what drained it has died
 
     async def _load_beside(self, old: Lanes, models: Models) -> Lanes:
         """The lanes of another model on the same cores; raises if a core that serves has not loaded it."""

@@ -15,7 +15,7 @@ import pytest
 import torch
 from puppets import scenario
 
-from aneuron import AsyncDataParallel, Closed, CpuBackend, DeviceError, Fault, SimulatedBackend
+from aneuron import AsyncDataParallel, Closed, CpuBackend, DeviceError, Fault, SimulatedBackend, lanes
 from aneuron.lanes import SLOW_CLOSE
 from aneuron.testing import PuppetBackend, VirtualTimeLoop, settle
 
@@ -97,6 +97,21 @@ def test_a_model_that_a_forked_process_was_given_says_so():
         [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
     )
     assert (done.stdout, done.returncode) == ("well\n", 0), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("crowded", "example", "expected"),
+    [(1e12, True, 2), (1e-3, True, 1), (1e-3, False, 2)],
+    ids=["slow cores", "together faster than Python", "nobody knows yet"],
+)
+async def test_a_second_thread_is_for_cores_that_would_wait_for_the_first(monkeypatch, crowded, example, expected):
+    monkeypatch.setattr(lanes, "CROWDED", crowded)
+    inputs = torch.ones(1, 2) if example else None
+    backend = SimulatedBackend(cores=2, service_time=0.001)
+    async with AsyncDataParallel(torch.neg, backend=backend, batch_size=4, example_inputs=inputs) as model:
+        assert len(threads()) == 2 * expected
+        x = torch.arange(400.0).reshape(200, 2)
+        assert torch.equal(await model(x), -x)
 
 
 class Gate:

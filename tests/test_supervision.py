@@ -247,6 +247,32 @@ async def test_the_log_of_a_slow_drain_dies_and_the_drain_goes_on(monkeypatch, d
     assert seen in ([], [death])  # as the loop likes it
 
 
+@every_death
+@scenario
+async def test_the_task_that_drains_a_swapped_model_dies(monkeypatch, death):
+    backend, model = served(1)
+    async with model:
+        old = model._lanes
+        first = call(model, 1, rows=9)  # a batch executes, two wait
+        await settle()
+        core = backend[0]
+        if death is BUG:
+            kill(monkeypatch, old.futures, "drained", death)
+        swap = asyncio.ensure_future(model.swap(torch.neg))
+        await settle()
+        if death is not BUG:
+            next(task for task in asyncio.all_tasks() if task.get_name() == "aneuron swap").cancel()
+        await settle()
+        assert isinstance(first.exception(), Closed)
+        await asyncio.gather(swap, return_exceptions=True)
+        core.release()
+        await settle()
+        assert core.closed
+        assert not model._retired
+        assert model.ready
+        await release_all(backend, call(model, 2))
+
+
 # The source of a map.
 
 
