@@ -154,9 +154,7 @@ class Recovery:
             closed = "the model was closed before it could run this call again"
             errors = [Closed(closed) if self._stopped else self.none_left() for _ in chunks]
             calls = [call for call, _, _ in chunks]
-            self._host.futures.end(zip(calls, errors, strict=True), failed=True)
-            if batch.inquest is not None:
-                self._blame(batch.inquest.close())
+            self._host.futures.end(zip(calls, errors, strict=True), failed=True)  # their inquest is closed already
         elif not alone:
             inquest = batch.inquest or Inquest[Held]()
             self._inquests.add(inquest)

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -858,12 +857,12 @@ async def test_rows_that_were_handed_out_before_their_execution_was_given_up_cou
     backend = Holding(2)
     model = AsyncDataParallel(torch.neg, backend=backend, batch_size=4)
     async with model:
-        go, there = threading.Event(), []
+        go, there = threading.Event(), threading.Semaphore(0)
         for lane in model._lanes.lanes:
 
             def take(ended, take=lane.take):
                 if ended is not None:
-                    there.append(ended)
+                    there.release()
                     assert go.wait(20.0)
                 return take(ended)
 
@@ -872,8 +871,8 @@ async def test_rows_that_were_handed_out_before_their_execution_was_given_up_cou
         await until(lambda: len(backend.held) == 2)
         running = model._lanes.running()
         backend.end_all()
-        while len(there) < 2:  # and the loop does not learn of it
-            time.sleep(0.001)
+        for _ in range(2):  # blocking: the loop does not learn of it
+            assert there.acquire(timeout=20.0)
         last = next(each for each in running if each[1][0].finished)
         model._lanes.recovery.lost(*last, CoreFailed("a hang", last[0].core_id))
         go.set()
