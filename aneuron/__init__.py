@@ -20,6 +20,7 @@ from aneuron.errors import (
     QueueFull,
     ShapeError,
 )
+from aneuron.marked import Rows, Shared
 from aneuron.observing import Observer
 from aneuron.parallel import AsyncDataParallel
 from aneuron.stats import Statistics, Timing
@@ -42,7 +43,9 @@ __all__ = [
     "Observer",
     "OutputError",
     "QueueFull",
+    "Rows",
     "ShapeError",
+    "Shared",
     "SimulatedBackend",
     "Statistics",
     "Timing",

@@ -5,19 +5,21 @@ Must not be here: callers' futures (futures.py), decisions (scheduler.py), how a
 
 import asyncio
 import logging
-from collections.abc import Callable, Hashable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from aneuron.backends import Backend, Core
 from aneuron.batches import Batch
+from aneuron.evidence import Evidence, Trials, identities
 from aneuron.measure import Compiled
 from aneuron.models import Shape
 from aneuron.outputs import Output, Unpad, kind
 from aneuron.rows import Call
 from aneuron.scheduler import rounded
 from aneuron.stats import CoreCounters, Recent
+from aneuron.verdicts import Seen
 from aneuron.workers import Execution, Take, Workers, warm_up
 
 logger = logging.getLogger("aneuron")
@@ -35,6 +37,7 @@ class Load:
     compiled: Compiled | None  # the example to warm up with
     packing: bool  # whether calls share batches
     dynamic: bool  # whether cores may cut batches, where that is what they do
+    evidence: Evidence  # what of the outputs has rows
     unpad: Unpad | None = None  # which outputs carry the length of their bucket
 
 
@@ -68,13 +71,10 @@ class Lane:
         """Load every shape and run the example twice on each. Blocking, in a worker thread."""
         loaded: dict[tuple[int, int | None], Core] = {}
         for (size, bucket), model in load.models.items():
-            try:
+            with _naming(size, bucket, len(load.models)):
                 key = (id(model), size)
                 core = loaded.get(key) or self._load_one(model, size, load.dynamic)
                 loaded[key] = self._cores[size, bucket] = core
-            except Exception as error:
-                _name(error, size, bucket, len(load.models))
-                raise
         self.concurrent = all(core.concurrent for core in loaded.values())
         if self.concurrent:
             self.workers.let_in_together()
@@ -95,12 +95,42 @@ class Lane:
         return self._backend.load(model, self.core_id, size)
 
     def _warm_up(self, load: Load, compiled: Compiled) -> None:
+        clock, asked = self.workers.clock, compiled.structure
+        values: dict[Shape, Any] = {}
+        seen: list[Seen] = []  # the executions in the first bucket
+        wanted = load.packing and load.evidence.wants(asked)
+        _, bucket = next(iter(load.models))
+        numbers = identities(compiled.columns(bucket), load.dim) if wanted else []
+        for shape in load.models:
+            with _naming(*shape, len(load.models)):
+                first, value, seconds = warm_up(self._cores[shape], compiled, *shape, clock)
+                rows = shape[0] or compiled.rows
+                self.counters.learn((shape[0] or rounded(rows), shape[1]), seconds, clock())
+                values[shape] = value
+                if wanted and shape[1] == bucket:
+                    order = tuple(numbers[row % compiled.rows] for row in range(rows))
+                    seen += [Seen(order, first), Seen(order, value)]
+        if wanted:
+            load.evidence.take(seen, asked, True, self._trials(load, compiled, bucket))
+        self._learn(load, compiled, values)
+
+    def _trials(self, load: Load, compiled: Compiled, bucket: int) -> Trials:
+        """What else of the example can be executed."""
+        compiled_sizes = [size for size, of in load.models if of == bucket and size is not None]
+
+        def execute(columns: list[Any], count: int) -> Any:
+            args, kwargs = compiled.arguments(columns)
+            return self._cores[count if compiled_sizes else None, bucket].execute(args, kwargs)
+
+        return Trials(compiled.columns(bucket), load.dim, compiled_sizes or None, execute, lambda: True)
+
+    def _learn(self, load: Load, compiled: Compiled, values: Mapping[Shape, Any]) -> None:
+        """Note what the outputs are like, and what in them carries the length."""
         outputs: dict[int | None, tuple[Output, int]] = {}  # by size, that of the first bucket
-        for size, bucket in load.models:
-            try:
-                value, seconds = warm_up(self._cores[size, bucket], compiled, size, bucket, self.workers.clock)
-                self.counters.learn((size or rounded(compiled.rows), bucket), seconds, self.workers.clock())
-                output = Output(value, (size or compiled.rows) if load.packing else None, load.dim, compiled.base)
+        for (size, bucket), value in values.items():
+            with _naming(size, bucket, len(load.models)):
+                output = load.evidence.marked(value, compiled.structure, size or compiled.rows, load.packing)
+                output.asked = compiled.base
                 self.kinds[size, bucket] = kind(output)
                 if not load.packing:
                     continue
@@ -110,9 +140,6 @@ class Lane:
                         load.unpad.learn(output, bucket, one, of)
                     elif len({bucket for _, bucket in load.models}) == 1:
                         load.unpad.learn(output, bucket)
-            except Exception as error:
-                _name(error, size, bucket, len(load.models))
-                raise
 
     def other(self, size: int | None, bucket: int) -> tuple[Core, int] | None:
         """Another bucket, and the core to execute it."""
@@ -179,8 +206,13 @@ class Lane:
             closed()
 
 
-def _name(error: Exception, size: int | None, bucket: int, of: int) -> None:
+@contextmanager
+def _naming(size: int | None, bucket: int, of: int) -> Iterator[None]:
     """Say in an error which of several models it came from."""
-    if of > 1:
-        rows = "any number of" if size is None else size
-        error.add_note(f"aneuron: with the model for {rows} rows" + (f", bucket {bucket}" if bucket else ""))
+    try:
+        yield
+    except Exception as error:
+        if of > 1:
+            rows = "any number of" if size is None else size
+            error.add_note(f"aneuron: with the model for {rows} rows" + (f", bucket {bucket}" if bucket else ""))
+        raise

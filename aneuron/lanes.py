@@ -22,7 +22,7 @@ from typing import Any
 
 from aneuron.backends import Backend, Fault
 from aneuron.batches import Batch
-from aneuron.errors import Closed, CoreFailed, DeviceError, QueueFull, ShapeError
+from aneuron.errors import Closed, CoreFailed, DeviceError, OutputError, QueueFull, ShapeError
 from aneuron.futures import Futures
 from aneuron.lane import TICK, Lane, Load
 from aneuron.observing import observed
@@ -80,7 +80,8 @@ class Lanes:
         self._stopped = False
         self._down = False  # no core serves
         self._watched = exec_timeout is not None
-        self._common = Common(backend, load.dim, load.unpad, threading.Lock(), self._post)
+        by_bucket = {bucket: each.sizes for bucket, each in sizes.items()}
+        self._common = Common(backend, load.dim, load.unpad, load.evidence, by_bucket, threading.Lock(), self._post)
         self._closed = self.loop.create_future()  # done when the last core is closed
         self._make_workers = getattr(backend, "workers", Workers)  # aneuron.testing has threadless ones
         self.slots = 0  # batches that may be in flight, on all lanes
@@ -147,7 +148,8 @@ class Lanes:
 
     def _is_hopeless_to_load(self, error: Exception) -> bool:
         """Whether the other cores would not load either: it is about the model, or fatal."""
-        if isinstance(error, (ValueError, TypeError, FileNotFoundError)) and not isinstance(error, DeviceError):
+        about_the_model = (ValueError, TypeError, FileNotFoundError, OutputError)
+        if isinstance(error, about_the_model) and not isinstance(error, DeviceError):
             return True
         try:
             return self._backend.classify(error) is Fault.FATAL

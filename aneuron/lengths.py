@@ -13,6 +13,7 @@ import torch
 
 from aneuron.buckets import Buckets
 from aneuron.errors import ShapeError
+from aneuron.marked import is_mark
 from aneuron.nested import Path, named
 
 Lengths = Mapping[str, float | None]  # for each input by its path what pads it, None if it has no length
@@ -60,6 +61,8 @@ def choose_pads(
 
 def size_at(leaf: Any, dim: int, buckets: Buckets) -> int | None:
     """The size at the dimension where the length stands; None where there is none, or rows are counted there."""
+    if is_mark(leaf):
+        return None
     at = buckets.dim if buckets.dim >= 0 else buckets.dim + leaf.ndim
     return leaf.shape[at] if 0 <= at < leaf.ndim and at != dim % leaf.ndim else None
 

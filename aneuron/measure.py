@@ -4,16 +4,19 @@ Lives here: looking at inputs, on the loop thread: shapes, dtypes and references
 anything that touches a tensor's data (rows.py), who runs when (scheduler.py).
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from aneuron.buckets import Buckets
 from aneuron.errors import ShapeError
 from aneuron.lengths import Lengths, Pads, check_pad, choose_pads, common_length, size_at
-from aneuron.nested import Path, is_array, paths, walk
-from aneuron.rows import BucketCall, Call, collate
+from aneuron.marked import Rows, Shared, is_mark
+from aneuron.nested import Path, children, is_array, paths, walk
+from aneuron.rows import BucketCall, Call, arguments, collate, columns
+
+T = TypeVar("T", bound=Call)
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Path]:
@@ -21,6 +24,12 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Path]:
     where = [path for index, value in enumerate(args) for path in paths(value, f"input {index}", (index,))]
     return where + [path for key in sorted(kwargs) for path in paths(kwargs[key], f"input {key!r}", (key,))]
 
+
+NO_ROWS = (
+    "the call has no tensor among its inputs, so it has no rows; pass at least one tensor or NumPy array with a batch "
+    "dimension, or aneuron.Rows([...]) with a Python object for each row"
+)
+SMALL = 4096  # bytes of shared tensors up to which equal ones are as good as the same
 
 # Of the last lone tensor: calls alike get the same object as their signature, and are found to be alike faster.
 _last: tuple[Any, Any, Any] = (None, None, None)  # shape, dtype, signature
@@ -66,6 +75,13 @@ def _measure(
     rows = 0
     shapes: list[tuple[Any, ...]] = []
     for leaf in leaves:
+        if is_mark(leaf):
+            if type(leaf) is Rows:
+                rows = rows or len(leaf)
+                if len(leaf) != rows:
+                    raise _unfit(args, kwargs, leaves, dim)
+            shapes.append((type(leaf), None if type(leaf) is Rows else shared_key(leaf.value)))
+            continue
         try:
             shape, dtype = leaf.shape, leaf.dtype
             size = shape[dim]
@@ -77,8 +93,10 @@ def _measure(
             raise _unfit(args, kwargs, leaves, dim)
         axis = dim % len(shape)
         shapes.append((*shape[:axis], shape[axis + 1 :], _dtype(dtype)))
+    if not rows:
+        raise ShapeError(NO_ROWS)
     if buckets is None:
-        return Call(rows, (structure, *shapes) if structure else shapes[0], leaves, template)
+        return _structured(Call(rows, (structure, *shapes) if structure else shapes[0], leaves, template), structure)
     where = _inputs(args, kwargs)
     sizes = [size_at(leaf, dim, buckets) for leaf in leaves]
     pads = choose_pads(where, sizes, buckets, lengths)
@@ -91,7 +109,14 @@ def _measure(
             check_pad(where[index].text, pad, dtype)
             shapes[index] = (*row[:axis], row[axis + 1 :], dtype)
     base = (structure, *shapes) if structure else shapes[0]
-    return BucketCall(rows, base, leaves, template, buckets.fit(length), length, Pads(buckets.dim, pads))
+    call = BucketCall(rows, base, leaves, template, buckets.fit(length), length, Pads(buckets.dim, pads))
+    return _structured(call, structure)
+
+
+def _structured(call: T, structure: tuple[Any, ...]) -> T:
+    if structure:
+        call.structure = structure
+    return call
 
 
 def _lone(args: tuple[torch.Tensor], buckets: Buckets, lengths: Lengths | None) -> Call | None:
@@ -117,13 +142,57 @@ def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
     except RecursionError:
         raise ShapeError("the inputs are nested too deeply, or contain themselves; pass a flatter structure") from None
     if not leaves:
-        raise ShapeError(
-            "the call has no tensor among its inputs, so it has no rows; pass at least one tensor or NumPy array "
-            "with a batch dimension"
-        )
+        raise ShapeError(NO_ROWS)
     if len(args) == 1 and len(key) == 4 and leaves[0] is args[0]:
         return leaves, (), (args, {})  # a single array: packed with calls of a single tensor
     return leaves, tuple(key), (args, ordered)
+
+
+def list_of_rows(args: tuple[Any, ...], kwargs: dict[str, Any], rows: int) -> str | None:
+    """The first plain list among the inputs that looks like one object a row and is not marked so."""
+    for name, value in [(f"input {index}", value) for index, value in enumerate(args)] + [
+        (f"input {key!r}", value) for key, value in sorted(kwargs.items())
+    ]:
+        if (found := _list_of_rows(value, name, rows)) is not None:
+            return found
+    return None
+
+
+def _list_of_rows(value: Any, name: str, rows: int) -> str | None:
+    if type(value) is list and len(value) == rows and not any(paths(value, name)):
+        return name
+    for step, child in children(value):
+        if (found := _list_of_rows(child, f"{name}[{step!r}]", rows)) is not None:
+            return found
+    return None
+
+
+def shared_key(value: Any) -> Hashable:
+    """Equal for shared inputs with which calls may share a batch: the same tensors, or equal and small ones."""
+    leaves: list[Any] = []
+    key: list[Any] = []
+    walk(value, leaves, key, [])
+    for leaf in leaves:
+        if is_mark(leaf):
+            raise ShapeError(f"Shared(...) has {leaf!r} in it: marks do not nest; an input is one or the other")
+        if isinstance(leaf, torch.Tensor) and not (leaf.is_cpu and leaf.layout is torch.strided):
+            raise ShapeError(f"Shared(...) has a tensor on {leaf.device} ({leaf.layout}); pass a dense host tensor")
+    small = sum([leaf.nbytes for leaf in leaves]) <= SMALL
+    contents = [
+        (tuple(leaf.shape), _dtype(leaf.dtype), _content(leaf) if small else _identity(leaf)) for leaf in leaves
+    ]
+    return tuple(key), tuple(contents)
+
+
+def _content(leaf: Any) -> Hashable:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if leaf.numel() else b""
+    return leaf.tobytes()  # type: ignore[no-any-return]
+
+
+def _identity(leaf: Any) -> Hashable:
+    changes = leaf._version if isinstance(leaf, torch.Tensor) and not leaf.is_inference() else 0
+    return id(leaf), changes
 
 
 def _dtype(dtype: Any) -> torch.dtype:
@@ -144,6 +213,10 @@ def _unfit(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], dim
     names = [path.text for path in _inputs(args, kwargs)]
     sizes: dict[str, int] = {}
     for name, leaf in zip(names, leaves, strict=True):
+        if is_mark(leaf):
+            if type(leaf) is Rows:
+                sizes[name] = len(leaf)
+            continue
         if isinstance(leaf, torch.Tensor):
             if leaf.is_nested or leaf.layout is not torch.strided:
                 layout = "nested" if leaf.is_nested else leaf.layout
@@ -169,7 +242,8 @@ def _unfit(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], dim
     said = ", ".join(f"{name} has {rows}" for name, rows in sizes.items())
     return ShapeError(
         f"the inputs have unequal rows along dim {dim}: {said}; every tensor needs the same number "
-        "(x.expand(rows, ...) repeats one row without a copy)"
+        "(x.expand(rows, ...) repeats one row without a copy; wrap what belongs to all rows, as a table does, in "
+        "aneuron.Shared(x))"
     )
 
 
@@ -198,6 +272,9 @@ class Compiled:
             raise ShapeError(f"the model was compiled for {_listed(self._names)}; this call has {_listed(names)}")
         expected = dict(zip(self._names, self.leaves, strict=True))  # by name: dicts may come in another order
         for name, leaf in zip(names, call.leaves or (), strict=True):
+            if is_mark(leaf) or is_mark(expected[name]):
+                _check_mark(name, leaf, expected[name])
+                continue
             shape, wanted_shape, free = tuple(leaf.shape), tuple(expected[name].shape), self._free(name)
             dtype, wanted = _dtype(leaf.dtype), _dtype(expected[name].dtype)
             if _fixed(shape, free) != _fixed(wanted_shape, free):
@@ -227,6 +304,34 @@ class Compiled:
         times, rest = divmod(rows or have, have)
         chunks = [(self._call, 0, have)] * times + [(self._call, 0, rest)] * bool(rest)
         return collate(chunks, [self.leaves] * len(chunks), self._call.template, rows or have, self._dim, bucket)
+
+    def columns(self, bucket: int) -> list[Any]:
+        """The example inputs one after the other, as they are but for their length. Worker thread."""
+        return columns([(self._call, 0, self.rows)], [self.leaves], self.rows, self._dim, bucket)
+
+    def arguments(self, joined: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of an execution of inputs like these, in what the example's stand in."""
+        return arguments(self._call.template, joined)
+
+    @property
+    def structure(self) -> tuple[Any, ...]:
+        """What is around the inputs."""
+        return self._call.structure
+
+
+def _check_mark(name: str, leaf: Any, expected: Any) -> None:
+    """A marked input must be marked as in the example, with tensors of the same shapes and dtypes if it is shared."""
+    if type(leaf) is not type(expected) and (is_mark(leaf) != is_mark(expected) or is_mark(leaf)):
+        said, wanted = (type(each).__name__ for each in (leaf, expected))
+        raise ShapeError(f"{name} is a {said}, in example_inputs it is a {wanted}: pass it as it is there")
+    if type(leaf) is Shared and (have := _form(leaf.value)) != (form := _form(expected.value)):
+        raise ShapeError(f"{name} is shared and has tensors {have}; the model was compiled for {form}")
+
+
+def _form(value: Any) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    leaves: list[Any] = []
+    walk(value, leaves, [], [])
+    return [(tuple(leaf.shape), _dtype(leaf.dtype)) for leaf in leaves]
 
 
 def _base(call: Call) -> Any:

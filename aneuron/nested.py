@@ -1,6 +1,7 @@
 """Nested structures: any nesting of tuples, lists, dicts, named tuples and dataclasses of tensors and NumPy arrays.
 
-Lives here: the walk over a structure and the way back. Must not be here: shapes, rows, anything done to a tensor.
+Lives here: the walk over a structure and the way back; a marked value (marked.py) is a leaf like a tensor. Must not be
+here: shapes, rows, anything done to a tensor.
 
 torch's own pytree knows no dataclasses and costs 6.5 us a tensor; optree takes dataclasses and subclasses of dict and
 list as leaves. Hence the short walk below. Hugging Face's outputs are dicts.
@@ -9,11 +10,13 @@ list as leaves. Hence the short walk below. Hugging Face's outputs are dicts.
 import copy
 import sys
 from collections import UserDict
-from collections.abc import Container, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
+
+from aneuron.marked import Rows, Shared, is_mark
 
 
 class _Opened(NamedTuple):
@@ -67,9 +70,9 @@ def walk(value: Any, leaves: list[Any], key: list[Any], constants: list[Any], by
     `by_name`, named tuples are described by their name and fields, not by their class: TorchScript makes a class anew
     for each one that it returns.
     """
-    if isinstance(value, torch.Tensor) or is_array(value):
+    if is_leaf(value):
         leaves.append(value)
-        key.append(torch.Tensor)
+        key.append(type(value) if is_mark(value) else torch.Tensor)
         return
     opened = _open(value)
     if opened is None:
@@ -87,12 +90,17 @@ def walk(value: Any, leaves: list[Any], key: list[Any], constants: list[Any], by
 
 def fill(template: Any, values: Iterator[Any]) -> Any:
     """A copy of a structure with its tensors replaced, in the order of the walk."""
-    if isinstance(template, torch.Tensor) or is_array(template):
+    if is_leaf(template):
         return next(values)
     opened = _open(template)
     if opened is None:
         return template
     items = [fill(child, values) for _, child in opened.items]
+    return _rebuild(template, opened, items, [fill(child, values) for _, child in opened.attributes])
+
+
+def _rebuild(template: Any, opened: _Opened, items: list[Any], attributes: list[Any]) -> Any:
+    """A container like another, with other things in it."""
     kind = type(template)
     twin: Any
     if isinstance(template, tuple):
@@ -104,26 +112,61 @@ def fill(template: Any, values: Iterator[Any]) -> Any:
         twin = copy.copy(template)
         for (name, _), child in zip(opened.items, items, strict=True):
             twin[name] = child
-    for name, child in opened.attributes:
-        object.__setattr__(twin, name, fill(child, values))
+    for (name, _), child in zip(opened.attributes, attributes, strict=True):
+        object.__setattr__(twin, name, child)
     return twin
+
+
+Steps = tuple[Any, ...]  # indices, keys and attributes on the way to a place in a structure
+Marks = Mapping[Steps, type[Rows[Any]] | type[Shared[Any]]]
+
+
+def mark(value: Any, marks: Marks, steps: Steps = ()) -> Any:
+    """A copy of a structure with marks around what stands at some places; what is not there is not marked."""
+    if (as_what := marks.get(steps)) is not None and not is_mark(value):
+        return as_what(value) if as_what is Shared or len(value) else value
+    opened = None if is_leaf(value) else _open(value)
+    if opened is None:
+        return value
+    items = [mark(child, marks, (*steps, step)) for step, _, child in _items(value, opened)]
+    attributes = [mark(child, marks, (*steps, name)) for name, child in opened.attributes]
+    return _rebuild(value, opened, items, attributes)
+
+
+def children(value: Any) -> list[tuple[Any, Any]]:
+    """What is in a container, each with the step that leads to it; nothing is in a leaf."""
+    opened = None if is_leaf(value) else _open(value)
+    if opened is None:
+        return []
+    return [(step, child) for step, _, child in _items(value, opened)] + opened.attributes
+
+
+def _items(value: Any, opened: _Opened) -> Iterator[tuple[Any, str, Any]]:
+    """The items of a container: the step to each, the same in words, and the item."""
+    names = getattr(value, "_fields", ()) if isinstance(value, tuple) else ()
+    for index, child in opened.items:
+        step, text = (names[index], f".{names[index]}") if names else (index, f"[{index!r}]")
+        yield step, text, child
 
 
 class Path(NamedTuple):
     """Where a tensor stands: in words, and the indices, keys and attributes on the way to it."""
 
     text: str
-    steps: tuple[Any, ...]
+    steps: Steps
+
+    @property
+    def name(self) -> str:
+        """What a user may call it: the last name on the way to it, or else the text."""
+        return self.steps[-1] if self.steps and isinstance(self.steps[-1], str) else self.text
 
 
 def paths(value: Any, name: str, steps: tuple[Any, ...] = ()) -> Iterator[Path]:
     """Where a structure's tensors stand, in the order of the walk; for messages, and to be named by users."""
-    if isinstance(value, torch.Tensor) or is_array(value):
+    if is_leaf(value):
         yield Path(name, steps)
     elif (opened := _open(value)) is not None:
-        names = getattr(value, "_fields", ()) if isinstance(value, tuple) else ()
-        for index, child in opened.items:
-            step, text = (names[index], f".{names[index]}") if names else (index, f"[{index!r}]")
+        for step, text, child in _items(value, opened):
             yield from paths(child, name + text, (*steps, step))
         for attribute, child in opened.attributes:
             yield from paths(child, f"{name}.{attribute}", (*steps, attribute))
@@ -134,6 +177,11 @@ def named(key: str | int, where: Sequence[Path]) -> list[int]:
     if isinstance(key, int):
         return [key] if key < len(where) else []
     return [index for index, path in enumerate(where) if key == path.text or key in path.steps]
+
+
+def is_leaf(value: Any) -> bool:
+    """Whether a value is a tensor or an array, or marked."""
+    return isinstance(value, torch.Tensor) or is_array(value) or is_mark(value)
 
 
 def is_array(value: Any) -> bool:

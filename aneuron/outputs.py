@@ -12,46 +12,68 @@ import torch
 
 from aneuron.buckets import Buckets
 from aneuron.errors import OutputError
-from aneuron.nested import named, paths, walk
+from aneuron.marked import Rows, Shared
+from aneuron.nested import Marks, Path, mark, named, paths, walk
 
 Carried = tuple[tuple[int, ...], ...]  # for each tensor of an output the dims where the length stands: none, mostly one
 
 
 class Output:
-    """What the model returned for a batch, looked through: every tensor must have the batch's rows along `dim`.
+    """What the model returned for a batch, looked through: its tensors on the host, and what is marked in it.
 
-    `size` is the number of rows of the batch, None where any number will do; `asked` tells kinds of calls apart, whose
-    outputs may mean different things. Raises `OutputError`.
+    `size` is the number of rows of the batch, None where it is not to be checked yet; `asked` tells kinds of calls
+    apart, whose outputs may mean different things; `marks` says where lists with an entry a row stand (`Rows`), and
+    what all callers get (`Shared`). `constants` are what is neither. Raises `OutputError`.
     """
 
-    def __init__(self, value: Any, size: int | None, dim: int, asked: Hashable = None) -> None:
-        self.value = value
+    def __init__(self, value: Any, size: int | None, dim: int, asked: Hashable = None, marks: Marks = {}) -> None:  # noqa: B006  # never written to
+        self.value = value = mark(value, marks) if marks else value
         self.dim = dim
         self.asked = asked
-        self.leaves: list[torch.Tensor] = []
+        self.leaves: list[Any] = []
         self.structure: list[Any] = []
-        constants: list[Any] = []
+        self.constants: list[Any] = []
         if type(value) is torch.Tensor:
             self.leaves, self.structure = [value], [torch.Tensor]  # what the walk would find
         else:
-            walk(value, self.leaves, self.structure, constants, by_name=True)
-        self.leaves = [checked(leaf, size, dim) for leaf in self.leaves]
-        for constant in constants:
+            walk(value, self.leaves, self.structure, self.constants, by_name=True)
+        self.leaves = [leaf if isinstance(leaf, (Rows, Shared)) else checked(leaf, None, dim) for leaf in self.leaves]
+        if size is not None:
+            self.check(size)
+
+    def check(self, size: int) -> None:
+        """Raise `OutputError` unless everything in it can be cut into `size` rows."""
+        for leaf in self.leaves:
+            if isinstance(leaf, Rows):
+                if len(leaf) != size:
+                    raise OutputError(f"the model returned a list of {len(leaf)} entries for a batch of {size} rows")
+            elif not isinstance(leaf, Shared):
+                checked(leaf, size, self.dim)
+        for constant in self.constants:
             if constant is not None:
                 raise OutputError(
-                    f"the model returned a {type(constant).__name__} ({constant!r:.60}); only tensors with the batch's "
-                    "rows can be handed out to the calls that shared the batch: return tensors, and None where there "
-                    "is nothing"
+                    f"the model returned a {type(constant).__name__} ({constant!r:.60}); only tensors and lists with "
+                    "the batch's rows can be handed out to the calls that shared the batch: return these, and None "
+                    "where there is nothing; outputs={name: 'whole'} gives a value to every caller"
                 )
-        if not self.leaves and size is not None:
+        if not self.leaves:
             raise OutputError("the model returned no tensor; every call needs its rows of at least one")
+
+    def paths(self) -> list[Path]:
+        """Where its tensors and marks stand, in the order of `leaves`."""
+        return list(paths(self.value, "output"))
 
 
 def kind(output: Output) -> Hashable:
     """What an output is like, whatever its rows: structure, and the shapes and dtypes of one row."""
-    dims = [output.dim % leaf.ndim for leaf in output.leaves]
-    rows = [(*leaf.shape[:dim], *leaf.shape[dim + 1 :]) for leaf, dim in zip(output.leaves, dims, strict=True)]
-    return tuple(output.structure), tuple(zip(rows, (leaf.dtype for leaf in output.leaves), strict=True))
+    rows: list[Any] = []
+    for leaf in output.leaves:
+        if isinstance(leaf, torch.Tensor):
+            dim = output.dim % leaf.ndim if leaf.ndim else 0
+            rows.append(((*leaf.shape[:dim], *leaf.shape[dim + 1 :]), leaf.dtype))
+        else:
+            rows.append(type(leaf))
+    return tuple(output.structure), tuple(rows)
 
 
 def checked(leaf: Any, size: int | None, dim: int) -> torch.Tensor:
@@ -62,7 +84,7 @@ def checked(leaf: Any, size: int | None, dim: int) -> torch.Tensor:
         except TypeError:
             raise OutputError(
                 f"the model returned a NumPy array of dtype {leaf.dtype} (objects, one a row?), which cannot become a "
-                "tensor; return tensors"
+                "tensor; return tensors, or a list with an entry for each row"
             ) from None
     if leaf.layout is not torch.strided or leaf.is_nested or leaf.is_meta:
         kind = leaf.layout if leaf.layout is not torch.strided else "nested" if leaf.is_nested else "meta"
@@ -70,8 +92,8 @@ def checked(leaf: Any, size: int | None, dim: int) -> torch.Tensor:
     if size is not None and (not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != size):
         raise OutputError(
             f"the model returned a tensor of shape {tuple(leaf.shape)} for a batch of {size} rows; every output tensor "
-            f"needs that many along dim {dim}, so that each call can be given its own (a value for the whole batch, or "
-            "a list with an object a row, needs disable_dynamic_batching())"
+            f"needs that many along dim {dim}, so that each call can be given its own (a value for the whole batch "
+            "needs outputs={name: 'whole'}, or disable_dynamic_batching())"
         )
     host: torch.Tensor = leaf if leaf.is_cpu else leaf.cpu()
     return host
@@ -103,8 +125,11 @@ def carriers(one: Output, bucket_one: int, other: Output, bucket_other: int) -> 
             f"the model returned different structures for buckets {bucket_one} and {bucket_other}, so it cannot be "
             f"learnt which outputs carry the length; {NAME_THEM}"
         )
-    carried = []
-    for path, ours, theirs in zip(paths(one.value, "output"), one.leaves, other.leaves, strict=True):
+    carried: list[tuple[int, ...]] = []
+    for path, ours, theirs in zip(one.paths(), one.leaves, other.leaves, strict=True):
+        if not isinstance(ours, torch.Tensor):  # what is in lists is the model's affair
+            carried.append(())
+            continue
         sizes = list(zip(ours.shape, theirs.shape, strict=False))
         dims = tuple(dim for dim, (size, size_other) in enumerate(sizes) if size != size_other)
         if ours.ndim != theirs.ndim or any(sizes[dim] != (bucket_one, bucket_other) for dim in dims):
@@ -144,7 +169,7 @@ class Unpad:
         for index, (leaf, dims) in enumerate(zip(output.leaves, carried, strict=True)):
             if any(leaf.shape[dim] != bucket for dim in dims):
                 raise OutputError(
-                    f"{list(paths(output.value, 'output'))[index].text} has shape {tuple(leaf.shape)} in bucket "
+                    f"{output.paths()[index].text} has shape {tuple(leaf.shape)} in bucket "
                     f"{bucket}, but was to carry the length along dim {', '.join(map(str, dims))}; {NAME_THEM}"
                 )
         return carried
@@ -170,8 +195,10 @@ class Unpad:
 
     def _lone(self, one: Output, bucket: int) -> Carried:
         """Nothing carries the length, or it cannot be known."""
-        for path, leaf in zip(paths(one.value, "output"), one.leaves, strict=True):
-            if bucket in (size for dim, size in enumerate(leaf.shape) if dim != one.dim % leaf.ndim):
+        for path, leaf in zip(one.paths(), one.leaves, strict=True):
+            if isinstance(leaf, torch.Tensor) and bucket in (
+                size for dim, size in enumerate(leaf.shape) if dim != one.dim % leaf.ndim
+            ):
                 raise OutputError(
                     f"{path.text} has shape {tuple(leaf.shape)} in bucket {bucket}, with no other of its batch "
                     f"size to compare: whether that is the length or an equal number cannot be known; {NAME_THEM}"
@@ -181,7 +208,7 @@ class Unpad:
     def _said(self, output: Output) -> Carried:
         """What the user said, for an output."""
         unpad = self._buckets.unpad or ()
-        where = list(paths(output.value, "output"))
+        where = output.paths()
         carried: list[tuple[int, ...]] = [()] * len(where)
         for key in unpad:
             found = named(key, where)
@@ -189,7 +216,7 @@ class Unpad:
             if not found:
                 there = ", ".join(f"{index}: {path.text}" for index, path in enumerate(where))
                 raise OutputError(f"unpad={unpad!r}: the model returned no {key!r}; there are {there}")
-            for index in found:
+            for index in (each for each in found if isinstance(output.leaves[each], torch.Tensor)):
                 carried[index] = self._checked_dims(output, where[index].text, output.leaves[index], dims)
         return tuple(carried)
 
@@ -207,4 +234,4 @@ class Unpad:
 
 
 def _key(output: Output) -> Hashable:
-    return (output.asked, tuple(output.structure), *(leaf.ndim for leaf in output.leaves))
+    return (output.asked, tuple(output.structure), *(leaf.ndim for leaf in output.leaves if hasattr(leaf, "ndim")))

@@ -25,9 +25,10 @@ from aneuron.backends import (
 from aneuron.buckets import Buckets
 from aneuron.bulk import Map
 from aneuron.errors import Closed, DeadlineExceeded, DeviceError, ShapeError
+from aneuron.evidence import Evidence, check_declared
 from aneuron.lane import Load
 from aneuron.lanes import FORKED, Lanes
-from aneuron.measure import Compiled, measure
+from aneuron.measure import Compiled, list_of_rows, measure
 from aneuron.models import Models
 from aneuron.observing import Observer, Trace
 from aneuron.outputs import Unpad
@@ -100,6 +101,13 @@ class AsyncDataParallel:
     min_cores: how many of the cores must load the model to start; None: all. Below it the start fails, with the error
         of the first, and what was loaded is freed; else those that failed stay out, with a warning in the log. `ready`
         asks for as many, or for one where it is None.
+    outputs: what is known of the outputs, by name, position among the tensors, or path as errors print it:
+        `{"prototypes": "whole"}` for what does not have the batch's rows, of which each caller gets a copy of its own;
+        `"rows"` for what has them, without evidence.
+    check_rows: whether it is found out which outputs have a row for each row of the batch, rather than guessed from
+        equal numbers: by at most two executions more of other rows, at warm-up from `example_inputs`, else when the
+        first two different rows share a batch. It also warns, in the log, of rows that influence one another. False:
+        shapes decide.
 
     Raises, from the call: `ShapeError` for inputs that do not fit, `QueueFull`, `Closed`, `CoreFailed`, `OutputError`
     for outputs that cannot be handed out, `RuntimeError` when used from a second event loop, and whatever the model
@@ -140,6 +148,8 @@ class AsyncDataParallel:
         buckets: Buckets | None = None,
         exec_timeout: float | None = None,
         min_cores: int | None = None,
+        outputs: Mapping[str | int, str] | None = None,
+        check_rows: bool = True,
     ) -> None:
         self._lanes: Lanes | None = None
         self._starting: _Start | None = None
@@ -165,10 +175,12 @@ class AsyncDataParallel:
         if self._exec_timeout == 0:
             raise ValueError("exec_timeout=0: expected seconds, more than the longest execution takes, or None")
         self._min_cores = _count("min_cores", min_cores)
+        self._outputs, self._check_rows = check_declared(outputs), bool(check_rows)
         self._packing = bool(set_dynamic_batching) and dim == 0
         self._example = self._read_example(example_inputs)
         self._compiled = self._example if self._models.compiled else None
         self._lengths = self._example.lengths if self._example is not None else None
+        self._warned_of_list = False
         self._checked: Hashable = None  # the signature of the last call that was found to fit
         self._sizes: Mapping[int, Sizes] = {}  # of this run of the model, which learns them
         self._swapping = False
@@ -291,6 +303,8 @@ class AsyncDataParallel:
         rules = lanes.rules
         if rules.batch_size is None or rules.split_size is not None or not rules.packing:
             call.cut = self._cut(call, rules)
+        if call.structure and call.rows > 1 and not self._warned_of_list:
+            self._look_for_list(call, rules, inputs, kwargs)
         if terms is not None:
             call.terms = terms
         if trace is not None:
@@ -340,6 +354,19 @@ class AsyncDataParallel:
         if not rules.packing:
             call.signature = (None, call.signature)  # apart from calls that share batches
         return cut
+
+    def _look_for_list(self, call: Call, rules: Rules, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Warn once of a list that is given whole to each piece of a call, and looks as if it had an entry a row."""
+        cut = call.cut.count(call.rows) > 1 or call.rows > (rules.batch_size or call.rows)
+        name = list_of_rows(inputs, kwargs, call.rows) if cut else None
+        if name is not None:
+            self._warned_of_list = True
+            warnings.warn(
+                f"{name} is a list of {call.rows} entries, as many as the call has rows; the call is cut into pieces, "
+                "and each is given the whole list. If it has an entry for each row pass aneuron.Rows(...), if not "
+                "aneuron.Shared(...) or a tuple",
+                stacklevel=3,
+            )
 
     def disable_dynamic_batching(self) -> None:
         """Neither pack nor pad the calls made from now on: `rows / cores` must equal the compiled rows, if known.
@@ -534,7 +561,8 @@ class AsyncDataParallel:
             max_delay=self._max_delay,
         )
         unpad = Unpad(self._buckets) if self._buckets is not None else None
-        load = Load(models.by_shape(self._dim), self._dim, self._example, packing, self._packing, unpad)
+        evidence = Evidence(self._dim, self._outputs, self._check_rows and getattr(backend, "probes", True))
+        load = Load(models.by_shape(self._dim), self._dim, self._example, packing, self._packing, evidence, unpad)
         sizes = models.sizes(self._dim)
         return Lanes(backend, ids, rules, load, sizes, self._counters, self._exec_timeout, beside)
 

@@ -287,7 +287,8 @@ class Recovery:
         self._watch = None
         due = [now + timeout] if self._host.futures.calls else []
         for lane, executions in self._host.running():
-            since = max(executions[0].started, lane.since)  # where a core takes several, it may have had to wait
+            oldest = executions[0]
+            since = max(oldest.started, oldest.since, lane.since)  # where a core takes several, it may have had to wait
             if since + timeout > now:
                 due.append(since + timeout)
             else:

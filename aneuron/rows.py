@@ -6,13 +6,15 @@ decisions about who runs when.
 
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
+from itertools import accumulate
 from typing import Any
 
 import torch
 
 from aneuron.errors import OutputError
 from aneuron.lengths import Pads, padded
-from aneuron.nested import fill
+from aneuron.marked import Rows, Shared
+from aneuron.nested import fill, is_array, walk
 from aneuron.outputs import Carried, Output, checked, tensor
 from aneuron.waiting import Chunk, Waiting
 
@@ -26,6 +28,7 @@ class Call(Waiting):
 
     future: Any  # the lanes alone touch it; set on admission
     template: Any = None  # (args, kwargs); None for a single tensor
+    structure: tuple[Any, ...] = ()  # what is around its tensors; empty for a single one
     parts: "Parts | None" = None
     timer: Any = None  # that ends a call with a deadline
     trace: Any = None  # where the lanes note how the call was run, if anybody asks
@@ -74,32 +77,38 @@ class Parts:
         self._counted: set[int] = set()  # first rows of the chunks that are there
         self._dim = output.dim
         self._structure = output.structure
-        self._pieces: dict[int, list[torch.Tensor]] = {}  # by first row
-        self._whole: list[torch.Tensor] | None = None
+        self._pieces: dict[int, list[Any]] = {}  # by first row
+        self._whole: list[Any] | None = None
         self.result: Any = None
 
-    def place(self, start: int, output: Output, leaves: list[torch.Tensor], guard: Guard) -> None:
-        """Copy output rows to their place in the result, from row `start` on."""
+    def place(self, start: int, output: Output, leaves: list[Any], guard: Guard) -> None:
+        """Copy output rows to their place in the result, from row `start` on. What is shared comes from the first."""
         with guard:
             if self._whole is None:
-                whole = [_room(leaf, self._rows, self._dim) for leaf in leaves]
+                pairs = zip(output.leaves, leaves, strict=True)
+                whole = [leaf if isinstance(of, Shared) else _room(leaf, self._rows, self._dim) for of, leaf in pairs]
                 self.result = fill(output.value, iter(whole))
                 self._whole = whole
         self._check_structure(output)
         _check_alike([self._whole, leaves], self._dim)
-        for whole_leaf, leaf in zip(self._whole, leaves, strict=True):
-            whole_leaf.narrow(self._dim, start, leaf.shape[self._dim]).copy_(leaf)
+        for of, whole_leaf, leaf in zip(output.leaves, self._whole, leaves, strict=True):
+            if isinstance(of, Rows):
+                whole_leaf[start : start + len(leaf)] = leaf
+            elif not isinstance(of, Shared):
+                whole_leaf.narrow(self._dim, start, leaf.shape[self._dim]).copy_(leaf)
 
     def append(self, start: int, output: Output) -> None:
         """Keep the output of a piece, whatever its size, for `join`."""
         self._check_structure(output)
-        self._pieces[start] = [leaf.clone(memory_format=torch.contiguous_format) for leaf in output.leaves]
+        self._pieces[start] = [_keep(leaf) for leaf in output.leaves]
 
     def join(self, output: Output) -> None:
-        """Join the pieces along `dim`, as they came."""
+        """Join the pieces along `dim`, as they came; the only one is the result, whatever it is."""
         pieces = [piece for _, piece in sorted(self._pieces.items())]
-        _check_alike(pieces, self._dim)
-        self.result = fill(output.value, iter(_concatenate(pieces, self._dim)))
+        if len(pieces) > 1:
+            _check_alike(pieces, self._dim)
+            _check_joinable(output)
+        self.result = fill(output.value, iter(_concatenate(output, pieces, self._dim)))
 
     def count(self, start: int, rows: int, guard: Guard) -> bool:
         """Count rows that have their results; whether the last have. Once a chunk: a batch may run twice."""
@@ -130,21 +139,23 @@ def gather(chunks: Sequence[Chunk[Call]]) -> tuple[Sequence[Chunk[Call]], list[S
     return chunks, inputs, templates[0] if templates else None
 
 
-def collate(
-    chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], template: Any, size: int, dim: int, bucket: int = 0
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The model's arguments for a batch: the chunks' rows one after the other, padded to `size` rows.
+def columns(
+    chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], size: int, dim: int, bucket: int = 0
+) -> list[Any]:
+    """A batch's inputs, one after the other: the chunks' rows, padded to `size` rows. `inputs` are the calls' tensors.
 
-    `inputs` are the calls' tensors, `template` is what they stand in. Padding repeats the last row: zeros can be
-    outside the model's domain. With `bucket`, inputs that have a length are padded to it (or cut, to see what a model
-    makes of a shorter one). The tensors are the batch's own, contiguous and aligned, whoever shares it: a row's
-    result does not depend on how its neighbours lay in memory, and a model that writes to its input writes to no
-    caller's.
+    Padding repeats the last row: zeros can be outside the model's domain. With `bucket`, inputs that have a length are
+    padded to it (or cut, to see what a model makes of a shorter one). The tensors are the batch's own, contiguous and
+    aligned, whoever shares it: a row's result does not depend on how its neighbours lay in memory, and a model that
+    writes to its input writes to no caller's. What is `Shared` is the first call's; `Rows` become a list.
     """
-    joined = []
+    joined: list[Any] = []
     pads = chunks[0][0].pads if bucket else None
     rows = sum([stop - start for _, start, stop in chunks])
     for index, column in enumerate(zip(*inputs, strict=True)):
+        if (kind := type(column[0])) is Rows or kind is Shared:
+            joined.append(column[0] if kind is Shared else _objects(chunks, column, size))
+            continue
         pieces = [
             leaf if stop - start == call.rows and type(leaf) is torch.Tensor else _piece(leaf, start, stop, dim)
             for (call, start, stop), leaf in zip(chunks, column, strict=True)
@@ -157,9 +168,37 @@ def collate(
             pieces += [row] * (size - rows)
         whole = torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].clone(memory_format=torch.contiguous_format)
         joined.append(whole if whole.is_contiguous() else whole.contiguous())
+    return joined
+
+
+def arguments(template: Any, joined: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The model's arguments: the inputs of a batch, in what they stand in."""
     if template is None:
         return (joined[0],), {}
-    return fill(template, iter(joined))  # type: ignore[no-any-return]
+    values = [_unmarked(each.value) if type(each) is Shared else each for each in joined]
+    return fill(template, iter(values))  # type: ignore[no-any-return]
+
+
+def collate(
+    chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], template: Any, size: int, dim: int, bucket: int = 0
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The model's arguments for a batch: its `columns`, in what they stand in."""
+    return arguments(template, columns(chunks, inputs, size, dim, bucket))
+
+
+def _objects(chunks: Sequence[Chunk[Call]], column: Sequence[Any], size: int) -> list[Any]:
+    """The objects of a batch's rows; the last one is repeated."""
+    objects = [each for (_, start, stop), own in zip(chunks, column, strict=True) for each in own[start:stop]]
+    return objects + objects[-1:] * (size - len(objects))
+
+
+def _unmarked(value: Any) -> Any:
+    """What is shared, as the model gets it: arrays as tensors, like everywhere."""
+    leaves: list[Any] = []
+    walk(value, leaves, [], [])
+    if not any(map(is_array, leaves)):
+        return value
+    return fill(value, iter([tensor(leaf) if is_array(leaf) else leaf for leaf in leaves]))
 
 
 def _piece(leaf: Any, start: int, stop: int, dim: int) -> torch.Tensor:
@@ -175,9 +214,9 @@ def scatter(
 ) -> list[Finished]:
     """Hand the rows of a batch's output to its calls, each in storage of its own; the calls that are complete now.
 
-    With `cut`, what has the length of the batch's bucket is cut back to each call's own. Raises `OutputError` if the
-    output does not have the batch's rows. Rows count as handed out when all of the batch
-    are: if one call's cannot be, the batch will run again in parts.
+    `value` is a single tensor, or an `Output`. With `cut`, what has the length of the batch's bucket is cut back to
+    each call's own. Raises `OutputError` if the output does not have the batch's rows. Rows count as handed out when
+    all of the batch are: if one call's cannot be, the batch will run again in parts.
     """
     if not chunks[0][0].cut.shared:
         return _keep_piece(value, chunks[0], dim, guard, cut)
@@ -189,15 +228,15 @@ def scatter(
         copies = _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, False, *(cut or ()))
         return list(zip(calls, copies, strict=True))
     spread = [] if whole else [chunk for chunk, own in zip(chunks, sizes, strict=True) if own != chunk[0].rows]
-    output = Output(value, size, dim)
+    output = value if isinstance(value, Output) else Output(value, size, dim)
     split = [
-        _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, bool(spread), dims)
+        _cut_up(leaf, rows, chunks, sizes, dim, bool(spread), dims)
         for leaf, dims in zip(output.leaves, cut or [()] * len(output.leaves), strict=True)
     ]
     finished: list[Finished] = []
     for (call, start, stop), *leaves in zip(chunks, *split, strict=True):
         if stop - start == call.rows:
-            finished.append((call, leaves[0] if value is output.leaves[0] else fill(value, iter(leaves))))
+            finished.append((call, leaves[0] if output.value is output.leaves[0] else fill(output.value, iter(leaves))))
         else:
             _parts(call, output, guard).place(start, output, leaves, guard)
     for call, start, stop in spread:
@@ -210,9 +249,11 @@ def scatter(
 def _keep_piece(value: Any, chunk: Chunk[Call], dim: int, guard: Guard, cut: Carried | None) -> list[Finished]:
     """The same where batches are not shared: the output of a piece may have any number of rows."""
     call, start, stop = chunk
-    output = Output(value, None, dim)
+    output = value if isinstance(value, Output) else Output(value, None, dim)
     if cut:
-        output.leaves = [_cut(leaf, call, dims) for leaf, dims in zip(output.leaves, cut, strict=True)]
+        output.leaves = [
+            _cut(leaf, call, dims) if dims else leaf for leaf, dims in zip(output.leaves, cut, strict=True)
+        ]
     parts = _parts(call, output, guard)
     parts.append(start, output)
     if not parts.count(start, stop - start, guard):
@@ -225,6 +266,35 @@ def _parts(call: Call, output: Output, guard: Guard) -> Parts:
     with guard:
         call.parts = parts = call.parts or Parts(call.rows, output)
         return parts
+
+
+def _cut_up(
+    leaf: Any,
+    rows: int,
+    chunks: Sequence[Chunk[Call]],
+    sizes: list[int],
+    dim: int,
+    spread: bool,
+    lengths: tuple[int, ...],
+) -> Sequence[Any]:
+    """What of a tensor, a list of rows or a shared value each chunk gets."""
+    if isinstance(leaf, torch.Tensor):
+        there = leaf if leaf.shape[dim] == rows else leaf.narrow(dim, 0, rows)
+        return _split(there, chunks, sizes, dim, spread, lengths)
+    if isinstance(leaf, Shared):
+        return [own(leaf.value) for _ in chunks]
+    ends = list(accumulate(sizes))
+    return [[own(each) for each in leaf[end - size : end]] for end, size in zip(ends, sizes, strict=True)]
+
+
+def own(value: Any) -> Any:
+    """A caller's own copy of what is not cut further: its tensors detached, on the host, in storage of their own."""
+    leaves: list[Any] = []
+    walk(value, leaves, [], [])
+    if not leaves:
+        return value
+    copies = [checked(leaf, None, 0).detach().clone(memory_format=torch.contiguous_format) for leaf in leaves]
+    return fill(value, iter(copies))
 
 
 def _split(
@@ -259,15 +329,17 @@ def _cut(leaf: torch.Tensor, call: Call, dims: tuple[int, ...]) -> torch.Tensor:
     return leaf
 
 
-def _room(part: torch.Tensor, rows: int, dim: int) -> torch.Tensor:
+def _room(part: Any, rows: int, dim: int) -> Any:
+    if isinstance(part, list):
+        return [None] * rows
     shape = list(part.shape)
     shape[dim] = rows
     return torch.empty(shape, dtype=part.dtype)
 
 
-def _check_alike(pieces: list[list[torch.Tensor]], dim: int) -> None:
-    """The parts of one call must differ in their rows only."""
-    kinds = [[(*t.shape[:dim], *t.shape[dim:][1:], t.dtype) for t in tensors] for tensors in pieces]
+def _check_alike(pieces: list[list[Any]], dim: int) -> None:
+    """The tensors of the parts of one call must differ in their rows only."""
+    kinds = [[_kind(part, dim) for part in parts if isinstance(part, torch.Tensor)] for parts in pieces]
     for kind in kinds[1:]:
         if kind != kinds[0]:
             raise OutputError(
@@ -276,12 +348,40 @@ def _check_alike(pieces: list[list[torch.Tensor]], dim: int) -> None:
             )
 
 
-def _concatenate(parts: list[list[torch.Tensor]], dim: int) -> list[torch.Tensor]:
-    """Chunk outputs joined along `dim`, as they come."""
+def _kind(part: torch.Tensor, dim: int) -> tuple[Any, ...]:
+    return (*part.shape[:dim], *part.shape[dim:][1:], part.dtype)
+
+
+def _keep(leaf: Any) -> Any:
+    """A part of a piece's output in storage of its own."""
+    return own(leaf.objects if isinstance(leaf, Rows) else leaf.value if isinstance(leaf, Shared) else leaf)
+
+
+def _check_joinable(output: Output) -> None:
+    """What is neither tensor nor list of rows is one piece's, and cannot be joined with another's."""
+    for constant in output.constants:
+        if constant is not None:
+            raise OutputError(
+                f"the model returned a {type(constant).__name__} ({constant!r:.60}) for each of several pieces of a "
+                "call; a value for the whole batch can be given to a call that is one piece only: send fewer rows, "
+                "raise split_size, name one core with device_ids, or leave it out"
+            )
+
+
+def _concatenate(output: Output, parts: list[list[Any]], dim: int) -> list[Any]:
+    """Chunk outputs joined along `dim`, as they come; lists after each other, and of what is shared the first."""
     if len(parts) == 1:
         return parts[0]
+    return [_join(leaf, column, dim) for leaf, column in zip(output.leaves, zip(*parts, strict=True), strict=True)]
+
+
+def _join(leaf: Any, column: tuple[Any, ...], dim: int) -> Any:
+    if isinstance(leaf, Rows):
+        return [each for part in column for each in part]
+    if isinstance(leaf, Shared):
+        return column[0]
     try:
-        return [torch.cat(column, dim) for column in zip(*parts, strict=True)]
+        return torch.cat(column, dim)
     except (RuntimeError, IndexError, ValueError) as error:
-        shapes = [[tuple(part.shape) for part in row] for row in parts]
+        shapes = [tuple(part.shape) for part in column]
         raise OutputError(f"the outputs of the chunks cannot be joined along dim {dim}: {shapes}: {error}") from error

@@ -213,6 +213,7 @@ class PuppetBackend:
     the clock of the loop. Errors that a puppet is released with are classified by `faults`, the first type that fits;
     anything else is an input fault. With `load_error`, loading the core with that id raises it. `concurrent` ones say
     that they can be given several batches at once: full batches are then bound to them, and wait, while one executes.
+    With `probes` they execute further rows to see which outputs have rows (`check_rows` of the model).
     """
 
     name = "puppet"
@@ -226,8 +227,10 @@ class PuppetBackend:
         faults: dict[type[BaseException], Fault] | None = None,
         load_error: tuple[int, BaseException] | None = None,
         concurrent: bool = False,
+        probes: bool = False,
     ) -> None:
         self._cores = cores
+        self.probes = probes
         self._service_time = service_time
         self._faults = faults or {}
         self._load_error = load_error

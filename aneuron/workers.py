@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -23,9 +23,11 @@ import torch
 from aneuron import rows
 from aneuron.backends import Backend, Core, Fault
 from aneuron.batches import Batch
+from aneuron.evidence import Evidence, Trials, identities, snapshot
 from aneuron.measure import Compiled
 from aneuron.outputs import Carried, Output, Unpad
 from aneuron.rows import Call, Finished
+from aneuron.verdicts import Seen
 from aneuron.waiting import Chunk
 
 logger = logging.getLogger("aneuron")
@@ -77,6 +79,8 @@ class Common:
     backend: Backend
     dim: int
     unpad: Unpad | None  # what of the outputs is to be cut back to each call's length
+    evidence: Evidence  # what of them has rows
+    sizes: Mapping[int, Sequence[int]]  # the compiled ones, by bucket; none where any number will do
     guard: AbstractContextManager[Any]  # held while two workers agree about one call
     post: "Callable[[Execution], None]"  # to the loop
 
@@ -88,9 +92,9 @@ class Execution:
     """
 
     __slots__ = (
-        "_again", "_cut", "abandoned", "batch", "begun", "chunks", "common", "copied", "core", "ended", "error",
-        "failed", "fault", "finished", "lane", "other", "output", "over", "posted", "prepared", "preparing", "rows",
-        "size", "staged", "started", "watch",
+        "_cut", "_inputs", "_template", "abandoned", "batch", "begun", "chunks", "common", "copied", "core", "ended",
+        "error", "failed", "fault", "finished", "lane", "other", "output", "over", "posted", "prepared", "preparing",
+        "rows", "since", "size", "staged", "started", "watch",
     )  # fmt: skip
 
     def __init__(self, batch: Batch[Call], size: int | None, core: Core, lane: Any, common: Common) -> None:
@@ -108,13 +112,15 @@ class Execution:
         self.staged: Staged | None = None  # if it was bound while another was executing
         self.watch: Callable[[Execution], AbstractContextManager[Any]] | None = None  # around it, if calls are observed
         self.started = self.ended = self.posted = 0.0
+        self.since = 0.0  # when the core began with what it runs now: this, or what its output has to be compared with
         self.preparing = 0.0  # seconds
         self.copied = 0  # bytes that were collated and scattered, seen at a glance, where that took a notable time
         self.error: BaseException | None = None
         self.fault = Fault.INPUT
         self.finished: Sequence[Finished] = ()
         self._cut: Carried | None = None
-        self._again: Callable[[int], tuple[tuple[Any, ...], dict[str, Any]]] | None = None  # collate for that bucket
+        self._inputs: Sequence[Sequence[Any]] = ()  # the callers' tensors, and what they stand in
+        self._template: Any = None
 
     def prepare(self, clock: Callable[[], float]) -> None:
         """Collate the rows of the callers that are still there."""
@@ -125,18 +131,16 @@ class Execution:
             self.prepared = self._collate()
         except BaseException as error:
             self._fail(error)
-            self._again = None
+            self._inputs = ()
         self.preparing = clock() - begin
 
     def _collate(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        self.chunks, inputs, template = rows.gather(self.chunks)
-        if not inputs:
+        self.chunks, self._inputs, self._template = rows.gather(self.chunks)
+        if not self._inputs:
             return None
         self.rows = sum([stop - start for _, start, stop in self.chunks])
-        size, common = self.size or self.rows, self.common
-        if common.unpad is not None:
-            self._again = partial(rows.collate, self.chunks, inputs, template, size, common.dim)
-        return rows.collate(self.chunks, inputs, template, size, common.dim, self.batch.bucket)
+        size, dim = self.size or self.rows, self.common.dim
+        return rows.collate(self.chunks, self._inputs, self._template, size, dim, self.batch.bucket)
 
     def begin(self, clock: Callable[[], float]) -> bool:
         """With the core's turn in hand: whether there is still something to execute."""
@@ -159,33 +163,70 @@ class Execution:
             if self.preparing > NOTABLE:
                 self.copied = _bytes(args) + _bytes(kwargs)
             if self.watch is None:
-                self.output = self.core.execute(args, kwargs)
+                self._run(args, kwargs, clock)
             else:
                 with self.watch(self):
-                    self.output = self.core.execute(args, kwargs)
-            if self.common.unpad is not None and self.batch.bucket:
-                self._cut = self._carried(self.common.unpad)
+                    self._run(args, kwargs, clock)
         except BaseException as error:
             args, kwargs = (), {}  # a traceback holds this frame
+            self.output = None
             self._fail(error)
-        self._again = None
-        self.ended = clock()
+        self.ended = self.ended or clock()
+        self._inputs, self._template = (), None
         self.over = True
 
-    def _carried(self, unpad: Unpad) -> Carried:
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], clock: Callable[[], float]) -> None:
+        """Execute, and see what of the output is whose; if nobody knows, further executions tell."""
+        self.output = value = self.core.execute(args, kwargs)
+        self.ended = clock()  # what else is executed, to know what the output means, counts for nobody
+        common, call = self.common, self.chunks[0][0]
+        if self.batch.bucket and common.unpad is not None:
+            self.output = self._evidenced(call, clock)
+            self.output.asked = call.base
+            self._cut = self._carried(common.unpad, self.output)
+        elif type(value) is not torch.Tensor or (call.structure, value.ndim) not in common.evidence.plain:
+            self.output = self._evidenced(call, clock)
+
+    def _evidenced(self, call: Call, clock: Callable[[], float]) -> Output:
+        common, size = self.common, self.size or self.rows
+        if not call.cut.shared and call.cut.count(call.rows) == 1:
+            return Output(self.output, None, common.dim, call.base)  # all of it is the call's
+        first = partial(self._as_evidence, clock)
+        return common.evidence.look(self.output, call.structure, size, call.cut.shared, first)
+
+    def _as_evidence(self, clock: Callable[[], float]) -> tuple[Seen, Trials]:
+        """What was executed, and what else can be."""
+        common, bucket, sizes = self.common, self.batch.bucket, self.common.sizes.get(self.batch.bucket)
+        size = self.size or self.rows
+        inputs = rows.columns(self.chunks, self._inputs, self.rows, common.dim, bucket)
+        numbers = identities(inputs, common.dim)
+        again = self._inputs, self._template
+
+        def execute(columns: list[Any], count: int) -> Any:
+            core = self.core if sizes is None or count == size else self.lane.core(count, bucket)
+            args, kwargs = rows.arguments(again[1], columns)
+            return core.execute(args, kwargs)
+
+        def alive() -> bool:
+            self.since = clock()
+            return not self.abandoned
+
+        seen = Seen((*numbers, *numbers[-1:] * (size - self.rows)), snapshot(self.output))
+        return seen, Trials(inputs, common.dim, sizes, execute, alive)
+
+    def _carried(self, unpad: Unpad, output: Output) -> Carried:
         """What of the output is to be cut back; if nobody knows, one more run in another bucket tells."""
         dim, bucket, call = self.common.dim, self.batch.bucket, self.chunks[0][0]
-        size = self.size or self.rows if call.cut.shared else None
-        output = Output(self.output, size, dim, call.base)
+        size, packing = self.size or self.rows, call.cut.shared
         carried = unpad.known(output, bucket)
         if carried is not None:
             return carried
         if self.other is None:
             return unpad.learn(output, bucket)
         core, other = self.other
-        assert self._again is not None
-        args, kwargs = self._again(other)
-        return unpad.learn(output, bucket, Output(core.execute(args, kwargs), size, dim, call.base), other)
+        args, kwargs = rows.collate(self.chunks, self._inputs, self._template, size, dim, other)
+        value = core.execute(args, kwargs)
+        return unpad.learn(output, bucket, self.common.evidence.marked(value, call.structure, size, packing), other)
 
     def finish(self, clock: Callable[[], float]) -> None:
         """Give each call its rows, and post the outcome to the loop."""
@@ -219,15 +260,17 @@ def _bytes(value: Any) -> int:
 
 def warm_up(
     core: Core, compiled: Compiled, size: int | None, bucket: int, clock: Callable[[], float]
-) -> tuple[Any, float]:
+) -> tuple[Any, Any, float]:
     """Run the example twice, padded to `size` rows and to `bucket`: throughput climbs over the first runs, and a fault
-    of a compiled model can show in the second. The output, and the seconds that the second run took.
+    of a compiled model can show in the second. Both outputs, in memory of their own, and the seconds that the second
+    run took.
     """
     args, kwargs = compiled.example(size, bucket)
-    core.execute(args, kwargs)
+    first = snapshot(core.execute(args, kwargs))
     begin = clock()
     output = core.execute(args, kwargs)
-    return output, clock() - begin
+    seconds = clock() - begin
+    return first, snapshot(output), seconds
 
 
 class Workers(Executor):

@@ -851,5 +851,6 @@ def test_only_the_rows_of_a_chunk_are_copied_from_a_read_only_array(rows, monkey
     monkeypatch.setattr(np, "array", lambda array, **how: copied.append(len(array)) or real(array, **how))
     array = np.ones((rows, 2), "f4")
     array.flags.writeable = False
-    assert torch.equal(answer(lambda x: x * 2, array, batch_size=8), torch.full((rows, 2), 2.0))
-    assert sum(copied) == rows
+    answered = answer(lambda x: x * 2, array, batch_size=8, outputs={"output": "rows"})
+    assert torch.equal(answered, torch.full((rows, 2), 2.0))
+    assert rows <= sum(copied) <= rows + 8  # the first batch is looked at once more

@@ -746,14 +746,17 @@ def test_outputs_that_are_no_tensors_are_an_error(batching, value):
         assert type(value).__name__ in str(error)
 
 
-def test_lists_with_one_tensor_a_row_are_an_error():
+def test_lists_with_one_tensor_a_row_are_cut_like_tensors():
     # "Outputs whose length depends on data or that are lists of per-sample tensors go wrong (CRF decode case)"
     def decode(x):
         return [torch.arange(1 + int(value)) for value in x[:, 0]]
 
+    async def main(rows):
+        async with AsyncDataParallel(decode, backend=CpuBackend(cores=2)) as model:
+            return await model(column(rows))
+
     for rows in (2, 3, 8):
-        (error,), _ = serve(decode, (column(rows),), expect=OutputError, cores=2)
-        assert type(error) is OutputError
+        assert [len(each) for each in asyncio.run(main(rows))] == [1 + int(x) for x in column(rows)[:, 0]]
 
 
 def test_results_are_put_together_away_from_the_caller_s_thread():
@@ -795,7 +798,7 @@ def test_a_single_piece_does_not_run_on_the_caller_s_thread():
             await model(column(1))
 
     asyncio.run(main())
-    assert len(threads) == 1
+    assert len(set(threads)) == 1
     assert threads[0] is not threading.main_thread()
 
 

@@ -773,7 +773,7 @@ class Held:
 class Holding:
     """A backend of such cores."""
 
-    name, recoverable, preferred_rows = "holding", True, 32
+    name, recoverable, preferred_rows, probes = "holding", True, 32, False
 
     def __init__(self, cores=1):
         self._cores, self.held = cores, []

@@ -1,0 +1,421 @@
+"""Which outputs have a row for each row, found out by executing: what is executed for it, and what is remembered.
+
+Lives here: the verdicts of a run of a model, once for each kind of output, and the executions that they cost. Must not
+be here: how executions are judged (verdicts.py), what an output is cut into (rows.py), who runs when.
+
+What is asked for is two executions whose rows differ: in number, where the model takes another, else in order. At most
+two are added to what is executed anyway, on one core; a worker that meets the same kind of output meanwhile waits.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+
+from aneuron.errors import OutputError
+from aneuron.marked import Rows, Shared
+from aneuron.nested import Marks, Steps, children, fill, paths, walk
+from aneuron.outputs import Output
+from aneuron.verdicts import Need, Seen, Verdict, judge, repeats, row_lists
+
+logger = logging.getLogger("aneuron")
+
+EXTRA = 2  # executions that evidence may cost beside those that are had anyway
+_POLL = 0.1  # seconds between two looks at whether who takes evidence still does
+_MOST = 1000  # kinds of outputs that are remembered: an argument may differ with each call
+
+Declared = Mapping[str | int, str]  # "whole" or "rows", by name, position or path
+
+
+def check_declared(outputs: Any) -> Declared:
+    """The user's `outputs=`, checked."""
+    rule = "expected a mapping such as {'prototypes': 'whole'}, from names, positions or paths to 'whole' or 'rows'"
+    if outputs is None:
+        return {}
+    if not isinstance(outputs, Mapping):
+        raise ValueError(f"outputs={outputs!r:.80}: {rule}")
+    for key, what in outputs.items():
+        named = (isinstance(key, str) and key) or (isinstance(key, int) and not isinstance(key, bool) and key >= 0)
+        if not named or what not in ("whole", "rows"):
+            raise ValueError(f"outputs={outputs!r:.80}: {key!r}: {what!r}; {rule}")
+    return dict(outputs)
+
+
+class Trials(NamedTuple):
+    """What can be executed beside what was: rows of the same batch, in other order, number or company."""
+
+    columns: list[Any]  # of the rows that there are, each once
+    dim: int
+    sizes: Sequence[int] | None  # compiled ones; None: any number of rows
+    execute: Callable[[list[Any], int], Any]  # those columns, so many rows
+    alive: Callable[[], bool]  # to be said now and then: whether the execution has not been given up
+
+
+class Evidence:
+    """The verdicts on the outputs of one run of a model. Any thread may ask and take.
+
+    declared: what the user says, which is taken for granted. With `check` False the shape of each output decides, as
+    far as it goes.
+    """
+
+    def __init__(self, dim: int, declared: Declared, check: bool) -> None:
+        self.dim = dim
+        self.check = check
+        self.plain: set[tuple[Hashable, int]] = set()  # lone tensors that have rows: what was asked, and dimensions
+        self._declared = declared
+        self._marks: dict[Hashable, Marks] = {}  # by what was asked
+        self._known: dict[Hashable, OutputError | None] = {}
+        self._taker: Trials | None = None
+        self._free = threading.Condition()
+        self._warned: set[str] = set()
+
+    def look(
+        self, value: Any, asked: Hashable, rows: int, packing: bool, first: Callable[[], tuple[Seen, Trials]]
+    ) -> Output:
+        """An output, marked by what is known of its kind; evidence is taken if nothing is.
+
+        asked: the structure of the inputs. rows: how many were executed. packing: whether calls share batches; else
+        tensors with other numbers of entries may be joined as they come. first: the execution that it came from, as
+        evidence, and what else can be had. Raises `OutputError` for what cannot be cut into rows, or joined.
+        """
+        kind = packing, asked_for(asked)
+        output = Output(value, None, self.dim, asked, self._marks.get(kind, {}))
+        if self._is_known(kind, output):
+            if packing:
+                output.check(rows)
+        else:
+            seen, trials = first()
+            with self._turn(trials):
+                output = Output(seen.value, None, self.dim, asked, self._marks.get(kind, {}))
+                if not self._is_known(kind, output):
+                    output = self.take([seen], asked, packing, trials)
+        if type(value) is torch.Tensor and self._is_known(kind, output):
+            if len(self.plain) > _MOST:
+                self.plain.clear()
+            self.plain.add((asked, value.ndim))
+        return output
+
+    def take(self, seen: list[Seen], asked: Hashable, packing: bool, trials: Trials) -> Output:
+        """Take evidence, from executions that there are, and up to `EXTRA` more; the output of the last of the former.
+
+        Remembers the verdict, unless there were no two different rows. Raises `OutputError`.
+        """
+        kind, last = (packing, asked_for(asked)), seen[-1]
+        verdicts = self._judge(seen, asked)
+        refused: BaseException | None = None
+        spent = 0
+        while self.check and spent < EXTRA and (rows := self._next(seen, verdicts, trials, refused)):
+            spent += 1
+            try:
+                seen.append(_execute(trials, rows))
+            except Exception as error:
+                refused = error
+                continue
+            verdicts = self._judge(seen, asked)
+        marks = self._find_marks(seen)
+        output = Output(last.value, None, self.dim, asked, marks)
+        wrong = self._error(len(last.rows), output, verdicts, packing)
+        if not self.check or len(seen) > 1 or refused is not None or wrong is not None or trials.sizes == [1]:
+            if len(self._known) > _MOST:
+                self._known.clear()
+            self._marks[kind] = marks
+            self._known[_key(kind, output)] = wrong
+            if packing:
+                self._warn(seen, output, verdicts, refused)
+        if wrong is not None:
+            raise wrong
+        if packing:
+            output.check(len(last.rows))
+        return output
+
+    def wants(self, asked: Hashable) -> bool:
+        """Whether nothing is known yet of the outputs of calls that share batches."""
+        return self.check and (True, asked_for(asked)) not in self._marks
+
+    def marked(self, value: Any, asked: Hashable, rows: int, packing: bool) -> Output:
+        """An output by what is known of its kind, or else by its shape."""
+        marks = self._marks.get((packing, asked_for(asked)))
+        if marks is None:
+            marks = self._find_marks([Seen((0,) * rows, value)])
+        return Output(value, rows if packing else None, self.dim, asked, marks)
+
+    def _is_known(self, kind: Hashable, output: Output) -> bool:
+        key = _key(kind, output)
+        if key not in self._known:
+            return False
+        if (error := self._known[key]) is not None:
+            raise OutputError(*error.args)
+        return True
+
+    @contextmanager
+    def _turn(self, trials: Trials) -> Iterator[None]:
+        """One takes evidence at a time; who hangs in it is not waited for."""
+        with self._free:
+            while self._taker is not None and self._taker.alive():
+                self._free.wait(_POLL)
+                trials.alive()
+            self._taker = trials
+        try:
+            yield
+        finally:
+            with self._free:
+                if self._taker is trials:
+                    self._taker = None
+                self._free.notify_all()
+
+    def _find_marks(self, seen: Sequence[Seen]) -> Marks:
+        value = seen[0].value
+        marks: dict[Steps, Any] = dict.fromkeys(row_lists(seen, self.dim), Rows)
+        for key, what in self._declared.items():
+            found = list(_named(key, value))
+            if not found:
+                there = ", ".join(f"{index}: {path.text}" for index, path in enumerate(paths(value, "output")))
+                raise OutputError(f"outputs={self._declared!r}: the model returned no {key!r}; there are {there}")
+            for steps, child in found:
+                if what == "whole":
+                    marks[steps] = Shared
+                elif type(child) in (list, tuple):
+                    marks[steps] = Rows
+        return marks
+
+    def _judge(self, seen: Sequence[Seen], asked: Hashable) -> list[Verdict]:
+        marks = self._find_marks(seen)
+        outputs = [Output(each.value, None, self.dim, asked, marks) for each in seen]
+        for output, each in zip(outputs, seen, strict=True):
+            if output.structure != outputs[0].structure:
+                raise OutputError(
+                    f"the model returned different structures for {len(seen[0].rows)} and {len(each.rows)} rows; what "
+                    "is in them cannot be handed out to the calls that shared the batch"
+                )
+        columns = list(zip(*[output.leaves for output in outputs], strict=True))
+        tried = repeats(seen, [output.leaves for output in outputs])
+        said = {steps for key, what in self._declared.items() for steps, _ in _named(key, seen[0].value)}
+        verdicts = []
+        for path, leaves in zip(outputs[0].paths(), columns, strict=True):
+            if any(path.steps[: len(steps)] == steps for steps in said):
+                verdicts.append(Verdict("whole" if isinstance(leaves[0], Shared) else "row"))
+            else:
+                verdicts.append(judge(seen, leaves, self.dim, tried))
+        return verdicts
+
+    def _next(
+        self, seen: Sequence[Seen], verdicts: Sequence[Verdict], trials: Trials, refused: BaseException | None
+    ) -> tuple[int, ...]:
+        """The rows of the execution that says most; none if nothing more can be said."""
+        needs: set[Need] = {verdict.need for verdict in verdicts if verdict.need is not None}
+        last = seen[-1].rows
+        if "repeat" in needs:
+            return last
+        if "order" in needs:
+            return (*last[1:], last[0])
+        if "company" in needs:
+            return (last[0],) * len(last)
+        if "other rows" in needs:
+            return _other_rows(seen, trials, refused is not None)
+        return ()
+
+    def _error(self, rows: int, output: Output, verdicts: Sequence[Verdict], packing: bool) -> OutputError | None:
+        for path, leaf, verdict in zip(output.paths(), output.leaves, verdicts, strict=True):
+            if verdict.what == "row" or isinstance(leaf, Shared) or (verdict.loose and not packing):
+                continue
+            shape = f"{len(leaf)} entries" if isinstance(leaf, Rows) else f"shape {tuple(leaf.shape)}"
+            found = f"{path.text} has {shape} for a batch of {rows} rows"
+            rule = f"every output needs a row for each along dim {self.dim}, so that each call can be given its own"
+            ways = "leave it out of what the model returns, or call disable_dynamic_batching() and send one piece"
+            if verdict.what == "whole":
+                what, ways = (
+                    "the same whatever the rows are",
+                    f"declare it, outputs={{{path.name!r}: 'whole'}}, or {ways}",
+                )
+            elif verdict.elsewhere is not None:
+                what = f"whose rows stand along dim {verdict.elsewhere}"
+                ways = f"return it as x.movedim({verdict.elsewhere}, {self.dim}), or {ways}"
+            elif verdict.need is not None:
+                what = "which is not as many"
+                ways = f"return tensors with the batch's rows (a value for the whole batch: {ways})"
+            else:
+                what = "which do not follow the rows of the batch"
+            return OutputError(f"{found}, {what}; {rule}: {ways}")
+        return None
+
+    def _warn(
+        self, seen: Sequence[Seen], output: Output, verdicts: Sequence[Verdict], refused: BaseException | None
+    ) -> None:
+        """Say once what callers have to know who share batches."""
+        for path, verdict in zip(output.paths(), verdicts, strict=True):
+            if verdict.influence:
+                self._say(
+                    "influence",
+                    f"{path.text}: a row's result changed by {_percent(verdict.influence)} of the largest value when "
+                    f"other rows shared its batch of {len(seen[-1].rows)}: rows influence one another (batch norm in "
+                    "training mode, one scale a batch, attention or padding across rows), so whoever shares a batch "
+                    "changes others' results. Mend the model, or keep calls apart with set_dynamic_batching=False; "
+                    "check_rows=False silences this",
+                )
+            if verdict.sampled and len({len(each.rows) for each in seen}) == 1:
+                self._say(
+                    "sampled",
+                    f"{path.text}: the model answers the same rows differently each time (it samples), and only one "
+                    "number of rows can be executed: its shape alone says that it has a row for each; "
+                    "outputs={...: 'rows'} confirms it",
+                )
+        if refused is not None and len({each.rows for each in seen}) == 1:
+            self._say(
+                "refused",
+                f"the model refused the execution that would have shown whether its outputs have a row for each "
+                f"({type(refused).__name__}: {refused!s:.200}); their shapes alone decide. outputs={{...: 'rows'}} "
+                "confirms it, check_rows=False silences this",
+            )
+
+    def _say(self, what: str, text: str) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            logger.warning(text)
+
+
+def _percent(share: float) -> str:
+    return "more than it" if share == float("inf") else f"{100 * share:.2g} %"
+
+
+def _key(kind: Hashable, output: Output) -> Hashable:
+    return (kind, tuple(output.structure), *(leaf.ndim for leaf in output.leaves if isinstance(leaf, torch.Tensor)))
+
+
+@lru_cache
+def asked_for(structure: Hashable) -> Hashable:
+    """What of a call's structure may decide what its outputs mean: containers and names, and what is on or off.
+
+    Other constants are left out: each call may have its own.
+    """
+    if not isinstance(structure, tuple):
+        return structure
+    return tuple(each for each in structure if not _is_constant(each))
+
+
+def _is_constant(entry: Any) -> bool:
+    return isinstance(entry, tuple) and len(entry) == 2 and entry[1] != "" and entry[0] not in (bool, type(None))
+
+
+def _named(key: str | int, value: Any) -> Iterator[tuple[Steps, Any]]:
+    """The places of an output that a key names: its position among the tensors, the last step to it, or its path."""
+    if isinstance(key, int):
+        for path in list(paths(value, "output"))[key : key + 1]:
+            yield path.steps, None
+        return
+    yield from _below(key, value, "output", ())
+
+
+def _below(key: str, value: Any, text: str, steps: Steps) -> Iterator[tuple[Steps, Any]]:
+    if key == text or (steps and key == steps[-1]):
+        yield steps, value
+        return
+    for step, child in children(value):
+        name = f"[{step!r}]" if not isinstance(step, str) or isinstance(value, dict) else f".{step}"
+        yield from _below(key, child, text + name, (*steps, step))
+
+
+# Executions.
+
+
+def _other_rows(seen: Sequence[Seen], trials: Trials, refused: bool) -> tuple[int, ...]:
+    """Rows in another number, where that can be executed, else in another order, or beside others; none if neither.
+
+    Row 0 stands at more than one place, and where it would not, were the order turned round.
+    """
+    last = seen[-1].rows
+    known = sorted({row for each in seen for row in each.rows})
+    if len(known) > 1:
+        one, other = known[0], known[1]
+    elif _varies(trials.columns):
+        one, other = known[0], len_of(trials.columns, trials.dim)  # the first row beside those that there are: varied
+    else:
+        return ()
+    counts = {len(each.rows) for each in seen}
+    number = len(last)
+    if not refused:
+        if trials.sizes is None:
+            number = 4 if 3 in counts else 3
+        else:
+            number = next((size for size in sorted(trials.sizes) if size not in counts), max(trials.sizes))
+    if number == len(last) and len(set(last)) > 1:
+        return (*last[1:], last[0])
+    return (one,) if number == 1 and number not in counts else (other, *(one,) * (number - 1)) if number > 1 else ()
+
+
+def _execute(trials: Trials, rows: tuple[int, ...]) -> Seen:
+    trials.alive()
+    return Seen(rows, snapshot(trials.execute(arrange(trials.columns, rows, trials.dim), len(rows))))
+
+
+def snapshot(value: Any) -> Any:
+    """An output in memory of its own: what a core returns may be overwritten by its next execution."""
+    leaves: list[Any] = []
+    walk(value, leaves, [], [])
+    return fill(
+        value, iter([leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf.copy() for leaf in leaves])
+    )
+
+
+def len_of(columns: Sequence[Any], dim: int) -> int:
+    """How many rows columns have."""
+    return next(len(x) if isinstance(x, list) else x.shape[dim] for x in columns if not isinstance(x, Shared))
+
+
+def _varies(columns: Sequence[Any]) -> bool:
+    """Whether there is something to vary a row by: integers may be indices, or mean something."""
+    return any(isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel() for x in columns)
+
+
+def arrange(columns: Sequence[Any], rows: Sequence[int], dim: int) -> list[Any]:
+    """Columns with these rows; a number beyond those that there are is row 0, varied."""
+    there = len_of(columns, dim)
+    taken = [row if row < there else 0 for row in rows]
+    arranged: list[Any] = []
+    for column in columns:
+        if isinstance(column, Shared):
+            arranged.append(column)
+        elif isinstance(column, list):
+            arranged.append([column[row] for row in taken])
+        else:
+            picked = column.index_select(dim, torch.tensor(taken, device="cpu"))
+            for place, row in enumerate(rows):
+                if row >= there and column.is_floating_point():
+                    _vary(picked.narrow(dim, place, 1), row)
+            arranged.append(picked)
+    return arranged
+
+
+def _vary(row: torch.Tensor, seed: int) -> None:
+    """Change a row by up to a quarter in each place: it stays in what is usual for the model, and zeros stay zeros."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    noise = torch.rand(row.shape, generator=generator, dtype=torch.float32, device="cpu")
+    if row.any():
+        row.mul_((0.75 + 0.5 * noise).to(row.dtype))
+    else:
+        row.copy_((0.1 * noise).to(row.dtype))
+
+
+def identities(columns: Sequence[Any], dim: int) -> list[int]:
+    """For each row its number, or 0 if it is the same as the first."""
+    count = len_of(columns, dim)
+    same = [True] * count
+    for column in columns:
+        if isinstance(column, Shared):
+            continue
+        for row in range(1, count):
+            if same[row]:
+                same[row] = _same(column, row, dim)
+    return [0 if same[row] else row for row in range(count)]
+
+
+def _same(column: Any, row: int, dim: int) -> bool:
+    if isinstance(column, list):
+        first, other = column[0], column[row]
+        return other is first or (
+            isinstance(first, (str, bytes, int, float)) and type(other) is type(first) and other == first
+        )
+    return torch.equal(column.select(dim, 0), column.select(dim, row))
