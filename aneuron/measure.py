@@ -12,7 +12,7 @@ import torch
 from aneuron.buckets import Buckets
 from aneuron.errors import ShapeError
 from aneuron.lengths import Lengths, Pads, check_pad, choose_pads, common_length, size_at
-from aneuron.nested import Path, is_array, paths, walk
+from aneuron.nested import Path, Sealed, is_array, paths, walk
 from aneuron.rows import BucketCall, Call, collate
 
 
@@ -116,6 +116,8 @@ def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
         walk((args, ordered), leaves, key, [])
     except RecursionError:
         raise ShapeError("the inputs are nested too deeply, or contain themselves; pass a flatter structure") from None
+    except Sealed as error:
+        raise ShapeError(f"among the inputs is {error}") from error
     if not leaves:
         raise ShapeError(
             "the call has no tensor among its inputs, so it has no rows; pass at least one tensor or NumPy array "

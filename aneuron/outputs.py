@@ -12,7 +12,7 @@ import torch
 
 from aneuron.buckets import Buckets
 from aneuron.errors import OutputError
-from aneuron.nested import named, paths, walk
+from aneuron.nested import Sealed, named, paths, walk
 
 Carried = tuple[tuple[int, ...], ...]  # for each tensor of an output the dims where the length stands: none, mostly one
 
@@ -34,7 +34,10 @@ class Output:
         if type(value) is torch.Tensor:
             self.leaves, self.structure = [value], [torch.Tensor]  # what the walk would find
         else:
-            walk(value, self.leaves, self.structure, constants, by_name=True)
+            try:
+                walk(value, self.leaves, self.structure, constants, by_name=True)
+            except Sealed as error:
+                raise OutputError(f"the model returned {error}") from error
         self.leaves = [checked(leaf, size, dim) for leaf in self.leaves]
         for constant in constants:
             if constant is not None:

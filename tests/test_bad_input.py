@@ -356,7 +356,7 @@ def test_a_result_that_cannot_be_rebuilt_is_an_error_and_never_none():
             await settle()
             await released(backend, 1, 0)
             for error in (outcome(long), outcome(short)):
-                assert isinstance(error, TypeError), error
+                assert isinstance(error, OutputError), error
                 assert "one of a kind" in str(error)
 
     run(main())

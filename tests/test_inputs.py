@@ -3,9 +3,12 @@
 import asyncio
 import enum
 import math
-from collections import OrderedDict, UserDict, defaultdict, namedtuple
+import sys
+import time
+from collections import ChainMap, OrderedDict, UserDict, defaultdict, deque, namedtuple
 from contextlib import nullcontext
 from dataclasses import InitVar, dataclass, field, fields, is_dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from puppets import named
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from aneuron import AsyncDataParallel, CpuBackend, OutputError, ShapeError
 from aneuron.testing import PuppetBackend, run
@@ -374,6 +378,174 @@ def test_a_class_of_dataclasses_is_no_structure():
 
     answer(net, column(2), Sample)
     assert set(seen) == {Sample}
+
+
+# What is no structure of tensors, and what is one that cannot be taken apart.
+
+
+class Fixed(dict):
+    """A dict that nobody can write to, as third parties have them: a copy is the dict itself."""
+
+    def __setitem__(self, key, value):
+        raise TypeError("fixed")
+
+    def __copy__(self):
+        return self
+
+
+class Solid(list):
+    """A list that nobody can write to."""
+
+    def __setitem__(self, key, value):
+        raise TypeError("solid")
+
+
+class Dims(tuple):
+    """A tuple with a constructor of its own."""
+
+    def __new__(cls, *dims):
+        return super().__new__(cls, dims)
+
+
+UNTOUCHED = {
+    "torch.Size": lambda: torch.Size([2, 3]),
+    "an empty torch.Size": lambda: torch.Size([]),
+    "fx's list": lambda: immutable_list([1, immutable_list([2])]),
+    "fx's dict": lambda: immutable_dict(a=1, b=immutable_list([2, 3])),
+    "a frozen dict": lambda: Fixed(a=1),
+    "a frozen dict around a list": lambda: Fixed(a=[1, 2]),
+    "a frozen list": lambda: Solid([1, 2]),
+    "a mapping proxy": lambda: MappingProxyType({"a": 1}),
+    "a tuple class": lambda: Dims(1, 2),
+    "a tuple class in a tuple": lambda: (Dims(1, 2), torch.Size([1])),
+    "a named tuple": lambda: Plain(1, "a"),
+    "a set": lambda: frozenset({1, 2}),
+    "a deque": lambda: deque([1, 2]),
+    "the interpreter's version": lambda: sys.version_info,
+    "a time": lambda: time.gmtime(0),
+}
+
+
+@pytest.mark.parametrize("kind", UNTOUCHED)
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 4}, {"example": True, "batch_size": 2}], ids=named)
+def test_what_has_no_tensor_inside_is_passed_on_untouched(kind, settings):
+    settings = dict(settings)
+    value, seen = UNTOUCHED[kind](), []
+
+    def net(x, extra, *, option):
+        seen.append((extra["deep"][0], option))
+        return x + 1
+
+    if settings.pop("example", False):
+        settings["example_inputs"] = (column(1), {"deep": [value]})
+        (result,), _ = answers(lambda x, extra: net(x, extra, option=value), ((column(5), {"deep": [value]}), {}), **settings)
+    else:
+        (result,), _ = answers(net, ((column(5), {"deep": [value]}), {"option": value}), **settings)
+    assert torch.equal(result, column(5) + 1)
+    assert all(each is value for pair in seen for each in pair)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in UNTOUCHED if kind not in ("a mapping proxy", "a set", "a deque")])
+def test_calls_with_equal_ones_share_a_batch(kind):
+    calls = [((column(1, start), UNTOUCHED[kind]()), {}) for start in (0.0, 5.0)]
+    results, executed = answers(lambda x, extra: x, *calls, cores=1)
+    assert len(executed) == 1
+    assert torch.equal(results[1], column(1, 5.0))
+
+
+@pytest.mark.parametrize("make", [lambda: torch.Size([]), immutable_list, immutable_dict, Fixed, Solid], ids=repr)
+def test_an_empty_one_in_an_output_comes_back(make):
+    results, _ = answers(lambda x: {"x": x, "nothing": make()}, ((column(1),), {}), ((column(5),), {}), batch_size=4)
+    for result in results:
+        assert type(result["nothing"]) is type(make())
+        assert not result["nothing"]
+
+
+def test_a_plain_container_without_tensors_is_still_the_model_s_own():
+    extra = {"scale": 2.0, "more": [1]}
+
+    def net(x, extra):
+        extra["more"].append(2)
+        return x * extra.pop("scale")
+
+    assert torch.equal(answer(net, column(7), extra, batch_size=2), column(7) * 2)
+    assert extra == {"scale": 2.0, "more": [1]}
+
+
+def packed():
+    return torch.nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(2, 2), torch.ones(1, 2)])
+
+
+SEALED = {
+    "a frozen dict": (lambda x: Fixed(x=x), ["Fixed", "use a dict"]),
+    "a frozen list": (lambda x: [Solid([x])], ["Solid", "solid"]),
+    "fx's list": (lambda x: immutable_list([x]), ["immutable_list"]),
+    "fx's dict": (lambda x: {"a": immutable_dict(x=x)}, ["immutable_dict"]),
+    "a mapping proxy": (lambda x: MappingProxyType({"x": x}), ["mappingproxy", "use a dict"]),
+    "a deque": (lambda x: deque([x, x]), ["deque", "list"]),
+    "a set": (lambda x: {x}, ["set", "list"]),
+    "the values of a dict": (lambda x: {"x": x}.values(), ["dict_values"]),
+    "a chain of dicts": (lambda x: ChainMap({"x": x}), ["ChainMap"]),
+    "an array in a deque": (lambda x: deque([x.numpy()]), ["deque"]),
+    "a generator": (lambda x: (each for each in [x]), ["generator", "list"]),
+    "a map": (lambda x: map(torch.neg, [x]), ["map", "list"]),
+    "a zip": (lambda x: zip([x], [x], strict=True), ["zip", "list"]),
+    "a PackedSequence": (lambda x: packed(), ["PackedSequence", "pad_packed_sequence", "Rows"]),
+    "a PackedSequence in a dict": (lambda x: {"a": [packed()]}, ["PackedSequence"]),
+    "a packed sequence whose parts have equal rows": (
+        lambda x: torch.nn.utils.rnn.pack_padded_sequence(torch.ones(3, 1, 2), torch.tensor([3])), ["PackedSequence"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SEALED)
+@pytest.mark.parametrize("lone", [True, False])
+def test_tensors_in_what_cannot_be_taken_apart_are_refused_and_nobody_else_harmed(kind, lone):
+    make, words = SEALED[kind]
+    args = (make(column(3)),) if lone else (column(3), make(column(3)))
+
+    async def main():
+        backend = PuppetBackend(cores=1, service_time=0.01)
+        async with AsyncDataParallel(lambda *args: args[0], backend=backend, batch_size=8) as model:
+            calls = [model(column(3)), model(*args), model({"deep": args})]
+            good, *bad = await asyncio.gather(*calls, return_exceptions=True)
+            assert len(backend[0].executed) == 1
+            return good, bad
+
+    good, bad = run(main())
+    assert torch.equal(good, column(3))
+    for error in bad:
+        assert type(error) is ShapeError
+        assert all(word in str(error) for word in words), error
+    with pytest.raises(ShapeError, match=r"^example_inputs: among the inputs is an? "):
+        AsyncDataParallel(torch.neg, example_inputs=(make(column(3)), column(3)))
+
+
+@pytest.mark.parametrize("kind", SEALED)
+def test_so_are_they_in_outputs(kind):
+    make, words = SEALED[kind]
+
+    async def main():
+        backend = PuppetBackend(cores=2, service_time=0.01)
+        async with AsyncDataParallel(lambda x: (x, make(x)), backend=backend, batch_size=4) as model:
+            return await asyncio.gather(*(model(column(rows)) for rows in (1, 2, 9)), return_exceptions=True)
+
+    for error in run(main()):
+        assert type(error) is OutputError
+        assert all(word in str(error) for word in words if word not in ("list", "use a dict")), error
+
+
+def test_a_class_of_one_s_own_is_tried_once():
+    copies = []
+
+    class Noted(dict):
+        def __copy__(self):
+            copies.append(self)
+            return Noted(self)
+
+    for _ in range(3):
+        assert torch.equal(answer(lambda d: d["x"], Noted(x=column(1))), column(1))
+    assert len(copies) == 4  # and once a batch
 
 
 # Hugging Face.
