@@ -9,6 +9,7 @@ import math
 import pickle
 import threading
 import traceback
+import zipfile
 from concurrent.futures import Future
 
 import numpy as np
@@ -732,6 +733,150 @@ def test_a_file_that_does_not_exist_is_an_error_at_the_start(tmp_path):
             await AsyncDataParallel(str(tmp_path / "junk.pt"), backend=CpuBackend(cores=2))(GOOD)
 
     asyncio.run(main())
+
+
+# Files that hold something else than a TorchScript model, told by what is in them.
+
+
+def zipped(path, *names):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, "{}")
+
+
+def cut(path, save, size):
+    save(path)
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def written(path, save):
+    with path.open("wb") as file:  # given a name they would add to it
+        save(file, np.ones(2))
+
+
+def net():
+    return torch.nn.Linear(3, 1).eval()
+
+
+def pickled(value, path, protocol):
+    path.write_bytes(pickle.dumps(value, protocol))
+
+
+OTHER_FILES = {
+    "a state_dict": (lambda path: torch.save(net().state_dict(), path), "state_dict.*load_state_dict.*weights_only"),
+    "an old state_dict": (
+        lambda path: torch.save(net().state_dict(), path, _use_new_zipfile_serialization=False), "load_state_dict"
+    ),
+    "a checkpoint": (lambda path: torch.save({"model": net().state_dict(), "epoch": 1}, path), "checkpoint"),
+    "a pickled state_dict": (lambda path: pickled(net().state_dict(), path, 5), "load_state_dict"),
+    "a module": (lambda path: torch.save(net(), path), r"pickled torch\.nn\.modules\.linear\.Linear.*net\.eval"),
+    "an old module": (
+        lambda path: torch.save(net(), path, _use_new_zipfile_serialization=False), r"pickled torch.*\.Linear"
+    ),
+    "a pickled module": (lambda path: pickled(net(), path, 2), r"pickled torch.*\.Linear.*only if you trust it"),
+    "a tensor": (lambda path: torch.save(torch.ones(2), path), "pickled tensors"),
+    "a list of tensors": (lambda path: torch.save([torch.ones(2)], path), "pickled tensors"),
+    "a pickled number": (lambda path: pickled(3, path, 4), "pickled object"),
+    "a broken pickle": (lambda path: cut(path, lambda path: pickled(net(), path, 4), 20), "damaged pickle"),
+    "half an archive": (lambda path: cut(path, lambda path: torch.save(net(), path), 300), "damaged or incomplete"),
+    "an exported program": (
+        lambda path: torch.export.save(torch.export.export(net(), (torch.ones(2, 3),)), path), r"export\.load.*module\(\)"
+    ),
+    "an exported program of torch 2.4": (lambda path: zipped(path, "serialized_exported_program.json"), "exported"),
+    "an AOTInductor package": (
+        lambda path: zipped(path, "p/archive_format", "p/data/aotinductor/model/x.so"), "aoti_load_package"
+    ),
+    "an archive of arrays": (lambda path: written(path, np.savez), "NumPy"),
+    "any other archive": (lambda path: zipped(path, "readme"), "without TorchScript"),
+    "an array": (lambda path: written(path, np.save), "NumPy"),
+    "safetensors": (
+        lambda path: path.write_bytes((2).to_bytes(8, "little") + b'{"x": {}}'), "safetensors.*load_state_dict"
+    ),
+    "an ONNX model": (lambda path: path.write_bytes(b"\x08\x08\x12\x07pytorch"), "ONNX.*runtime"),
+    "a pointer to a file": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "lfs pull"),
+    "a shared library": (lambda path: path.write_bytes(b"\x7fELF" + bytes(99)), "shared library"),
+    "nothing": (lambda path: path.touch(), "empty"),
+    "a directory": (lambda path: path.mkdir(), "directory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER_FILES)
+def test_a_file_that_holds_no_script_is_said_what_it_is(kind, tmp_path, monkeypatch):
+    write, words = OTHER_FILES[kind]
+    path = tmp_path / "model"  # the name says nothing
+    write(path)
+    for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load")):
+        monkeypatch.setattr(module, name, None)
+
+    async def main():
+        for given, model in ((path, path), ({1: str(path)}, str(path))):
+            with pytest.raises(ValueError, match=rf"(?s)' is .*{words}") as caught:
+                await AsyncDataParallel(given, backend=CpuBackend(cores=2)).start()
+            assert str(model) in str(caught.value)
+
+    asyncio.run(main())
+
+
+def test_a_script_is_loaded_whatever_its_name(tmp_path):
+    for name in ("model.pt2", "model", "weights.safetensors"):
+        torch.jit.save(torch.jit.trace(net(), torch.ones(2, 3)), tmp_path / name)
+
+        async def main(path=tmp_path / name):
+            async with AsyncDataParallel(path, backend=CpuBackend(cores=1)) as model:
+                return await model(torch.ones(5, 3))
+
+        assert asyncio.run(main()).shape == (5, 1)
+
+
+def test_a_backend_of_one_s_own_takes_whatever_file_it_likes(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+
+    class Runtime(PuppetBackend):
+        def load(self, model, core_id, batch_size):
+            assert model == tmp_path / "model.onnx"
+            return super().load(torch.neg, core_id, batch_size)
+
+    async def main():
+        model = AsyncDataParallel(tmp_path / "model.onnx", backend=Runtime(cores=1, service_time=0.01), batch_size=4)
+        async with model:
+            return await model(GOOD)
+
+    assert torch.equal(run(main()), -GOOD)
+
+
+# Exported programs, and other things that only look like modules.
+
+
+def test_the_module_of_an_exported_program_is_served_without_a_warning():
+    rows = torch.export.Dim("rows", min=2, max=64)
+    program = torch.export.export(net(), (torch.ones(2, 3),), dynamic_shapes=({0: rows},))
+
+    class Around(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = program.module()
+
+        def forward(self, x):
+            return self.inner(x) * 2
+
+    async def main(model, x):
+        async with model:
+            return await model(x)
+
+    x = torch.arange(12.0).reshape(4, 3)
+    with pytest.raises(TypeError, match=r"ExportedProgram.*module\(\)"):
+        AsyncDataParallel(program)
+    for made in (program.module(), Around()):  # neither of which can be told to eval()
+        model = AsyncDataParallel(made, backend=CpuBackend(cores=1), batch_size=4)
+        torch.testing.assert_close(asyncio.run(main(model, x)), made(x).detach())
+
+
+def test_a_class_and_weights_are_no_models():
+    with pytest.raises(TypeError, match=r"Linear is a class; pass a module, as Linear\(\.\.\.\)"):
+        AsyncDataParallel(torch.nn.Linear)
+    for weights in (net().state_dict(), dict(net().state_dict())):
+        with pytest.raises(ValueError, match="state_dict of 2 tensors.*load_state_dict"):
+            AsyncDataParallel(weights)
 
 
 # Bad moments.
