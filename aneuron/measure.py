@@ -4,7 +4,7 @@ Lives here: looking at inputs, on the loop thread: shapes, dtypes and references
 anything that touches a tensor's data (rows.py), who runs when (scheduler.py).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,9 @@ import torch
 from aneuron.buckets import Buckets
 from aneuron.errors import ShapeError
 from aneuron.lengths import Lengths, Pads, check_pad, choose_pads, common_length, size_at
-from aneuron.nested import Path, Sealed, is_array, paths, walk
+from aneuron.nested import Path, Sealed, is_array, is_masked, paths, walk
+from aneuron.outputs import PLAIN, SPECIAL
+from aneuron.quantized import QUANTIZED, grid
 from aneuron.rows import BucketCall, Call, collate
 
 
@@ -48,6 +50,8 @@ def measure(
                 global _last
                 last_shape, last_dtype, signature = _last
                 if shape != last_shape or x.dtype is not last_dtype:
+                    if x.dtype in QUANTIZED:
+                        return _measure(args, kwargs, dim, buckets, lengths)
                     signature = (shape[1:], x.dtype)
                     _last = (shape, x.dtype, signature)
                 return Call(rows, signature, args, None)
@@ -69,14 +73,17 @@ def _measure(
         try:
             shape, dtype = leaf.shape, leaf.dtype
             size = shape[dim]
-            usable = is_array(leaf) or (leaf.is_cpu and leaf.layout is torch.strided)
+            if is_array(leaf):
+                usable = not is_masked(leaf)
+            else:
+                usable = leaf.is_cpu and leaf.layout is torch.strided and type(leaf).__torch_dispatch__ is PLAIN
         except (RuntimeError, IndexError):
             raise _unfit(args, kwargs, leaves, dim) from None
         rows = rows or size
         if not usable or not size or size != rows:
             raise _unfit(args, kwargs, leaves, dim)
         axis = dim % len(shape)
-        shapes.append((*shape[:axis], shape[axis + 1 :], _dtype(dtype)))
+        shapes.append((*shape[:axis], shape[axis + 1 :], *_grid(leaf, dim), _dtype(dtype)))
     if buckets is None:
         return Call(rows, (structure, *shapes) if structure else shapes[0], leaves, template)
     where = _inputs(args, kwargs)
@@ -128,11 +135,22 @@ def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
     return leaves, tuple(key), (args, ordered)
 
 
+def _grid(leaf: Any, dim: int) -> tuple[Hashable, ...]:
+    """What a quantized tensor's integers stand for; nothing for others."""
+    if leaf.dtype not in QUANTIZED:
+        return ()
+    try:
+        return (grid(leaf, dim),)
+    except ValueError as error:
+        raise ShapeError(f"an input {error}") from None
+
+
 def _dtype(dtype: Any) -> torch.dtype:
     """The torch dtype of a tensor's or an array's dtype."""
     if type(dtype) is torch.dtype:
         return dtype
-    equal = getattr(torch, dtype.name, None) if dtype.kind in "biufc" else None
+    others = 2  # what `isbuiltin` is for dtypes that are not NumPy's own, such as float8 of ml_dtypes
+    equal = getattr(torch, dtype.name, None) if dtype.kind in "biufc" and dtype.isbuiltin != others else None
     if not isinstance(equal, torch.dtype):
         raise ShapeError(
             f"a NumPy array of dtype {dtype} cannot become a tensor; convert it first, for example with "
@@ -152,10 +170,17 @@ def _unfit(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], dim
                 return ShapeError(
                     f"{name} is a {layout} tensor, which has no rows to cut; pass a dense one (to_dense())"
                 )
+            if type(leaf).__torch_dispatch__ is not PLAIN:
+                return ShapeError(f"{name} is a {type(leaf).__name__}, {SPECIAL}; pass plain tensors")
             if leaf.is_meta:
                 return ShapeError(f"{name} is a meta tensor: it has a shape but no data; pass a real one")
             if not leaf.is_cpu:
                 return ShapeError(f"{name} is on {leaf.device}; inputs are host tensors: pass it as .cpu()")
+        elif is_masked(leaf):
+            return ShapeError(
+                f"{name} is a masked array, whose mask no tensor has; pass array.filled(...), or its data and its mask "
+                "as two arrays"
+            )
         if leaf.ndim == 0:
             return ShapeError(
                 f"{name} is a 0-d tensor and has no batch dimension; pass a Python number if every row is to see it, "

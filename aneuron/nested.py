@@ -198,6 +198,11 @@ def is_array(value: Any) -> bool:
     return numpy is not None and isinstance(value, numpy.ndarray)
 
 
+def is_masked(value: Any) -> bool:
+    """Whether a NumPy array is a masked one: what is masked lies in it like any other number."""
+    return isinstance(value, sys.modules["numpy"].ma.MaskedArray)
+
+
 def _constant_key(value: Any) -> Hashable:
     """Equal for arguments that are the same to a model: 1, True and 1.0 are not, two NaNs are."""
     kind = type(value)

@@ -14,6 +14,7 @@ from aneuron.errors import OutputError
 from aneuron.lengths import Pads, padded
 from aneuron.nested import fill
 from aneuron.outputs import Carried, Output, checked, tensor
+from aneuron.quantized import QUANTIZED, grid, joined
 from aneuron.waiting import Chunk, Waiting
 
 Guard = AbstractContextManager[Any]
@@ -155,11 +156,16 @@ def collate(
             last = pieces[-1]
             row = last if last.shape[dim] == 1 else last.narrow(dim, last.shape[dim] - 1, 1)
             pieces += [row] * (size - rows)
-        whole = torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].clone(memory_format=torch.contiguous_format)
+        whole = cat(pieces, dim) if len(pieces) > 1 else pieces[0].clone(memory_format=torch.contiguous_format)
         joined.append(whole if whole.is_contiguous() else whole.contiguous())
     if template is None:
         return (joined[0],), {}
     return fill(template, iter(joined))  # type: ignore[no-any-return]
+
+
+def cat(pieces: list[torch.Tensor] | tuple[torch.Tensor, ...], dim: int) -> torch.Tensor:
+    """Pieces of one kind, one after the other."""
+    return joined(pieces, dim) if pieces[0].is_quantized else torch.cat(pieces, dim)
 
 
 def _piece(leaf: Any, start: int, stop: int, dim: int) -> torch.Tensor:
@@ -262,17 +268,23 @@ def _cut(leaf: torch.Tensor, call: Call, dims: tuple[int, ...]) -> torch.Tensor:
 def _room(part: torch.Tensor, rows: int, dim: int) -> torch.Tensor:
     shape = list(part.shape)
     shape[dim] = rows
-    return torch.empty(shape, dtype=part.dtype)
+    return torch.empty_quantized(shape, part) if part.is_quantized else torch.empty(shape, dtype=part.dtype)
 
 
 def _check_alike(pieces: list[list[torch.Tensor]], dim: int) -> None:
     """The parts of one call must differ in their rows only."""
-    kinds = [[(*t.shape[:dim], *t.shape[dim:][1:], t.dtype) for t in tensors] for tensors in pieces]
+    kinds: list[list[Any]] = [
+        [
+            (*t.shape[:dim], *t.shape[dim:][1:], t.dtype, *((grid(t, dim),) if t.dtype in QUANTIZED else ()))
+            for t in tensors
+        ]
+        for tensors in pieces
+    ]
     for kind in kinds[1:]:
         if kind != kinds[0]:
             raise OutputError(
                 f"the model returned {kind} for one part of a call and {kinds[0]} for another (shape without rows, "
-                "dtype, for each tensor); they cannot be joined"
+                "dtype, and how it is quantized, for each tensor); they cannot be joined"
             )
 
 
@@ -281,7 +293,7 @@ def _concatenate(parts: list[list[torch.Tensor]], dim: int) -> list[torch.Tensor
     if len(parts) == 1:
         return parts[0]
     try:
-        return [torch.cat(column, dim) for column in zip(*parts, strict=True)]
+        return [cat(column, dim) for column in zip(*parts, strict=True)]
     except (RuntimeError, IndexError, ValueError) as error:
         shapes = [[tuple(part.shape) for part in row] for row in parts]
         raise OutputError(f"the outputs of the chunks cannot be joined along dim {dim}: {shapes}: {error}") from error

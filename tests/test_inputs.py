@@ -5,6 +5,7 @@ import enum
 import math
 import sys
 import time
+import warnings
 from collections import ChainMap, OrderedDict, UserDict, defaultdict, deque, namedtuple
 from contextlib import nullcontext
 from dataclasses import InitVar, dataclass, field, fields, is_dataclass
@@ -17,9 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from puppets import named
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.testing._internal.two_tensor import TwoTensor
 
-from aneuron import AsyncDataParallel, CpuBackend, OutputError, ShapeError
+from aneuron import AsyncDataParallel, Buckets, CpuBackend, OutputError, ShapeError, measure
 from aneuron.testing import PuppetBackend, run
 
 Plain = namedtuple("Plain", ["x", "y"])
@@ -856,6 +859,200 @@ def test_every_dtype_travels_to_the_bit(dtype):
     for ((x,), _), result in zip(calls, results, strict=True):
         assert result.dtype == dtype
         assert torch.equal(bits(result), bits(x))
+
+
+# Quantized tensors: integers with a scale and a zero point, of the whole tensor or of each channel.
+
+QUANTIZED = {
+    "uint8": lambda x: torch.quantize_per_tensor(x, 0.5, 3, torch.quint8),
+    "int8": lambda x: torch.quantize_per_tensor(x, 0.25, 0, torch.qint8),
+    "int32 beyond what a float32 holds": lambda x: torch._make_per_tensor_quantized_tensor(
+        2**30 + 1 + x.to(torch.int32), 0.5, 0
+    ),
+    "by channel": lambda x: torch.quantize_per_channel(
+        x, torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0, 1, 2]), 1, torch.qint8
+    ),
+    "not contiguous": lambda x: torch.quantize_per_tensor(x.t().contiguous(), 0.5, 3, torch.quint8).t(),
+}
+
+
+def assert_same_grid(ours, theirs):
+    assert ours.dtype == theirs.dtype
+    assert ours.qscheme() == theirs.qscheme()
+    assert torch.equal(ours.int_repr(), theirs.int_repr())
+    if ours.qscheme() == torch.per_tensor_affine:
+        assert (ours.q_scale(), ours.q_zero_point()) == (theirs.q_scale(), theirs.q_zero_point())
+    else:
+        assert torch.equal(ours.q_per_channel_scales(), theirs.q_per_channel_scales())
+        assert torch.equal(ours.q_per_channel_zero_points(), theirs.q_per_channel_zero_points())
+        assert ours.q_per_channel_axis() == theirs.q_per_channel_axis()
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 4}, {"set_dynamic_batching": False}], ids=named)
+def test_quantized_tensors_travel_to_the_last_integer(kind, nested, settings):
+    inputs = [QUANTIZED[kind](column(rows, rows)) for rows in (1, 2, 7)]
+    calls = [(({"x": x, "y": column(len(x))} if nested else x,), {}) for x in inputs]
+    warns = "set_dynamic_batching" in settings
+    with pytest.warns(UserWarning, match="not fully used") if warns else nullcontext():
+        results, executed = answers(lambda x: x, *calls, **settings)
+    for x, result in zip(inputs, results, strict=True):
+        assert_same_grid(result["x"] if nested else result, x)
+    assert all(len(args[0]["y"] if nested else args[0]) == 4 for args, _ in executed) or "batch_size" not in settings
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_only_quantized_tensors_of_the_same_scale_zero_point_and_axis_share_a_batch():
+    x = column(2)
+    ones, zeros = torch.ones(3), torch.zeros(3, dtype=torch.int64)
+    inputs = [
+        torch.quantize_per_tensor(x, 1.0, 0, torch.quint8),
+        torch.quantize_per_tensor(x, 1.0, 0, torch.quint8),
+        torch.quantize_per_tensor(x, 0.5, 0, torch.quint8),
+        torch.quantize_per_tensor(x, 1.0, 1, torch.quint8),
+        torch.quantize_per_tensor(x, 1.0, 0, torch.qint8),
+        torch.quantize_per_channel(x, ones, zeros, 1, torch.quint8),
+        torch.quantize_per_channel(x, ones * 2, zeros, 1, torch.quint8),
+        torch.quantize_per_channel(x, ones, zeros + 1, 1, torch.quint8),
+        torch.quantize_per_channel(x[:, :, None].expand(2, 3, 3), ones, zeros, 1, torch.quint8),
+        torch.quantize_per_channel(x[:, :, None].expand(2, 3, 3), ones, zeros, 2, torch.quint8),
+        x,
+    ]
+    results, executed = answers(lambda x: x.dequantize(), *(((each,), {}) for each in inputs), batch_size=16, cores=1)
+    for each, result in zip(inputs, results, strict=True):
+        assert torch.equal(result, each.dequantize())
+    assert len(executed) == len(inputs) - 1  # the first two share one
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: torch.quantize_per_channel(x, torch.ones(len(x)), torch.arange(len(x)), 0, torch.qint8),
+        lambda x: torch.quantize_per_channel(x, torch.ones(len(x)), torch.zeros(len(x)), 0, torch.quint4x2),
+    ],
+    ids=["a scale for each row", "two in a byte"],
+)
+def test_quantized_tensors_that_cannot_be_cut_are_refused_in_and_out(make):
+    with pytest.raises(ShapeError, match=r"quantized .*dequantize\(\)"):
+        answer(bump, make(column(4)))
+    for settings in ({}, {"set_dynamic_batching": False}):
+        with pytest.raises(OutputError, match=r"quantized .*dequantize\(\)"):
+            answer(make, column(4), **settings)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize("settings", [{"batch_size": 4}, {"set_dynamic_batching": False}], ids=named)
+def test_parts_of_one_call_with_scales_of_their_own_are_not_joined(settings):
+    def net(x):  # as dynamic quantization has it
+        return torch.quantize_per_tensor(x, x.max().item() / 100, 0, torch.quint8)
+
+    with pytest.raises(OutputError, match="cannot be joined"):
+        answer(net, column(8, 1.0), **settings)
+    results, _ = answers(lambda x: torch.quantize_per_tensor(x, 0.5, 7, torch.quint8), ((column(9),), {}), **settings)
+    assert_same_grid(results[0], torch.quantize_per_tensor(column(9), 0.5, 7, torch.quint8))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_quantized_tensors_are_not_padded_to_buckets():
+    x = torch.quantize_per_tensor(column(2), 0.5, 3, torch.quint8)
+    with pytest.raises(ShapeError, match="quantized.*bucket"):
+        answer(bump, x, buckets=Buckets(dim=1, sizes=(3, 4), pad=0))
+    with pytest.raises(ShapeError, match="quantized.*bucket"):
+        answer(bump, {"x": x, "ids": column(2)}, buckets=Buckets(dim=1, sizes=(3, 4), pad=0))
+
+
+# Kinds of tensors and arrays that are more than their numbers.
+
+
+def views(x):
+    """Tensors whose numbers are not those in memory."""
+    flipped = torch._neg_view(-x)
+    conjugate = torch.complex(x, -x).conj()
+    return {"neg": flipped, "conj": conjugate, "imag": conjugate.imag, "expanded": x[:, :1].expand(len(x), 4)}
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 4}, {"set_dynamic_batching": False}], ids=named)
+def test_lazy_views_are_what_they_stand_for(settings):
+    for kind in views(column(1)):
+        inputs = [views(column(rows, rows))[kind] for rows in (2, 6)]
+        results, _ = answers(lambda x: x * 2, *(((x,), {}) for x in inputs), **settings)
+        for x, result in zip(inputs, results, strict=True):
+            assert torch.equal(result, x * 2)
+
+
+def fake():
+    with FakeTensorMode():
+        return torch.ones(2, 3)
+
+
+def masked():
+    with warnings.catch_warnings(action="ignore"):
+        return torch.masked.masked_tensor(torch.ones(2, 3), torch.ones(2, 3) > 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (fake, ["FakeTensor", "plain tensors"]),
+        (masked, ["MaskedTensor", "plain tensors"]),
+        (lambda: TwoTensor(torch.ones(2, 3), torch.zeros(2, 3)), ["TwoTensor", "plain tensors"]),
+        (lambda: torch.ones(2, 3).to_mkldnn(), ["_mkldnn", "to_dense"]),
+        (lambda: np.ma.masked_array(np.ones((2, 3), "f4"), np.eye(2, 3)), ["masked array", "filled"]),
+        (lambda: np.ma.masked_array(np.ones((2, 3), "f4")), ["masked array", "filled"]),
+    ],
+    ids=named,
+)
+def test_what_is_more_than_its_numbers_is_refused_in_and_out(make, words):
+    async def main():
+        backend = PuppetBackend(cores=1, service_time=0.01)
+        async with AsyncDataParallel(bump, backend=backend, batch_size=8) as model:
+            calls = [model(column(2)), model(make()), model({"x": [make()]})]
+            good, *bad = await asyncio.gather(*calls, return_exceptions=True)
+            assert len(backend[0].executed) == 1
+            return good, bad
+
+    good, bad = run(main())
+    assert torch.equal(good, column(2) + 1)
+    for error in bad:
+        assert type(error) is ShapeError
+        assert all(word in str(error) for word in words), error
+    for settings in ({"batch_size": 2}, {"set_dynamic_batching": False, "cores": 1}):
+        with pytest.raises(OutputError, match=words[0]):
+            answer(lambda x: (x, make()), column(2), **settings)
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_a_matrix_a_memmap_and_a_parameter_are_what_is_in_them(tmp_path):
+    mapped = np.memmap(tmp_path / "rows", "f4", "w+", shape=(5, 3))
+    mapped[:] = column(5).numpy()
+    for value in (np.asmatrix(column(5).numpy()), mapped, torch.nn.Parameter(column(5)), torch.nn.Buffer(column(5))):
+        results, _ = answers(bump, ((value,), {}), ((value[:2],), {}), batch_size=4)
+        assert torch.equal(results[0], column(5) + 1)
+        assert torch.equal(results[1], column(2) + 1)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e5m2", "float8_e4m3fn", "int4", "uint4", "float8_e4m3b11fnuz"])
+def test_arrays_of_dtypes_that_are_not_numpy_s_own_are_refused(name):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    array = np.ones((2, 3), getattr(ml_dtypes, name))
+    for value in (array, {"x": array}):
+        with pytest.raises(ShapeError, match=rf"dtype {name} .*astype"):
+            answer(bump, value)
+    assert torch.equal(answer(bump, array.astype("float32")), torch.full((2, 3), 2.0))
+
+
+class Foreign:
+    """NumPy's description of a dtype that somebody else has registered, of kind "f" and with a name that torch knows."""
+
+    kind, name, isbuiltin = "f", "float8_e5m2", 2
+
+
+def test_so_they_are_where_their_kind_is_that_of_floats():
+    with pytest.raises(ShapeError, match="cannot become a tensor"):
+        measure._dtype(Foreign)
 
 
 # Any of it, nested at random.
