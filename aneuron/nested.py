@@ -106,10 +106,10 @@ def walk(value: Any, leaves: list[Any], key: list[Any], constants: list[Any], by
     for children in opened:
         for _, child in children:
             walk(child, leaves, key, constants, by_name)
-    if len(leaves) > before and not isinstance(value, tuple) and type(value) not in (list, dict):
-        if type(value) not in _remade:  # a class of somebody's own: try it, once
-            fill(value, iter(leaves[before:]))
-            _remade.add(type(value))
+    own = not isinstance(value, tuple) and type(value) not in (list, dict)
+    if own and len(leaves) > before and type(value) not in _remade:  # a class of somebody's own: try it, once
+        fill(value, iter(leaves[before:]))
+        _remade.add(type(value))
 
 
 def fill(template: Any, values: Iterator[Any]) -> Any:
@@ -130,10 +130,10 @@ def _filled(template: Any, values: Iterator[Any]) -> tuple[Any, bool]:
         return template, False
     items = [_filled(child, values) for _, child in opened.items]
     attributes = [_filled(child, values) for _, child in opened.attributes]
-    held = any([each for _, each in items]) or any([each for _, each in attributes])
-    if isinstance(template, tuple) and not held and not attributes:
-        if all([new is old for (new, _), (_, old) in zip(items, opened.items, strict=True)]):
-            return template, False
+    held = any(each for _, each in (*items, *attributes))
+    same = all(new is old for (new, _), (_, old) in zip(items, opened.items, strict=True))
+    if isinstance(template, tuple) and same and not held and not attributes:
+        return template, False
     try:
         return _remake(template, opened, [new for new, _ in items], [new for new, _ in attributes]), held
     except Exception as error:

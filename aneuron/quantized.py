@@ -15,11 +15,11 @@ _CHANNELS = (torch.per_channel_affine, torch.per_channel_symmetric)
 
 
 def grid(tensor: torch.Tensor, dim: int) -> Hashable:
-    """Scale and zero point, or those of all channels and their axis: equal for tensors that can be one, cut along `dim`.
+    """Scale and zero point, or the axis and those of all channels: equal for tensors that can be one, cut along `dim`.
 
     Raises `ValueError`, to follow the tensor's name, if it can neither be cut nor joined along it.
     """
-    scheme = tensor.qscheme()  # type: ignore[no-untyped-call]
+    scheme = tensor.qscheme()
     if scheme in _WHOLE:
         return tensor.q_scale(), tensor.q_zero_point()
     if scheme not in _CHANNELS or tensor.dtype not in (torch.quint8, torch.qint8, torch.qint32):
@@ -27,7 +27,7 @@ def grid(tensor: torch.Tensor, dim: int) -> Hashable:
     axis = tensor.q_per_channel_axis()
     if axis % tensor.ndim == dim % tensor.ndim:
         raise ValueError(
-            f"is quantized with a scale for each index along dim {axis}, which counts the rows: it cannot be cut there; "
+            f"is quantized with a scale for each index along dim {axis}, which counts the rows and cannot be cut then; "
             "pass x.dequantize()"
         )
     return axis, tuple(tensor.q_per_channel_scales().tolist()), tuple(tensor.q_per_channel_zero_points().tolist())

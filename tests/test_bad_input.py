@@ -780,7 +780,8 @@ OTHER_FILES = {
     "a broken pickle": (lambda path: cut(path, lambda path: pickled(net(), path, 4), 20), "damaged pickle"),
     "half an archive": (lambda path: cut(path, lambda path: torch.save(net(), path), 300), "damaged or incomplete"),
     "an exported program": (
-        lambda path: torch.export.save(torch.export.export(net(), (torch.ones(2, 3),)), path), r"export\.load.*module\(\)"
+        lambda path: torch.export.save(torch.export.export(net(), (torch.ones(2, 3),)), path),
+        r"export\.load.*module\(\)",
     ),
     "an exported program of torch 2.4": (lambda path: zipped(path, "serialized_exported_program.json"), "exported"),
     "an AOTInductor package": (
@@ -875,7 +876,7 @@ def test_a_class_and_weights_are_no_models():
     with pytest.raises(TypeError, match=r"Linear is a class; pass a module, as Linear\(\.\.\.\)"):
         AsyncDataParallel(torch.nn.Linear)
     for weights in (net().state_dict(), dict(net().state_dict())):
-        with pytest.raises(ValueError, match="state_dict of 2 tensors.*load_state_dict"):
+        with pytest.raises(ValueError, match=r"state_dict of 2 tensors.*load_state_dict"):
             AsyncDataParallel(weights)
 
 

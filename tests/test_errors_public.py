@@ -39,10 +39,10 @@ ERRORS = {
 
 # Design § 13: a file may import those above it.
 ORDER = [
-    "errors", "waiting", "order", "batches", "slots", "holding", "scheduler", "health", "buckets", "nested", "quantized",
-    "lengths", "outputs", "rows", "measure", "backends", "backends.files", "backends.cpu", "backends.simulated", "backends.neuron.faults",
-    "backends.neuron.machine", "backends.neuron.cores", "backends.neuron.placement", "backends.neuron.native",
-    "backends.neuron", "backends.cuda", "models", "stats", "observing", "workers", "lane", "futures", "recovery",
+    "errors", "waiting", "order", "batches", "slots", "holding", "scheduler", "health", "buckets", "nested",
+    "quantized", "lengths", "outputs", "rows", "measure", "backends", "backends.files", "backends.cpu",
+    "backends.simulated", "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores",
+    "backends.neuron.placement", "backends.neuron.native", "backends.neuron", "backends.cuda", "models", "stats", "observing", "workers", "lane", "futures", "recovery",
     "lanes", "sources", "bulk", "view", "parallel", "testing", "web", "cli", "__main__",
 ]  # fmt: skip
 

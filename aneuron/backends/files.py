@@ -12,8 +12,8 @@ from typing import IO
 
 _LEGACY = 0x1950A86A20F9469CFC6C  # the first of four pickles that torch.save wrote before it wrote archives
 _UNPICKLE = (
-    "load it yourself (torch.load(path, weights_only=False), which runs the file's code: only if you trust it), and pass "
-    "net.eval(), or the path of what torch.jit.save writes"
+    "load it yourself (torch.load(path, weights_only=False), which runs the file's code: only if you trust it), and "
+    "pass net.eval(), or the path of what torch.jit.save writes"
 )
 _WEIGHTS = (
     "weights without a model{}: make the module, net.load_state_dict({}), and pass net.eval(), or the path of what "
@@ -24,11 +24,13 @@ _MAGIC = {  # by offset and first bytes
     (0, b"\x89HDF\r\n"): "an HDF5 file (Keras?), which torch cannot load",
     (0, b"GGUF"): "a GGUF file, which torch cannot load",
     (0, b"version https://git-lfs"): "the pointer of a Git LFS file, not the file itself: run git lfs pull",
-    (0, b"\x7fELF"): "a shared library; load it (torch._inductor.aoti_load_package, or what made it), pass the callable",
+    (
+        0,
+        b"\x7fELF",
+    ): "a shared library; load it (torch._inductor.aoti_load_package, or what made it), pass the callable",
     (0, b"<?xml"): "an XML file (OpenVINO?); compile it with its own runtime, and pass a callable that runs it",
     (4, b"ET"): "an ExecuTorch program; load it with its own runtime, and pass a callable that runs it",
-    (8, b'{"'): "a safetensors file, "
-    + _WEIGHTS.format("", "safetensors.torch.load_file(path)"),
+    (8, b'{"'): "a safetensors file, " + _WEIGHTS.format("", "safetensors.torch.load_file(path)"),
 }
 
 
