@@ -15,7 +15,7 @@ from aneuron.lengths import Lengths, Pads, check_pad, choose_pads, common_length
 from aneuron.nested import Path, Sealed, is_array, is_masked, paths, walk
 from aneuron.outputs import PLAIN, SPECIAL
 from aneuron.quantized import QUANTIZED, grid
-from aneuron.rows import BucketCall, Call, collate
+from aneuron.rows import BucketCall, Call, collate, version_of
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Path]:
@@ -54,7 +54,7 @@ def measure(
                         return _measure(args, kwargs, dim, buckets, lengths)
                     signature = (shape[1:], x.dtype)
                     _last = (shape, x.dtype, signature)
-                return Call(rows, signature, args, None)
+                return Call(rows, signature, args, None, None if x.is_inference() else x._version)
             call = _lone(args, buckets, lengths)
             if call is not None:
                 return call
@@ -84,8 +84,9 @@ def _measure(
             raise _unfit(args, kwargs, leaves, dim)
         axis = dim % len(shape)
         shapes.append((*shape[:axis], shape[axis + 1 :], *_grid(leaf, dim), _dtype(dtype)))
+    version = version_of(leaves)
     if buckets is None:
-        return Call(rows, (structure, *shapes) if structure else shapes[0], leaves, template)
+        return Call(rows, (structure, *shapes) if structure else shapes[0], leaves, template, version)
     where = _inputs(args, kwargs)
     sizes = [size_at(leaf, dim, buckets) for leaf in leaves]
     pads = choose_pads(where, sizes, buckets, lengths)
@@ -98,7 +99,7 @@ def _measure(
             check_pad(where[index].text, pad, dtype)
             shapes[index] = (*row[:axis], row[axis + 1 :], dtype)
     base = (structure, *shapes) if structure else shapes[0]
-    return BucketCall(rows, base, leaves, template, buckets.fit(length), length, Pads(buckets.dim, pads))
+    return BucketCall(rows, base, leaves, template, version, buckets.fit(length), length, Pads(buckets.dim, pads))
 
 
 def _lone(args: tuple[torch.Tensor], buckets: Buckets, lengths: Lengths | None) -> Call | None:
@@ -112,7 +113,9 @@ def _lone(args: tuple[torch.Tensor], buckets: Buckets, lengths: Lengths | None) 
     length = shape[at]
     row = (None, *shape[2:]) if at == 1 else (*shape[1:at], None, *shape[at + 1 :])
     check_pad("input 0", pad, x.dtype)
-    return BucketCall(shape[0], (row, x.dtype), args, None, buckets.fit(length), length, Pads(buckets.dim, (pad,)))
+    version = None if x.is_inference() else x._version
+    pads = Pads(buckets.dim, (pad,))
+    return BucketCall(shape[0], (row, x.dtype), args, None, version, buckets.fit(length), length, pads)
 
 
 def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Any, ...], Any]:

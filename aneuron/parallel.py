@@ -66,8 +66,13 @@ class AsyncDataParallel:
     else is passed to the model as it is. The result has the structure that the model makes, with n rows in each
     tensor, in order; its tensors are ordinary, detached, on the CPU, and share memory with nothing.
 
+    Inputs are read when their batch is formed, not at the call, and again if it must run once more: leave them alone
+    until the call has ended. A tensor that was written to in place meanwhile fails its call with `InputModified`;
+    writes through NumPy or `.data`, and to inference tensors, nobody can see.
+
     Calls that wait are packed into batches with other callers' rows if their tensors agree in shape (but for the
-    rows) and dtype and their other arguments are the same; a call may be spread over several batches and cores.
+    rows) and dtype (quantized ones in scale and zero point) and their other arguments are the same; a call may be
+    spread over several batches and cores.
     Cancelling an awaiting task takes its rows out of the queue; rows that a core is executing are finished and dropped.
 
     Parameters (the first four as in `torch_neuronx.DataParallel`,
@@ -101,9 +106,9 @@ class AsyncDataParallel:
         of the first, and what was loaded is freed; else those that failed stay out, with a warning in the log. `ready`
         asks for as many, or for one where it is None.
 
-    Raises, from the call: `ShapeError` for inputs that do not fit, `QueueFull`, `Closed`, `CoreFailed`, `OutputError`
-    for outputs that cannot be handed out, `RuntimeError` when used from a second event loop, and whatever the model
-    raised for this call's rows.
+    Raises, from the call: `ShapeError` for inputs that do not fit, `InputModified` for those that were changed while it
+    waited, `QueueFull`, `Closed`, `CoreFailed`, `OutputError` for outputs that cannot be handed out, `RuntimeError`
+    when used from a second event loop, and whatever the model raised for this call's rows.
 
         >>> import asyncio, torch, aneuron
         >>> async def main():

@@ -5,14 +5,14 @@ decisions about who runs when.
 """
 
 from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
 
-from aneuron.errors import OutputError
+from aneuron.errors import InputModified, OutputError
 from aneuron.lengths import Pads, padded
-from aneuron.nested import fill
+from aneuron.nested import fill, walk
 from aneuron.outputs import Carried, Output, checked, tensor
 from aneuron.quantized import QUANTIZED, grid, joined
 from aneuron.waiting import Chunk, Waiting
@@ -23,7 +23,7 @@ Guard = AbstractContextManager[Any]
 class Call(Waiting):
     """One `await model(...)`: its inputs, and its result where that grows in parts."""
 
-    __slots__ = ("future", "leaves", "settled")
+    __slots__ = ("future", "leaves", "settled", "version")
 
     future: Any  # the lanes alone touch it; set on admission
     template: Any = None  # (args, kwargs); None for a single tensor
@@ -36,8 +36,11 @@ class Call(Waiting):
     length: int = 0
     pads: Pads | None = None
 
-    def __init__(self, rows: int, signature: Hashable, leaves: Sequence[Any], template: Any) -> None:
+    def __init__(
+        self, rows: int, signature: Hashable, leaves: Sequence[Any], template: Any, version: int | None = None
+    ) -> None:
         self.rows = rows
+        self.version = version  # of the leaves, see `version_of`
         self.signature = signature
         self.bound = self.sequence = 0
         self.leaves: Sequence[Any] | None = leaves  # tensors and arrays, in the order of the walk; None at the end
@@ -55,9 +58,17 @@ class BucketCall(Call):
     __slots__ = ("base", "bucket", "length", "pads")
 
     def __init__(
-        self, rows: int, base: Hashable, leaves: Sequence[Any], template: Any, bucket: int, length: int, pads: Pads
+        self,
+        rows: int,
+        base: Hashable,
+        leaves: Sequence[Any],
+        template: Any,
+        version: int | None,
+        bucket: int,
+        length: int,
+        pads: Pads,
     ) -> None:
-        super().__init__(rows, (base, bucket), leaves, template)
+        super().__init__(rows, (base, bucket), leaves, template, version)
         self.base = base
         self.bucket = bucket
         self.length = length
@@ -129,6 +140,37 @@ def gather(chunks: Sequence[Chunk[Call]]) -> tuple[Sequence[Chunk[Call]], list[S
         there = [index for index, leaves in enumerate(inputs) if leaves is not None]
         chunks, templates, inputs = [[each[index] for index in there] for each in (chunks, templates, inputs)]
     return chunks, inputs, templates[0] if templates else None
+
+
+def version_of(leaves: Sequence[Any]) -> int:
+    """How often the tensors have been written to in place, all together, as far as torch counts it."""
+    return sum([leaf._version for leaf in leaves if isinstance(leaf, torch.Tensor) and not leaf.is_inference()])
+
+
+def version_in(value: Any) -> int:
+    """The same of the tensors in a structure; 0 for what a call will refuse."""
+    leaves: list[Any] = [value]
+    if not isinstance(value, torch.Tensor):
+        leaves.clear()
+        with suppress(Exception):
+            walk(value, leaves, [], [])
+    return version_of(leaves)
+
+
+MODIFIED = (
+    "a tensor among the inputs was modified in place while its call waited; inputs are read when their batch is "
+    "formed: leave them alone until the call has ended, or pass a copy (x.clone()); for a slice of a buffer whose other "
+    "rows are written to, buffer[i:j].data"
+)
+
+
+def check_unmodified(chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]]) -> None:
+    """Raise `InputModified` if a tensor has been written to since its call; after they are read, not before."""
+    for (call, _, _), leaves in zip(chunks, inputs, strict=True):
+        if call.version is not None:
+            now = leaves[0]._version if call.template is None else version_of(leaves)
+            if now != call.version:
+                raise InputModified(MODIFIED)
 
 
 def collate(

@@ -136,7 +136,10 @@ class Execution:
         size, common = self.size or self.rows, self.common
         if common.unpad is not None:
             self._again = partial(rows.collate, self.chunks, inputs, template, size, common.dim)
-        return rows.collate(self.chunks, inputs, template, size, common.dim, self.batch.bucket)
+        try:
+            return rows.collate(self.chunks, inputs, template, size, common.dim, self.batch.bucket)
+        finally:  # an input that has another shape by now cannot even be collated
+            rows.check_unmodified(self.chunks, inputs)
 
     def begin(self, clock: Callable[[], float]) -> bool:
         """With the core's turn in hand: whether there is still something to execute."""

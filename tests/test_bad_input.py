@@ -17,7 +17,17 @@ import pytest
 import torch
 from puppets import named
 
-from aneuron import AneuronError, AsyncDataParallel, Closed, CpuBackend, DeviceError, OutputError, ShapeError
+from aneuron import (
+    AneuronError,
+    AsyncDataParallel,
+    Closed,
+    CpuBackend,
+    DeviceError,
+    Fault,
+    InputModified,
+    OutputError,
+    ShapeError,
+)
 from aneuron.testing import PuppetBackend, PuppetCore, run, settle
 
 GOOD = torch.arange(3.0).reshape(3, 1)
@@ -878,6 +888,212 @@ def test_a_class_and_weights_are_no_models():
     for weights in (net().state_dict(), dict(net().state_dict())):
         with pytest.raises(ValueError, match=r"state_dict of 2 tensors.*load_state_dict"):
             AsyncDataParallel(weights)
+
+
+# Inputs that are written to while their calls wait.
+
+
+def rewritten(x):
+    x.fill_(-1.0)
+
+
+WRITES = {
+    "fill_": rewritten,
+    "an item": lambda x: x.__setitem__(0, -1.0),
+    "out=": lambda x: torch.add(x, 1, out=x),
+    "another view": lambda x: x.view(-1).add_(1),
+    "a detached twin": lambda x: x.detach().add_(1),
+    "in inference mode": torch.inference_mode()(rewritten),
+    "another shape": lambda x: x.resize_(5, 1),
+    "rows in place of columns": lambda x: x.t_(),
+}
+PLACES = {
+    "alone": lambda x: (x,),
+    "in a dict": lambda x: ({"a": [x], "b": x.clone()},),
+    "as a subclass": lambda x: (torch.nn.Parameter(x, requires_grad=False),),
+    "beside an array": lambda x: (x, x.clone().numpy()),
+}
+
+
+def first_of(value):
+    """A model that doubles the first tensor of its input."""
+    return (value["a"][0] if isinstance(value, dict) else value) * 2
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("lone", [True, False])
+def test_an_input_that_is_written_to_while_its_call_waits_fails_that_call_alone(write, place, lone):
+    async def main():
+        backend = PuppetBackend(cores=1)
+        async with AsyncDataParallel(lambda *args: first_of(args[0]), backend=backend, batch_size=8) as model:
+            busy = asyncio.ensure_future(model(GOOD))
+            await settle()
+            x = torch.arange(1.0, 4.0).reshape(3, 1)
+            args = PLACES[place](x)
+            mates = [] if lone else [PLACES[place](GOOD + 1), PLACES[place](GOOD[:2])]
+            bad, *good = (asyncio.ensure_future(model(*each)) for each in (args, *mates))
+            await settle()
+            WRITES[write](x)
+            while not all(call.done() for call in (busy, bad, *good)):
+                if backend[0].executing is not None:
+                    backend[0].release()
+                await settle()
+            error = outcome(bad)
+            assert type(error) is InputModified
+            assert isinstance(error, RuntimeError)
+            assert "clone()" in str(error)
+            for mate, call in zip(mates, good, strict=True):
+                assert torch.equal(outcome(call), first_of(mate[0]))
+            calls = model.statistics().calls
+            assert (calls.completed, calls.failed) == (1 + len(mates), 1)
+
+    run(main())
+
+
+def test_a_call_of_which_a_part_was_read_before_the_write_fails_as_a_whole():
+    async def main():
+        backend = PuppetBackend(cores=1)
+        async with AsyncDataParallel(torch.neg, backend=backend, batch_size=2, num_workers=1) as model:
+            x = torch.arange(5.0).reshape(5, 1)
+            call = asyncio.ensure_future(model(x))
+            await settle()
+            x[4] = 7.0
+            await released(backend, 0)
+            assert type(outcome(call)) is InputModified
+            assert torch.equal(await finish(backend, model(x)), -x)
+
+    run(main())
+
+
+async def finish(backend, call):
+    call = asyncio.ensure_future(call)
+    await settle()
+    await released(backend, 0)
+    return call.result()
+
+
+def test_what_has_been_read_may_be_written_to():
+    async def main():
+        backend = PuppetBackend(cores=1)
+        async with AsyncDataParallel(torch.neg, backend=backend, batch_size=8) as model:
+            x = GOOD.clone()
+            call = asyncio.ensure_future(model(x))
+            await settle()
+            x.zero_()  # its batch is on the core
+            await released(backend, 0)
+            assert torch.equal(call.result(), -GOOD)
+
+    run(main())
+
+
+def test_rows_of_one_buffer_count_for_themselves_as_data():
+    async def main():
+        backend = PuppetBackend(cores=1)
+        async with AsyncDataParallel(torch.neg, backend=backend, batch_size=8) as model:
+            buffer = torch.zeros(4, 1)
+            busy = asyncio.ensure_future(model(GOOD))
+            await settle()
+            calls = []
+            for index in range(4):
+                buffer[index] = float(index)
+                calls.append(asyncio.ensure_future(model(buffer[index : index + 1].data if index else buffer[:1])))
+                await settle()
+            await released(backend, 0)
+            await busy
+            assert type(outcome(calls[0])) is InputModified  # a view: it counts with all of the buffer
+            assert [call.result().item() for call in calls[1:]] == [-1.0, -2.0, -3.0]
+
+    run(main())
+
+
+def test_inputs_whose_writes_nobody_counts_are_served():
+    with torch.inference_mode():
+        uncounted = torch.arange(3.0).reshape(3, 1)
+
+    async def main():
+        backend = puppets()
+        async with AsyncDataParallel(lambda x: first_of(x), backend=backend, batch_size=8) as model:
+            inputs = [uncounted, {"a": [uncounted], "b": GOOD}, uncounted.numpy()]
+            for result in await asyncio.gather(*map(model, inputs)):
+                assert torch.equal(result, GOOD * 2)
+
+    run(main())
+
+
+def test_a_source_that_reuses_one_buffer_is_told_so():
+    async def rows(kind, pause=0):
+        buffer = torch.zeros(1, 1)
+        for n in range(20):
+            buffer.fill_(n)
+            yield {"copy": buffer.clone(), "alone": buffer, "tuple": (buffer,), "dict": {"x": buffer}}[kind]
+            await settle(pause)
+
+    async def main():
+        async with AsyncDataParallel(lambda x: -x, backend=puppets(), batch_size=4) as model:
+            assert [y.item() async for y in model.map(rows("copy"))] == [-n for n in range(20)]
+            assert [y.item() async for y in model.map(rows("alone"), limit=1)] == [-n for n in range(20)]
+            for kind in ("alone", "tuple", "dict"):
+                for pause in range(5):
+                    with pytest.raises(InputModified, match="clone"):
+                        async for _ in model.map(rows(kind, pause)):
+                            pass
+
+    run(main())
+
+
+def test_so_is_one_that_is_read_in_a_thread():
+    def rows():
+        buffer = torch.zeros(1, 1)
+        for n in range(200):
+            yield buffer.fill_(n)
+
+    async def main():
+        async with AsyncDataParallel(torch.neg, backend=CpuBackend(cores=2), batch_size=4) as model:
+            results = [y async for y in model.map(rows(), return_exceptions=True)]
+            assert len(results) == 200
+            for n, result in enumerate(results):
+                assert isinstance(result, InputModified) or result.item() == -n
+
+    asyncio.run(main())
+
+
+def test_rows_that_run_once_more_are_read_once_more():
+    class Failing(PuppetBackend):
+        def classify(self, error):
+            return Fault.CORE
+
+    async def main():
+        backend = Failing(cores=2)
+        async with AsyncDataParallel(torch.neg, backend=backend, batch_size=8) as model:
+            x, y = GOOD.clone(), GOOD.clone()
+            calls = [asyncio.ensure_future(model(each)) for each in (x, y)]
+            await settle()
+            x.fill_(5.0)
+            core = next(core for core in backend.loaded.values() if core.executing is not None)
+            core.release(OSError("broken"))
+            await settle()
+            await released(backend, *backend.loaded)
+            assert type(outcome(calls[0])) is InputModified
+            assert torch.equal(calls[1].result(), -GOOD)
+
+    run(main())
+
+
+def test_on_real_threads_an_answer_is_that_of_what_was_passed_or_an_error():
+    async def main():
+        async with AsyncDataParallel(torch.neg, backend=CpuBackend(cores=2), batch_size=8) as model:
+            for turn in range(50):
+                inputs = [torch.full((3, 1), float(turn)) for _ in range(6)]
+                calls = [asyncio.ensure_future(model(x)) for x in inputs]
+                await asyncio.sleep(0)
+                for x in inputs[::2]:
+                    x.fill_(-7.0)
+                for index, result in enumerate(await finished(*calls)):
+                    if index % 2 or not isinstance(result, InputModified):
+                        assert torch.equal(result, torch.full((3, 1), -float(turn)))
+
+    asyncio.run(main())
 
 
 # Bad moments.

@@ -1047,7 +1047,7 @@ def test_arrays_of_dtypes_that_are_not_numpy_s_own_are_refused(name):
 
 
 class Foreign:
-    """NumPy's description of a dtype that somebody else has registered: its name is torch's, its kind that of floats."""
+    """NumPy's description of a registered dtype: its name is one of torch's, its kind that of floats."""
 
     kind, name, isbuiltin = "f", "float8_e5m2", 2
 
