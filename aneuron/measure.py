@@ -12,7 +12,7 @@ import torch
 from aneuron.buckets import Buckets
 from aneuron.errors import ShapeError
 from aneuron.lengths import Lengths, Pads, check_pad, choose_pads, common_length, size_at
-from aneuron.nested import Path, Sealed, is_array, is_masked, paths, walk
+from aneuron.nested import Path, Sealed, is_array, is_masked, listed, paths, walk
 from aneuron.outputs import PLAIN, SPECIAL
 from aneuron.quantized import QUANTIZED, grid
 from aneuron.rows import BucketCall, Call, collate, version_of
@@ -34,11 +34,13 @@ def measure(
     dim: int,
     buckets: Buckets | None = None,
     lengths: Lengths | None = None,
+    known: Sequence[str] = (),
 ) -> Call:
     """Rows, signature and tensors of a call's inputs. Raises `ShapeError` for what no model could take.
 
     With `buckets` the length, too; the signature is then `(base, bucket)`, where the base is the same in all buckets.
     `lengths` are those of the example (`Compiled.lengths`): which inputs have a length is then not asked again.
+    `known` are the places of its tensors (`Compiled.names`): lists there are no lists of images.
     """
     if len(args) == 1 and not kwargs and not dim and type(x := args[0]) is torch.Tensor:  # the short way, same results
         try:
@@ -51,7 +53,7 @@ def measure(
                 last_shape, last_dtype, signature = _last
                 if shape != last_shape or x.dtype is not last_dtype:
                     if x.dtype in QUANTIZED:
-                        return _measure(args, kwargs, dim, buckets, lengths)
+                        return _measure(args, kwargs, dim, buckets, lengths, known)
                     signature = (shape[1:], x.dtype)
                     _last = (shape, x.dtype, signature)
                 return Call(rows, signature, args, None, None if x.is_inference() else x._version)
@@ -60,11 +62,16 @@ def measure(
                 return call
         else:
             raise _unfit(args, kwargs, list(args), dim)
-    return _measure(args, kwargs, dim, buckets, lengths)
+    return _measure(args, kwargs, dim, buckets, lengths, known)
 
 
 def _measure(
-    args: tuple[Any, ...], kwargs: dict[str, Any], dim: int, buckets: Buckets | None, lengths: Lengths | None
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dim: int,
+    buckets: Buckets | None,
+    lengths: Lengths | None,
+    known: Sequence[str],
 ) -> Call:
     leaves, structure, template = _flatten_inputs(args, kwargs)
     rows = 0
@@ -84,6 +91,8 @@ def _measure(
             raise _unfit(args, kwargs, leaves, dim)
         axis = dim % len(shape)
         shapes.append((*shape[:axis], shape[axis + 1 :], *_grid(leaf, dim), _dtype(dtype)))
+    if not dim and all(map(_is_image, leaves)):
+        _check_images(args, kwargs, leaves, known)
     version = version_of(leaves)
     if buckets is None:
         return Call(rows, (structure, *shapes) if structure else shapes[0], leaves, template, version)
@@ -136,6 +145,36 @@ def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
     if len(args) == 1 and len(key) == 4 and leaves[0] is args[0]:
         return leaves, (), (args, {})  # a single array: packed with calls of a single tensor
     return leaves, tuple(key), (args, ordered)
+
+
+def _is_image(leaf: Any) -> bool:
+    """Whether a tensor or array has the shape of one image: (3, H, W), or as most files are read uint8 (H, W, 3)."""
+    shape = leaf.shape
+    if len(shape) != 3:
+        return False
+    first, second, third = shape
+    if min(second, third) >= 8 and first == 3:
+        return True
+    return third == 3 and min(first, second) >= 8 and _dtype(leaf.dtype) is torch.uint8
+
+
+def _check_images(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Any], known: Sequence[str]) -> None:
+    """Raise `ShapeError` for lists of images, whose channels, or lines, would be taken for rows.
+
+    Several inputs may look the same; in a tuple, or where the example has tensors too, they are what they seem.
+    """
+    if listed((args, kwargs)) == len(leaves) and [path.text for path in _inputs(args, kwargs)] != list(known):
+        shape = tuple(leaves[0].shape)
+        raise ShapeError(
+            f"a list of {len(leaves)} tensors like an image, {shape}, where dim 0 is to count the rows; {_ONE_EACH}. "
+            f"If they are inputs of {shape[0]} rows each pass a tuple, or example_inputs"
+        )
+
+
+_ONE_EACH = (
+    "a list is a structure of inputs: for one tensor a row pass torch.stack(list), or aneuron.Rows(list) where their "
+    "shapes differ"
+)
 
 
 def _grid(leaf: Any, dim: int) -> tuple[Hashable, ...]:
@@ -197,9 +236,10 @@ def _unfit(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], dim
             )
         sizes[name] = leaf.shape[dim]
     said = ", ".join(f"{name} has {rows}" for name, rows in sizes.items())
+    in_lists = f"; {_ONE_EACH}" if listed((args, kwargs)) else ""
     return ShapeError(
         f"the inputs have unequal rows along dim {dim}: {said}; every tensor needs the same number "
-        "(x.expand(rows, ...) repeats one row without a copy)"
+        f"(x.expand(rows, ...) repeats one row without a copy){in_lists}"
     )
 
 
@@ -215,18 +255,18 @@ class Compiled:
         self.rows = self._call.rows
         self.base = self._call.base
         self.leaves = self._call.leaves or ()
-        self._names = [path.text for path in _inputs(args, kwargs)]
+        self.names = [path.text for path in _inputs(args, kwargs)]
         pads = self._call.pads
-        self.lengths = None if pads is None else dict(zip(self._names, pads.values, strict=True))
+        self.lengths = None if pads is None else dict(zip(self.names, pads.values, strict=True))
 
     def check(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise `ShapeError` unless the call's inputs have the compiled structure, shapes and dtypes, of any length."""
         if _base(call) == _base(self._call):
             return
         names = [path.text for path in _inputs(args, kwargs)]
-        if sorted(names) != sorted(self._names):
-            raise ShapeError(f"the model was compiled for {_listed(self._names)}; this call has {_listed(names)}")
-        expected = dict(zip(self._names, self.leaves, strict=True))  # by name: dicts may come in another order
+        if sorted(names) != sorted(self.names):
+            raise ShapeError(f"the model was compiled for {_listed(self.names)}; this call has {_listed(names)}")
+        expected = dict(zip(self.names, self.leaves, strict=True))  # by name: dicts may come in another order
         for name, leaf in zip(names, call.leaves or (), strict=True):
             shape, wanted_shape, free = tuple(leaf.shape), tuple(expected[name].shape), self._free(name)
             dtype, wanted = _dtype(leaf.dtype), _dtype(expected[name].dtype)
@@ -243,7 +283,7 @@ class Compiled:
 
     def _free(self, name: str) -> list[int]:
         """The dims of an input that are any call's own: its rows, and its length if it has one."""
-        ndim = self.leaves[self._names.index(name)].ndim
+        ndim = self.leaves[self.names.index(name)].ndim
         pads = self._call.pads
         at = [pads.dim % ndim] if pads is not None and self.lengths and self.lengths[name] is not None else []
         return [self._dim % ndim, *at]

@@ -185,6 +185,16 @@ def paths(value: Any, name: str, steps: tuple[Any, ...] = ()) -> Iterator[Path]:
             yield from paths(child, f"{name}.{attribute}", (*steps, attribute))
 
 
+def listed(value: Any) -> int:
+    """How many tensors stand in plain lists: what their users may have meant as rows."""
+    opened = _open(value)
+    if opened is None:
+        return 0
+    children = [child for _, child in (*opened.items, *opened.attributes)]
+    own = [child for child in children if type(value) is list and (isinstance(child, torch.Tensor) or is_array(child))]
+    return len(own) + sum(map(listed, children))
+
+
 def named(key: str | int, where: Sequence[Path]) -> list[int]:
     """The positions of the tensors that a key names: its position, a name on the way to it, or its whole path."""
     if isinstance(key, int):

@@ -63,8 +63,10 @@ class AsyncDataParallel:
 
     ``y = await model(*inputs, **kwargs)``: every tensor among the inputs (at any depth of tuples, lists, dicts, named
     tuples and dataclasses; NumPy arrays count as tensors) has the same number of rows n >= 1 along `dim`; everything
-    else is passed to the model as it is. The result has the structure that the model makes, with n rows in each
-    tensor, in order; its tensors are ordinary, detached, on the CPU, and share memory with nothing.
+    else is passed to the model as it is. (A list is a structure of inputs, not of rows. One that holds nothing but what
+    looks like images, (3, H, W) or uint8 (H, W, 3) from 8 x 8 on, is a `ShapeError` unless `example_inputs` has tensors
+    in the same places; in a tuple they are inputs.) The result has the structure that the model makes, with n rows in
+    each tensor, in order; its tensors are ordinary, detached, on the CPU, and share memory with nothing.
 
     Inputs are read when their batch is formed, not at the call, and again if it must run once more: leave them alone
     until the call has ended. A tensor that was written to in place meanwhile fails its call with `InputModified`;
@@ -174,6 +176,7 @@ class AsyncDataParallel:
         self._example = self._read_example(example_inputs)
         self._compiled = self._example if self._models.compiled else None
         self._lengths = self._example.lengths if self._example is not None else None
+        self._known = self._example.names if self._example is not None else ()
         self._checked: Hashable = None  # the signature of the last call that was found to fit
         self._sizes: Mapping[int, Sizes] = {}  # of this run of the model, which learns them
         self._swapping = False
@@ -283,7 +286,7 @@ class AsyncDataParallel:
     ) -> Any:
         if self._observer is not None and (trace is None or trace.observer is None):
             return await self._observed(self._observer, inputs, kwargs, terms, timeout, trace or Trace())
-        call = measure(inputs, kwargs, self._dim, self._buckets, self._lengths)
+        call = measure(inputs, kwargs, self._dim, self._buckets, self._lengths, self._known)
         if self._compiled is not None and call.signature is not self._checked:
             self._compiled.check(call, inputs, kwargs)
             self._checked = call.signature

@@ -159,8 +159,8 @@ def version_in(value: Any) -> int:
 
 MODIFIED = (
     "a tensor among the inputs was modified in place while its call waited; inputs are read when their batch is "
-    "formed: leave them alone until the call has ended, or pass a copy (x.clone()); for a slice of a buffer whose other "
-    "rows are written to, buffer[i:j].data"
+    "formed: leave them alone until the call has ended, or pass a copy (x.clone()); for a slice of a buffer whose "
+    "other rows are written to, buffer[i:j].data"
 )
 
 

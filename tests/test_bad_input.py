@@ -139,6 +139,87 @@ def test_keyword_inputs_are_named_in_errors():
     run(main())
 
 
+# Lists of what was meant as rows.
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ([torch.zeros(3, 32, 48), torch.zeros(3, 32, 48)],),
+        lambda: ([torch.zeros(3, 32, 48), torch.zeros(3, 40, 8)],),
+        lambda: ([torch.zeros(3, 224, 224)],),
+        lambda: ([torch.zeros(3, 8, 8)] * 3,),
+        lambda: ({"pixel_values": [np.zeros((3, 32, 32), "f4")] * 4},),
+        lambda: ([np.zeros((32, 48, 3), "u1")] * 2,),
+        lambda: ("a prompt", [torch.zeros(3, 32, 32)] * 2),
+    ],
+    ids=named,
+)
+def test_a_list_of_images_is_refused_with_what_to_pass(make):
+    async def main():
+        backend = puppets()
+        async with AsyncDataParallel(lambda *args: args[0], backend=backend, batch_size=8) as model:
+            good, bad = await finished(model(GOOD), model(*make()))
+            assert torch.equal(good, GOOD)
+            assert type(bad) is ShapeError
+            for word in ("torch.stack", "Rows", "tuple", "image"):
+                assert word in str(bad)
+            assert executions(backend) == 1
+        with pytest.raises(ShapeError, match=r"^example_inputs: a list of"):
+            AsyncDataParallel(torch.neg, example_inputs=make())
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ([torch.ones(3, 2), torch.ones(3, 5)],),
+        ([torch.ones(3, 2, 32), torch.ones(3, 2, 32)],),  # states of two layers
+        ([torch.ones(1, 32, 32), torch.ones(1, 32, 32)],),
+        ([torch.ones(4, 32, 32), torch.ones(4, 32, 32)],),
+        ((torch.ones(3, 32, 32), torch.ones(3, 32, 32)),),
+        ([torch.ones(3, 32, 32), torch.ones(3)],),  # three rows, as the other says
+        ([torch.ones(3, 32, 32)], torch.ones(3)),
+        ([torch.ones(32, 48, 3)],),  # points
+        ([torch.ones(2, 3, 32, 32)],),
+    ],
+    ids=named,
+)
+def test_lists_of_inputs_are_inputs(args):
+    async def main():
+        async with AsyncDataParallel(lambda *args: args[0][0] + 1, backend=puppets(cores=2), batch_size=4) as model:
+            assert torch.equal(await model(*args), args[0][0] + 1)
+
+    run(main())
+
+
+def test_a_list_where_the_example_has_one_is_never_one_of_images():
+    example = ([torch.ones(8, 32, 32), torch.ones(8, 32, 32)], 1)
+
+    async def main():
+        net = lambda pair, scale: pair[0] + pair[1] * scale  # noqa: E731
+        async with AsyncDataParallel(net, backend=puppets(), example_inputs=example) as model:
+            for rows in (1, 3, 4):
+                pair = [torch.ones(rows, 32, 32), torch.ones(rows, 32, 32)]
+                assert torch.equal(await model(pair, 3), pair[0] * 4)
+
+    run(main())
+
+
+@pytest.mark.parametrize("make", [torch.ones, np.ones])
+def test_a_list_of_unequal_tensors_says_how_to_pass_one_a_row(make):
+    async def main():
+        async with AsyncDataParallel(torch.neg, backend=puppets()) as model:
+            for args in (([make((5,)), make((7,))],), ({"ids": [make((5, 2)), make((7, 2))]}, make((5, 2)))):
+                with pytest.raises(ShapeError, match=r"unequal rows.*torch\.stack\(list\).*aneuron\.Rows\(list\)"):
+                    await model(*args)
+            with pytest.raises(ShapeError, match=r"without a copy\)$"):
+                await model(make((5,)), make((7,)))
+
+    run(main())
+
+
 # Inputs that are not what the model was compiled for.
 
 
