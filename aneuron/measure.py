@@ -83,7 +83,9 @@ def _measure(
             if is_array(leaf):
                 usable = not is_masked(leaf)
             else:
-                usable = leaf.is_cpu and leaf.layout is torch.strided and type(leaf).__torch_dispatch__ is PLAIN
+                usable = (
+                    leaf.is_cpu and leaf.layout is torch.strided and (type(leaf) is torch.Tensor or _is_plain(leaf))
+                )
         except (RuntimeError, IndexError):
             raise _unfit(args, kwargs, leaves, dim) from None
         rows = rows or size
@@ -145,6 +147,11 @@ def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
     if len(args) == 1 and len(key) == 4 and leaves[0] is args[0]:
         return leaves, (), (args, {})  # a single array: packed with calls of a single tensor
     return leaves, tuple(key), (args, ordered)
+
+
+def _is_plain(leaf: torch.Tensor) -> bool:
+    """Whether a tensor of a class of its own is as good as one of torch's: that is what it becomes."""
+    return type(leaf).__torch_dispatch__ is PLAIN and not vars(leaf)
 
 
 def _is_image(leaf: Any) -> bool:
@@ -214,6 +221,11 @@ def _unfit(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], dim
                 )
             if type(leaf).__torch_dispatch__ is not PLAIN:
                 return ShapeError(f"{name} is a {type(leaf).__name__}, {SPECIAL}; pass plain tensors")
+            if type(leaf) is not torch.Tensor and vars(leaf):
+                return ShapeError(
+                    f"{name} is a {type(leaf).__name__} with attributes ({', '.join(vars(leaf))}), which rows in a "
+                    "batch cannot keep: pass them beside it, and x.as_subclass(torch.Tensor)"
+                )
             if leaf.is_meta:
                 return ShapeError(f"{name} is a meta tensor: it has a shape but no data; pass a real one")
             if not leaf.is_cpu:

@@ -1,4 +1,4 @@
-"""Nested structures: any nesting of tuples, lists, dicts, named tuples and dataclasses of tensors and NumPy arrays.
+"""Nested structures: tuples, lists, dicts, named tuples, dataclasses and namespaces of tensors and NumPy arrays.
 
 Lives here: the walk over a structure and the way back. Must not be here: shapes, rows, anything done to a tensor.
 
@@ -8,10 +8,10 @@ list as leaves. Hence the short walk below. Hugging Face's outputs are dicts.
 
 import copy
 import sys
-from collections import UserDict, deque
+from collections import UserDict, defaultdict, deque
 from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence, Set, ValuesView
 from dataclasses import fields, is_dataclass
-from types import GeneratorType
+from types import GeneratorType, SimpleNamespace
 from typing import Any, NamedTuple
 from weakref import WeakSet
 
@@ -59,6 +59,8 @@ def _open(value: Any) -> _Opened | None:
     elif isinstance(value, (dict, UserDict)):
         items = list(value.items())
         known = set(value)  # Hugging Face's outputs have their items as attributes, too
+    elif isinstance(value, SimpleNamespace):
+        pass  # it has nothing but attributes
     elif is_dataclass(value) and not isinstance(value, type):
         attributes = [(field.name, getattr(value, field.name)) for field in fields(value) if hasattr(value, field.name)]
         known = {name for name, _ in attributes}
@@ -101,7 +103,10 @@ def walk(value: Any, leaves: list[Any], key: list[Any], constants: list[Any], by
     kind: Any = type(value)
     if by_name and hasattr(kind, "_fields"):
         kind = (kind.__name__, kind._fields)
-    key.append((kind, *(name for name, _ in opened.items), "", *(name for name, _ in opened.attributes)))
+    elif isinstance(value, defaultdict):
+        kind = (kind, _constant_key(value.default_factory))
+    names = [name if type(name) in (str, int) else _name_key(name) for name, _ in opened.items]
+    key.append((kind, *names, "", *(name for name, _ in opened.attributes)))
     before = len(leaves)
     for children in opened:
         for _, child in children:
@@ -211,6 +216,13 @@ def is_array(value: Any) -> bool:
 def is_masked(value: Any) -> bool:
     """Whether a NumPy array is a masked one: what is masked lies in it like any other number."""
     return isinstance(value, sys.modules["numpy"].ma.MaskedArray)
+
+
+def _name_key(name: Any) -> Hashable:
+    """Equal for keys of a dict that are the same to a model, as in `_constant_key`."""
+    if type(name) is tuple:
+        return (tuple, *map(_name_key, name))
+    return (type(name), repr(name) if isinstance(name, (float, complex)) else name)
 
 
 def _constant_key(value: Any) -> Hashable:

@@ -9,7 +9,7 @@ import warnings
 from collections import ChainMap, OrderedDict, UserDict, defaultdict, deque, namedtuple
 from contextlib import nullcontext
 from dataclasses import InitVar, dataclass, field, fields, is_dataclass
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,6 +81,7 @@ CONTAINERS = {
     "frozen dataclass": Frozen,
     "frozen dataclass with slots": Slotted,
     "derived dataclass": lambda x, y: Derived(x, z=y),
+    "namespace": lambda x, y: SimpleNamespace(x=x, y=y),
     "deep": lambda x, y: {"a": [(Typed(x, None), {"b": Sample(y)}), ()], "c": Frozen({}, [])},
 }
 
@@ -98,6 +99,8 @@ def transformed(value, change, other=lambda constant: constant):
         return type(value)(*[transformed(child, change, other) for child in value])
     if isinstance(value, (tuple, list)):
         return type(value)([transformed(child, change, other) for child in value])
+    if isinstance(value, SimpleNamespace):
+        return SimpleNamespace(**{name: transformed(each, change, other) for name, each in vars(value).items()})
     if is_dataclass(value) and not isinstance(value, type):
         made = object.__new__(type(value))
         for each in fields(value):
@@ -121,6 +124,8 @@ def assert_same(ours, theirs):
         assert len(ours) == len(theirs)
         for mine, other in zip(ours, theirs, strict=True):
             assert_same(mine, other)
+    elif isinstance(ours, SimpleNamespace):
+        assert_same(vars(ours), vars(theirs))
     elif is_dataclass(ours):
         for each in fields(ours):
             assert_same(getattr(ours, each.name), getattr(theirs, each.name))
@@ -781,6 +786,16 @@ def test_leaves_that_are_no_tensors_reach_every_piece():
         (Sample(1, "a"), Sample(1, "a"), True),
         (Sample(1, "a"), Frozen(1, "a"), False),
         ((), None, False),
+        ({1: "a"}, {True: "a"}, False),
+        ({1: "a"}, {1.0: "a"}, False),
+        ({0.0: "a"}, {-0.0: "a"}, False),
+        ({("a", 1): "a"}, {("a", True): "a"}, False),
+        ({("a", (1, 2)): "a"}, {("a", (1, 2)): "a"}, True),
+        ({None: 1.5}, {None: 1.5}, True),
+        (defaultdict(list), defaultdict(int), False),
+        (defaultdict(list), defaultdict(list), True),
+        (SimpleNamespace(a=1), SimpleNamespace(a=1), True),
+        (SimpleNamespace(a=1), SimpleNamespace(a=2), False),
     ],
     ids=named,
 )
@@ -983,6 +998,30 @@ def test_lazy_views_are_what_they_stand_for(settings):
         results, _ = answers(lambda x: x * 2, *(((x,), {}) for x in inputs), **settings)
         for x, result in zip(inputs, results, strict=True):
             assert torch.equal(result, x * 2)
+
+
+class Boxes(torch.Tensor):
+    """A tensor of a class of its own, with something to say beside its numbers."""
+
+    @classmethod
+    def of(cls, x, scale):
+        made = x.as_subclass(cls)
+        made.scale = scale
+        return made
+
+
+def test_a_tensor_with_attributes_is_refused_and_one_without_becomes_a_plain_one():
+    seen = []
+
+    def net(x):
+        seen.append(type(x))
+        return x * getattr(x, "scale", 1.0)
+
+    for value in (Boxes.of(column(3), 2.0), {"x": Boxes.of(column(3), 2.0)}):
+        with pytest.raises(ShapeError, match=r"Boxes with attributes \(scale\).*as_subclass"):
+            answer(net, value)
+    assert torch.equal(answer(net, column(3).as_subclass(Boxes)), column(3))
+    assert set(seen) == {torch.Tensor}
 
 
 def fake():
