@@ -20,8 +20,9 @@ from typing import Any, NoReturn, Self, TypeVar
 
 import torch
 
-from aneuron.errors import Closed
+from aneuron.errors import Closed, InputModified
 from aneuron.nested import is_array
+from aneuron.rows import MODIFIED, version_in
 from aneuron.sources import check_source, close_unread, open_source
 from aneuron.workers import carried
 
@@ -41,6 +42,9 @@ class Map(AsyncIterator[T]):
     At most `limit` elements are read, called, or finished and not yet taken: an endless source runs in bounded memory,
     and a consumer that is slow slows the source down. An asynchronous source is advanced in a task, a synchronous one
     in a thread of its own, the same for all elements, with gradients off; an element is called as soon as it is there.
+    Elements are read ahead, and their numbers when their batch is formed: a source that writes to one buffer again and
+    again yields copies (`buffer.clone()`, or `limit=1`). With tensors the elements that it has changed are
+    `InputModified`; writes to NumPy arrays nobody can see.
 
     A call's exception is raised in its element's place, with a note of the index; what is left is cancelled then.
     With ``return_exceptions=True`` it is the result instead (cancellation and exits are raised all the same). What the
@@ -144,8 +148,10 @@ class Map(AsyncIterator[T]):
                 window.source.close()
 
 
-async def _one(call: Call, index: int, element: Any) -> Any:
-    """The call of one element."""
+async def _one(call: Call, index: int, element: Any, version: int) -> Any:
+    """The call of one element. It had this version when it was read: the source may have gone on with its tensors."""
+    if version != version_in(element):
+        raise InputModified(MODIFIED)
     if isinstance(element, torch.Tensor) or is_array(element):
         return await call(element)
     if isinstance(element, tuple):
@@ -214,10 +220,10 @@ class _Window:
 
     # The source's side.
 
-    def _start(self, element: Any) -> None:
+    def _start(self, element: Any, version: int) -> None:
         """Call the next element."""
         index, self._count = self._count, self._count + 1
-        task = self.loop.create_task(_one(self._call, index, element))
+        task = self.loop.create_task(_one(self._call, index, element, version))
         self._running[task] = index
         if self._ordered:
             self._line.append((index, task))

@@ -4,6 +4,7 @@ Lives here: the tree below. Must not be here: an import, a status code of any we
 
     AneuronError
     ├── ShapeError    (ValueError)    the inputs do not fit: mend the call
+    ├── InputModified (RuntimeError)  an input was written to while its call waited: mend the caller
     ├── DeviceError   (ValueError)    the cores asked for cannot be had: mend the configuration
     ├── OutputError   (RuntimeError)  the model's output cannot be handed out: mend the model
     ├── QueueFull                     no room: come back after `retry_after` seconds
@@ -24,6 +25,20 @@ class ShapeError(AneuronError, ValueError):
     """The inputs of a call do not fit: empty, of unequal rows, or not what the model was compiled for.
 
     Raised before any device work; no batch that others share has seen the call.
+    """
+
+
+class InputModified(AneuronError, RuntimeError):
+    """A tensor among the inputs was written to in place between the call and the reading of its rows.
+
+    Inputs are not copied at the call, they are read when their batch is formed (and once more if it must run again):
+    leave them alone until the call has ended, or pass a copy, `x.clone()`. Views count with all of their base; where
+    callers write to rows of one buffer that are their own, pass `buffer[i:j].data`, which counts for itself. Only this
+    call fails, and none of its result is handed out. No `ShapeError`: nothing is wrong with what was passed, and a
+    client that has sent it cannot mend it.
+
+    PyTorch counts the writes to tensors, except to inference tensors, through `.data` and through NumPy; NumPy does
+    not count: such writes cannot be seen.
     """
 
 

@@ -18,7 +18,7 @@ import torch
 
 from aneuron.errors import OutputError
 from aneuron.marked import Rows, Shared
-from aneuron.nested import Marks, Steps, children, fill, paths, walk
+from aneuron.nested import Marks, Sealed, Steps, children, fill, paths, walk
 from aneuron.outputs import Output
 from aneuron.verdicts import Need, Seen, Verdict, judge, repeats, row_lists
 
@@ -55,6 +55,13 @@ class Trials(NamedTuple):
     alive: Callable[[], bool]  # to be said now and then: whether the execution has not been given up
 
 
+class _Known(NamedTuple):
+    """A verdict on a kind of outputs."""
+
+    error: OutputError | None  # why they cannot be cut
+    fits: bool  # whether the one that it was found out with had the batch's rows everywhere, as far as it seemed
+
+
 class Evidence:
     """The verdicts on the outputs of one run of a model. Any thread may ask and take.
 
@@ -68,7 +75,7 @@ class Evidence:
         self.plain: set[tuple[Hashable, int]] = set()  # lone tensors that have rows: what was asked, and dimensions
         self._declared = declared
         self._marks: dict[Hashable, Marks] = {}  # by what was asked
-        self._known: dict[Hashable, OutputError | None] = {}
+        self._known: dict[Hashable, _Known] = {}
         self._taker: Trials | None = None
         self._free = threading.Condition()
         self._warned: set[str] = set()
@@ -84,16 +91,16 @@ class Evidence:
         """
         kind = packing, asked_for(asked)
         output = Output(value, None, self.dim, asked, self._marks.get(kind, {}))
-        if self._is_known(kind, output):
+        if self._is_known(kind, output, rows):
             if packing:
                 output.check(rows)
         else:
             seen, trials = first()
             with self._turn(trials):
                 output = Output(seen.value, None, self.dim, asked, self._marks.get(kind, {}))
-                if not self._is_known(kind, output):
+                if not self._is_known(kind, output, rows):
                     output = self.take([seen], asked, packing, trials)
-        if type(value) is torch.Tensor and self._is_known(kind, output):
+        if type(value) is torch.Tensor and _key(kind, output) in self._known:
             if len(self.plain) > _MOST:
                 self.plain.clear()
             self.plain.add((asked, value.ndim))
@@ -123,7 +130,7 @@ class Evidence:
             if len(self._known) > _MOST:
                 self._known.clear()
             self._marks[kind] = marks
-            self._known[_key(kind, output)] = wrong
+            self._known[_key(kind, output)] = _Known(wrong, output.fits(len(last.rows)))
             if packing:
                 self._warn(seen, output, verdicts, refused)
         if wrong is not None:
@@ -143,13 +150,17 @@ class Evidence:
             marks = self._find_marks([Seen((0,) * rows, value)])
         return Output(value, rows if packing else None, self.dim, asked, marks)
 
-    def _is_known(self, kind: Hashable, output: Output) -> bool:
-        key = _key(kind, output)
-        if key not in self._known:
+    def _is_known(self, kind: Hashable, output: Output, rows: int) -> bool:
+        """Whether there is a verdict on outputs of this kind. Raises it, if it is that they cannot be cut.
+
+        One that fits where another did not is asked about anew: some of a model's outputs may depend on its inputs.
+        """
+        known = self._known.get(_key(kind, output))
+        if known is None:
             return False
-        if (error := self._known[key]) is not None:
-            raise OutputError(*error.args)
-        return True
+        if known.error is not None and (known.fits or not output.fits(rows)):
+            raise OutputError(*known.error.args)
+        return known.error is None
 
     @contextmanager
     def _turn(self, trials: Trials) -> Iterator[None]:
@@ -354,10 +365,12 @@ def _execute(trials: Trials, rows: tuple[int, ...]) -> Seen:
 def snapshot(value: Any) -> Any:
     """An output in memory of its own: what a core returns may be overwritten by its next execution."""
     leaves: list[Any] = []
-    walk(value, leaves, [], [])
-    return fill(
-        value, iter([leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf.copy() for leaf in leaves])
-    )
+    try:
+        walk(value, leaves, [], [])
+    except Sealed as error:
+        raise OutputError(f"the model returned {error}") from error
+    copies = [leaf.detach().clone() if isinstance(leaf, torch.Tensor) else leaf.copy() for leaf in leaves]
+    return fill(value, iter(copies))
 
 
 def len_of(columns: Sequence[Any], dim: int) -> int:

@@ -15,6 +15,7 @@ from aneuron.buckets import Buckets
 from aneuron.errors import ShapeError
 from aneuron.marked import is_mark
 from aneuron.nested import Path, named
+from aneuron.quantized import QUANTIZED
 
 Lengths = Mapping[str, float | None]  # for each input by its path what pads it, None if it has no length
 
@@ -88,6 +89,8 @@ def common_length(
 
 def check_pad(name: str, pad: float, dtype: torch.dtype) -> None:
     """Raise `ShapeError` unless an input of this dtype can hold what pads it."""
+    if dtype in QUANTIZED:
+        raise ShapeError(f"{name} is quantized ({dtype}) and is not padded to a bucket; pass x.dequantize()")
     if not _holds(dtype, pad):
         raise ShapeError(f"{name} has dtype {dtype}, which cannot hold pad={pad!r}; choose another in Buckets(pad=...)")
 

@@ -13,8 +13,10 @@ from aneuron.buckets import Buckets
 from aneuron.errors import ShapeError
 from aneuron.lengths import Lengths, Pads, check_pad, choose_pads, common_length, size_at
 from aneuron.marked import Rows, Shared, is_mark
-from aneuron.nested import Path, children, is_array, paths, walk
-from aneuron.rows import BucketCall, Call, arguments, collate, columns
+from aneuron.nested import Path, Sealed, children, is_array, is_masked, listed, paths, walk
+from aneuron.outputs import PLAIN, SPECIAL
+from aneuron.quantized import QUANTIZED, grid
+from aneuron.rows import BucketCall, Call, arguments, collate, columns, version_of
 
 T = TypeVar("T", bound=Call)
 
@@ -41,11 +43,13 @@ def measure(
     dim: int,
     buckets: Buckets | None = None,
     lengths: Lengths | None = None,
+    known: Sequence[str] = (),
 ) -> Call:
     """Rows, signature and tensors of a call's inputs. Raises `ShapeError` for what no model could take.
 
     With `buckets` the length, too; the signature is then `(base, bucket)`, where the base is the same in all buckets.
     `lengths` are those of the example (`Compiled.lengths`): which inputs have a length is then not asked again.
+    `known` are the places of its tensors (`Compiled.names`): lists there are no lists of images.
     """
     if len(args) == 1 and not kwargs and not dim and type(x := args[0]) is torch.Tensor:  # the short way, same results
         try:
@@ -57,19 +61,26 @@ def measure(
                 global _last
                 last_shape, last_dtype, signature = _last
                 if shape != last_shape or x.dtype is not last_dtype:
+                    if x.dtype in QUANTIZED:
+                        return _measure(args, kwargs, dim, buckets, lengths, known)
                     signature = (shape[1:], x.dtype)
                     _last = (shape, x.dtype, signature)
-                return Call(rows, signature, args, None)
+                return Call(rows, signature, args, None, None if x.is_inference() else x._version)
             call = _lone(args, buckets, lengths)
             if call is not None:
                 return call
         else:
             raise _unfit(args, kwargs, list(args), dim)
-    return _measure(args, kwargs, dim, buckets, lengths)
+    return _measure(args, kwargs, dim, buckets, lengths, known)
 
 
 def _measure(
-    args: tuple[Any, ...], kwargs: dict[str, Any], dim: int, buckets: Buckets | None, lengths: Lengths | None
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dim: int,
+    buckets: Buckets | None,
+    lengths: Lengths | None,
+    known: Sequence[str],
 ) -> Call:
     leaves, structure, template = _flatten_inputs(args, kwargs)
     rows = 0
@@ -85,18 +96,27 @@ def _measure(
         try:
             shape, dtype = leaf.shape, leaf.dtype
             size = shape[dim]
-            usable = is_array(leaf) or (leaf.is_cpu and leaf.layout is torch.strided)
+            if is_array(leaf):
+                usable = not is_masked(leaf)
+            else:
+                usable = (
+                    leaf.is_cpu and leaf.layout is torch.strided and (type(leaf) is torch.Tensor or _is_plain(leaf))
+                )
         except (RuntimeError, IndexError):
             raise _unfit(args, kwargs, leaves, dim) from None
         rows = rows or size
         if not usable or not size or size != rows:
             raise _unfit(args, kwargs, leaves, dim)
         axis = dim % len(shape)
-        shapes.append((*shape[:axis], shape[axis + 1 :], _dtype(dtype)))
+        shapes.append((*shape[:axis], shape[axis + 1 :], *_grid(leaf, dim), _dtype(dtype)))
     if not rows:
         raise ShapeError(NO_ROWS)
+    if not dim and all(map(_is_image, leaves)):
+        _check_images(args, kwargs, leaves, known)
+    version = version_of(leaves)
     if buckets is None:
-        return _structured(Call(rows, (structure, *shapes) if structure else shapes[0], leaves, template), structure)
+        signature = (structure, *shapes) if structure else shapes[0]
+        return _structured(Call(rows, signature, leaves, template, version), structure)
     where = _inputs(args, kwargs)
     sizes = [size_at(leaf, dim, buckets) for leaf in leaves]
     pads = choose_pads(where, sizes, buckets, lengths)
@@ -109,8 +129,8 @@ def _measure(
             check_pad(where[index].text, pad, dtype)
             shapes[index] = (*row[:axis], row[axis + 1 :], dtype)
     base = (structure, *shapes) if structure else shapes[0]
-    call = BucketCall(rows, base, leaves, template, buckets.fit(length), length, Pads(buckets.dim, pads))
-    return _structured(call, structure)
+    bucket, pads_of = buckets.fit(length), Pads(buckets.dim, pads)
+    return _structured(BucketCall(rows, base, leaves, template, version, bucket, length, pads_of), structure)
 
 
 def _structured(call: T, structure: tuple[Any, ...]) -> T:
@@ -130,7 +150,9 @@ def _lone(args: tuple[torch.Tensor], buckets: Buckets, lengths: Lengths | None) 
     length = shape[at]
     row = (None, *shape[2:]) if at == 1 else (*shape[1:at], None, *shape[at + 1 :])
     check_pad("input 0", pad, x.dtype)
-    return BucketCall(shape[0], (row, x.dtype), args, None, buckets.fit(length), length, Pads(buckets.dim, (pad,)))
+    version = None if x.is_inference() else x._version
+    pads = Pads(buckets.dim, (pad,))
+    return BucketCall(shape[0], (row, x.dtype), args, None, version, buckets.fit(length), length, pads)
 
 
 def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Any, ...], Any]:
@@ -141,6 +163,8 @@ def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list
         walk((args, ordered), leaves, key, [])
     except RecursionError:
         raise ShapeError("the inputs are nested too deeply, or contain themselves; pass a flatter structure") from None
+    except Sealed as error:
+        raise ShapeError(f"among the inputs is {error}") from error
     if not leaves:
         raise ShapeError(NO_ROWS)
     if len(args) == 1 and len(key) == 4 and leaves[0] is args[0]:
@@ -195,11 +219,59 @@ def _identity(leaf: Any) -> Hashable:
     return id(leaf), changes
 
 
+def _is_plain(leaf: torch.Tensor) -> bool:
+    """Whether a tensor of a class of its own is as good as one of torch's: that is what it becomes."""
+    return type(leaf).__torch_dispatch__ is PLAIN and not vars(leaf)
+
+
+def _is_image(leaf: Any) -> bool:
+    """Whether a tensor or array has the shape of one image: (3, H, W), or as most files are read uint8 (H, W, 3)."""
+    if is_mark(leaf):
+        return False
+    shape = leaf.shape
+    if len(shape) != 3:
+        return False
+    first, second, third = shape
+    if min(second, third) >= 8 and first == 3:
+        return True
+    return third == 3 and min(first, second) >= 8 and _dtype(leaf.dtype) is torch.uint8
+
+
+def _check_images(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Any], known: Sequence[str]) -> None:
+    """Raise `ShapeError` for lists of images, whose channels, or lines, would be taken for rows.
+
+    Several inputs may look the same; in a tuple, or where the example has tensors too, they are what they seem.
+    """
+    if listed((args, kwargs)) == len(leaves) and [path.text for path in _inputs(args, kwargs)] != list(known):
+        shape = tuple(leaves[0].shape)
+        raise ShapeError(
+            f"a list of {len(leaves)} tensors like an image, {shape}, where dim 0 is to count the rows; {_ONE_EACH}. "
+            f"If they are inputs of {shape[0]} rows each pass a tuple, or example_inputs"
+        )
+
+
+_ONE_EACH = (
+    "a list is a structure of inputs: for one tensor a row pass torch.stack(list), or aneuron.Rows(list) where their "
+    "shapes differ"
+)
+
+
+def _grid(leaf: Any, dim: int) -> tuple[Hashable, ...]:
+    """What a quantized tensor's integers stand for; nothing for others."""
+    if leaf.dtype not in QUANTIZED:
+        return ()
+    try:
+        return (grid(leaf, dim),)
+    except ValueError as error:
+        raise ShapeError(f"an input {error}") from None
+
+
 def _dtype(dtype: Any) -> torch.dtype:
     """The torch dtype of a tensor's or an array's dtype."""
     if type(dtype) is torch.dtype:
         return dtype
-    equal = getattr(torch, dtype.name, None) if dtype.kind in "biufc" else None
+    others = 2  # what `isbuiltin` is for dtypes that are not NumPy's own, such as float8 of ml_dtypes
+    equal = getattr(torch, dtype.name, None) if dtype.kind in "biufc" and dtype.isbuiltin != others else None
     if not isinstance(equal, torch.dtype):
         raise ShapeError(
             f"a NumPy array of dtype {dtype} cannot become a tensor; convert it first, for example with "
@@ -223,10 +295,22 @@ def _unfit(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], dim
                 return ShapeError(
                     f"{name} is a {layout} tensor, which has no rows to cut; pass a dense one (to_dense())"
                 )
+            if type(leaf).__torch_dispatch__ is not PLAIN:
+                return ShapeError(f"{name} is a {type(leaf).__name__}, {SPECIAL}; pass plain tensors")
+            if type(leaf) is not torch.Tensor and vars(leaf):
+                return ShapeError(
+                    f"{name} is a {type(leaf).__name__} with attributes ({', '.join(vars(leaf))}), which rows in a "
+                    "batch cannot keep: pass them beside it, and x.as_subclass(torch.Tensor)"
+                )
             if leaf.is_meta:
                 return ShapeError(f"{name} is a meta tensor: it has a shape but no data; pass a real one")
             if not leaf.is_cpu:
                 return ShapeError(f"{name} is on {leaf.device}; inputs are host tensors: pass it as .cpu()")
+        elif is_masked(leaf):
+            return ShapeError(
+                f"{name} is a masked array, whose mask no tensor has; pass array.filled(...), or its data and its mask "
+                "as two arrays"
+            )
         if leaf.ndim == 0:
             return ShapeError(
                 f"{name} is a 0-d tensor and has no batch dimension; pass a Python number if every row is to see it, "
@@ -240,10 +324,11 @@ def _unfit(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: list[Any], dim
             )
         sizes[name] = leaf.shape[dim]
     said = ", ".join(f"{name} has {rows}" for name, rows in sizes.items())
+    in_lists = f"; {_ONE_EACH}" if listed((args, kwargs)) else ""
     return ShapeError(
         f"the inputs have unequal rows along dim {dim}: {said}; every tensor needs the same number "
         "(x.expand(rows, ...) repeats one row without a copy; wrap what belongs to all rows, as a table does, in "
-        "aneuron.Shared(x))"
+        f"aneuron.Shared(x)){in_lists}"
     )
 
 
@@ -259,18 +344,18 @@ class Compiled:
         self.rows = self._call.rows
         self.base = self._call.base
         self.leaves = self._call.leaves or ()
-        self._names = [path.text for path in _inputs(args, kwargs)]
+        self.names = [path.text for path in _inputs(args, kwargs)]
         pads = self._call.pads
-        self.lengths = None if pads is None else dict(zip(self._names, pads.values, strict=True))
+        self.lengths = None if pads is None else dict(zip(self.names, pads.values, strict=True))
 
     def check(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Raise `ShapeError` unless the call's inputs have the compiled structure, shapes and dtypes, of any length."""
         if _base(call) == _base(self._call):
             return
         names = [path.text for path in _inputs(args, kwargs)]
-        if sorted(names) != sorted(self._names):
-            raise ShapeError(f"the model was compiled for {_listed(self._names)}; this call has {_listed(names)}")
-        expected = dict(zip(self._names, self.leaves, strict=True))  # by name: dicts may come in another order
+        if sorted(names) != sorted(self.names):
+            raise ShapeError(f"the model was compiled for {_listed(self.names)}; this call has {_listed(names)}")
+        expected = dict(zip(self.names, self.leaves, strict=True))  # by name: dicts may come in another order
         for name, leaf in zip(names, call.leaves or (), strict=True):
             if is_mark(leaf) or is_mark(expected[name]):
                 _check_mark(name, leaf, expected[name])
@@ -290,7 +375,7 @@ class Compiled:
 
     def _free(self, name: str) -> list[int]:
         """The dims of an input that are any call's own: its rows, and its length if it has one."""
-        ndim = self.leaves[self._names.index(name)].ndim
+        ndim = self.leaves[self.names.index(name)].ndim
         pads = self._call.pads
         at = [pads.dim % ndim] if pads is not None and self.lengths and self.lengths[name] is not None else []
         return [self._dim % ndim, *at]

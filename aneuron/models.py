@@ -5,6 +5,7 @@ which shape runs (buckets.py, scheduler.py).
 """
 
 import os
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -25,12 +26,22 @@ def check_model(model: Any) -> None:
             f"model={model!r:.80}: expected a module, a callable, the path of a TorchScript file, or a mapping "
             "from batch sizes, or (batch size, bucket), to these"
         )
-    if isinstance(model, torch.nn.Module) and getattr(model, "training", False):  # a frozen graph cannot say
-        warnings.warn(
+    if isinstance(model, type) and issubclass(model, torch.nn.Module):
+        raise TypeError(f"model={model.__name__} is a class; pass a module, as {model.__name__}(...).eval()")
+    export = sys.modules.get("torch.export")
+    if export is not None and isinstance(model, export.ExportedProgram):
+        raise TypeError("model is an ExportedProgram, which cannot be called; pass what its module() returns")
+    if isinstance(model, torch.nn.Module) and getattr(model, "training", False) and not _exported(model):
+        warnings.warn(  # (a frozen graph cannot say whether it trains)
             "the model is in training mode: dropout would be active, and batch statistics would mix callers; "
             "call model.eval() first",
             stacklevel=4,
         )
+
+
+def _exported(model: torch.nn.Module) -> bool:
+    """Whether there is a module of an exported program in it: the mode was fixed then, and `eval()` raises."""
+    return any("train" in vars(part) for part in model.modules())
 
 
 def is_compiled(model: Any) -> bool:
@@ -116,6 +127,11 @@ def _by_shape(given: Mapping[Any, Any], buckets: Buckets | None) -> dict[tuple[i
     rule = "expected {8: model}, a model for each batch size, or {(8, 64): model}, one for each batch size and bucket"
     if not given:
         raise ValueError(f"model={{}}: no model; {rule}")
+    if all(isinstance(value, torch.Tensor) for value in given.values()):
+        raise ValueError(
+            f"model is weights without a model, a state_dict of {len(given)} tensors: make the module, "
+            "net.load_state_dict(...), and pass net.eval()"
+        )
     with_bucket = [isinstance(key, tuple) for key in given]
     for key in given:
         numbers = key if isinstance(key, tuple) and len(key) == 2 else (key,)

@@ -13,7 +13,8 @@ import torch
 from aneuron.buckets import Buckets
 from aneuron.errors import OutputError
 from aneuron.marked import Rows, Shared
-from aneuron.nested import Marks, Path, mark, named, paths, walk
+from aneuron.nested import Marks, Path, Sealed, is_masked, mark, named, paths, walk
+from aneuron.quantized import QUANTIZED, grid
 
 Carried = tuple[tuple[int, ...], ...]  # for each tensor of an output the dims where the length stands: none, mostly one
 
@@ -36,7 +37,10 @@ class Output:
         if type(value) is torch.Tensor:
             self.leaves, self.structure = [value], [torch.Tensor]  # what the walk would find
         else:
-            walk(value, self.leaves, self.structure, self.constants, by_name=True)
+            try:
+                walk(value, self.leaves, self.structure, self.constants, by_name=True)
+            except Sealed as error:
+                raise OutputError(f"the model returned {error}") from error
         self.leaves = [leaf if isinstance(leaf, (Rows, Shared)) else checked(leaf, None, dim) for leaf in self.leaves]
         if size is not None:
             self.check(size)
@@ -59,6 +63,14 @@ class Output:
         if not self.leaves:
             raise OutputError("the model returned no tensor; every call needs its rows of at least one")
 
+    def fits(self, size: int) -> bool:
+        """Whether everything in it could be cut into `size` rows."""
+        try:
+            self.check(size)
+        except OutputError:
+            return False
+        return True
+
     def paths(self) -> list[Path]:
         """Where its tensors and marks stand, in the order of `leaves`."""
         return list(paths(self.value, "output"))
@@ -79,6 +91,8 @@ def kind(output: Output) -> Hashable:
 def checked(leaf: Any, size: int | None, dim: int) -> torch.Tensor:
     """One tensor of an output, on the host."""
     if not isinstance(leaf, torch.Tensor):
+        if is_masked(leaf):
+            raise OutputError("the model returned a masked array, whose mask no tensor has; return it beside the data")
         try:
             leaf = tensor(leaf)
         except TypeError:
@@ -89,14 +103,25 @@ def checked(leaf: Any, size: int | None, dim: int) -> torch.Tensor:
     if leaf.layout is not torch.strided or leaf.is_nested or leaf.is_meta:
         kind = leaf.layout if leaf.layout is not torch.strided else "nested" if leaf.is_nested else "meta"
         raise OutputError(f"the model returned a {kind} tensor, which cannot be cut into rows; return a dense one")
+    if type(leaf).__torch_dispatch__ is not PLAIN:
+        raise OutputError(f"the model returned a {type(leaf).__name__}, {SPECIAL}; return plain tensors")
     if size is not None and (not -leaf.ndim <= dim < leaf.ndim or leaf.shape[dim] != size):
         raise OutputError(
             f"the model returned a tensor of shape {tuple(leaf.shape)} for a batch of {size} rows; every output tensor "
             f"needs that many along dim {dim}, so that each call can be given its own (a value for the whole batch "
             "needs outputs={name: 'whole'}, or disable_dynamic_batching())"
         )
+    if leaf.dtype in QUANTIZED and -leaf.ndim <= dim < leaf.ndim:
+        try:
+            grid(leaf, dim)
+        except ValueError as error:
+            raise OutputError(f"a tensor that the model returned {error}") from None
     host: torch.Tensor = leaf if leaf.is_cpu else leaf.cpu()
     return host
+
+
+PLAIN = torch.Tensor.__torch_dispatch__  # what subclasses have whose rows are cut as those of any tensor
+SPECIAL = "a kind of tensor with operations of its own, whose rows cannot be cut and joined"
 
 
 def tensor(array: Any) -> torch.Tensor:

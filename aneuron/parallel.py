@@ -64,11 +64,18 @@ class AsyncDataParallel:
 
     ``y = await model(*inputs, **kwargs)``: every tensor among the inputs (at any depth of tuples, lists, dicts, named
     tuples and dataclasses; NumPy arrays count as tensors) has the same number of rows n >= 1 along `dim`; everything
-    else is passed to the model as it is. The result has the structure that the model makes, with n rows in each
-    tensor, in order; its tensors are ordinary, detached, on the CPU, and share memory with nothing.
+    else is passed to the model as it is. (A list is a structure of inputs, not of rows. One that holds nothing but what
+    looks like images, (3, H, W) or uint8 (H, W, 3) from 8 x 8 on, is a `ShapeError` unless `example_inputs` has tensors
+    in the same places; in a tuple they are inputs.) The result has the structure that the model makes, with n rows in
+    each tensor, in order; its tensors are ordinary, detached, on the CPU, and share memory with nothing.
+
+    Inputs are read when their batch is formed, not at the call, and again if it must run once more: leave them alone
+    until the call has ended. A tensor that was written to in place meanwhile fails its call with `InputModified`;
+    writes through NumPy or `.data`, and to inference tensors, nobody can see.
 
     Calls that wait are packed into batches with other callers' rows if their tensors agree in shape (but for the
-    rows) and dtype and their other arguments are the same; a call may be spread over several batches and cores.
+    rows) and dtype (quantized ones in scale and zero point) and their other arguments are the same; a call may be
+    spread over several batches and cores.
     Cancelling an awaiting task takes its rows out of the queue; rows that a core is executing are finished and dropped.
 
     Parameters (the first four as in `torch_neuronx.DataParallel`,
@@ -109,9 +116,9 @@ class AsyncDataParallel:
         first two different rows share a batch. It also warns, in the log, of rows that influence one another. False:
         shapes decide.
 
-    Raises, from the call: `ShapeError` for inputs that do not fit, `QueueFull`, `Closed`, `CoreFailed`, `OutputError`
-    for outputs that cannot be handed out, `RuntimeError` when used from a second event loop, and whatever the model
-    raised for this call's rows.
+    Raises, from the call: `ShapeError` for inputs that do not fit, `InputModified` for those that were changed while it
+    waited, `QueueFull`, `Closed`, `CoreFailed`, `OutputError` for outputs that cannot be handed out, `RuntimeError`
+    when used from a second event loop, and whatever the model raised for this call's rows.
 
         >>> import asyncio, torch, aneuron
         >>> async def main():
@@ -181,6 +188,7 @@ class AsyncDataParallel:
         self._compiled = self._example if self._models.compiled else None
         self._lengths = self._example.lengths if self._example is not None else None
         self._warned_of_list = False
+        self._known = self._example.names if self._example is not None else ()
         self._checked: Hashable = None  # the signature of the last call that was found to fit
         self._sizes: Mapping[int, Sizes] = {}  # of this run of the model, which learns them
         self._swapping = False
@@ -290,7 +298,7 @@ class AsyncDataParallel:
     ) -> Any:
         if self._observer is not None and (trace is None or trace.observer is None):
             return await self._observed(self._observer, inputs, kwargs, terms, timeout, trace or Trace())
-        call = measure(inputs, kwargs, self._dim, self._buckets, self._lengths)
+        call = measure(inputs, kwargs, self._dim, self._buckets, self._lengths, self._known)
         if self._compiled is not None and call.signature is not self._checked:
             self._compiled.check(call, inputs, kwargs)
             self._checked = call.signature

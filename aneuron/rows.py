@@ -5,17 +5,18 @@ decisions about who runs when.
 """
 
 from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from itertools import accumulate
 from typing import Any
 
 import torch
 
-from aneuron.errors import OutputError
+from aneuron.errors import InputModified, OutputError
 from aneuron.lengths import Pads, padded
-from aneuron.marked import Rows, Shared
+from aneuron.marked import Rows, Shared, is_mark
 from aneuron.nested import fill, is_array, walk
 from aneuron.outputs import Carried, Output, checked, tensor
+from aneuron.quantized import QUANTIZED, grid, joined
 from aneuron.waiting import Chunk, Waiting
 
 Guard = AbstractContextManager[Any]
@@ -24,7 +25,7 @@ Guard = AbstractContextManager[Any]
 class Call(Waiting):
     """One `await model(...)`: its inputs, and its result where that grows in parts."""
 
-    __slots__ = ("future", "leaves", "settled")
+    __slots__ = ("future", "leaves", "settled", "version")
 
     future: Any  # the lanes alone touch it; set on admission
     template: Any = None  # (args, kwargs); None for a single tensor
@@ -38,8 +39,11 @@ class Call(Waiting):
     length: int = 0
     pads: Pads | None = None
 
-    def __init__(self, rows: int, signature: Hashable, leaves: Sequence[Any], template: Any) -> None:
+    def __init__(
+        self, rows: int, signature: Hashable, leaves: Sequence[Any], template: Any, version: int | None = None
+    ) -> None:
         self.rows = rows
+        self.version = version  # of the leaves, see `version_of`
         self.signature = signature
         self.bound = self.sequence = 0
         self.leaves: Sequence[Any] | None = leaves  # tensors and arrays, in the order of the walk; None at the end
@@ -57,9 +61,17 @@ class BucketCall(Call):
     __slots__ = ("base", "bucket", "length", "pads")
 
     def __init__(
-        self, rows: int, base: Hashable, leaves: Sequence[Any], template: Any, bucket: int, length: int, pads: Pads
+        self,
+        rows: int,
+        base: Hashable,
+        leaves: Sequence[Any],
+        template: Any,
+        version: int | None,
+        bucket: int,
+        length: int,
+        pads: Pads,
     ) -> None:
-        super().__init__(rows, (base, bucket), leaves, template)
+        super().__init__(rows, (base, bucket), leaves, template, version)
         self.base = base
         self.bucket = bucket
         self.length = length
@@ -139,6 +151,43 @@ def gather(chunks: Sequence[Chunk[Call]]) -> tuple[Sequence[Chunk[Call]], list[S
     return chunks, inputs, templates[0] if templates else None
 
 
+def version_of(leaves: Sequence[Any]) -> int:
+    """How often the tensors have been written to in place, all together, as far as torch counts it."""
+    return sum([_version(leaf) for leaf in leaves])
+
+
+def _version(leaf: Any) -> int:
+    if isinstance(leaf, torch.Tensor):
+        return 0 if leaf.is_inference() else leaf._version
+    return version_in(leaf.value if type(leaf) is Shared else leaf.objects) if is_mark(leaf) else 0
+
+
+def version_in(value: Any) -> int:
+    """The same of the tensors in a structure; 0 for what a call will refuse."""
+    leaves: list[Any] = [value]
+    if not isinstance(value, torch.Tensor):
+        leaves.clear()
+        with suppress(Exception):
+            walk(value, leaves, [], [])
+    return version_of(leaves)
+
+
+MODIFIED = (
+    "a tensor among the inputs was modified in place while its call waited; inputs are read when their batch is "
+    "formed: leave them alone until the call has ended, or pass a copy (x.clone()); for a slice of a buffer whose "
+    "other rows are written to, buffer[i:j].data"
+)
+
+
+def check_unmodified(chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]]) -> None:
+    """Raise `InputModified` if a tensor has been written to since its call; after they are read, not before."""
+    for (call, _, _), leaves in zip(chunks, inputs, strict=True):
+        if call.version is not None:
+            now = leaves[0]._version if call.template is None else version_of(leaves)
+            if now != call.version:
+                raise InputModified(MODIFIED)
+
+
 def columns(
     chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], size: int, dim: int, bucket: int = 0
 ) -> list[Any]:
@@ -166,7 +215,7 @@ def columns(
             last = pieces[-1]
             row = last if last.shape[dim] == 1 else last.narrow(dim, last.shape[dim] - 1, 1)
             pieces += [row] * (size - rows)
-        whole = torch.cat(pieces, dim) if len(pieces) > 1 else pieces[0].clone(memory_format=torch.contiguous_format)
+        whole = cat(pieces, dim) if len(pieces) > 1 else pieces[0].clone(memory_format=torch.contiguous_format)
         joined.append(whole if whole.is_contiguous() else whole.contiguous())
     return joined
 
@@ -199,6 +248,11 @@ def _unmarked(value: Any) -> Any:
     if not any(map(is_array, leaves)):
         return value
     return fill(value, iter([tensor(leaf) if is_array(leaf) else leaf for leaf in leaves]))
+
+
+def cat(pieces: list[torch.Tensor] | tuple[torch.Tensor, ...], dim: int) -> torch.Tensor:
+    """Pieces of one kind, one after the other."""
+    return joined(pieces, dim) if pieces[0].is_quantized else torch.cat(pieces, dim)
 
 
 def _piece(leaf: Any, start: int, stop: int, dim: int) -> torch.Tensor:
@@ -334,7 +388,7 @@ def _room(part: Any, rows: int, dim: int) -> Any:
         return [None] * rows
     shape = list(part.shape)
     shape[dim] = rows
-    return torch.empty(shape, dtype=part.dtype)
+    return torch.empty_quantized(shape, part) if part.is_quantized else torch.empty(shape, dtype=part.dtype)
 
 
 def _check_alike(pieces: list[list[Any]], dim: int) -> None:
@@ -344,12 +398,13 @@ def _check_alike(pieces: list[list[Any]], dim: int) -> None:
         if kind != kinds[0]:
             raise OutputError(
                 f"the model returned {kind} for one part of a call and {kinds[0]} for another (shape without rows, "
-                "dtype, for each tensor); they cannot be joined"
+                "dtype, and how it is quantized, for each tensor); they cannot be joined"
             )
 
 
 def _kind(part: torch.Tensor, dim: int) -> tuple[Any, ...]:
-    return (*part.shape[:dim], *part.shape[dim:][1:], part.dtype)
+    on_grid = (grid(part, dim),) if part.dtype in QUANTIZED else ()
+    return (*part.shape[:dim], *part.shape[dim:][1:], part.dtype, *on_grid)
 
 
 def _keep(leaf: Any) -> Any:
@@ -381,7 +436,7 @@ def _join(leaf: Any, column: tuple[Any, ...], dim: int) -> Any:
     if isinstance(leaf, Shared):
         return column[0]
     try:
-        return torch.cat(column, dim)
+        return cat(column, dim)
     except (RuntimeError, IndexError, ValueError) as error:
         shapes = [tuple(part.shape) for part in column]
         raise OutputError(f"the outputs of the chunks cannot be joined along dim {dim}: {shapes}: {error}") from error

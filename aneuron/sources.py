@@ -3,8 +3,9 @@
 Lives here: advancing a source, and closing it. Must not be here: calls and results (bulk.py), a thread other than a
 worker (workers.py).
 
-A source gets two functions, which it calls on the loop: `start(element)` for each element, then `end(error)` once,
-with what the source raised or None; after `close()` neither.
+A source gets two functions, which it calls on the loop: `start(element, version)` for each element, with the version
+that its tensors had when it was read, then `end(error)` once, with what the source raised or None; after `close()`
+neither.
 """
 
 import asyncio
@@ -19,9 +20,10 @@ from typing import Any
 import torch
 
 from aneuron.nested import is_array
+from aneuron.rows import version_in
 from aneuron.workers import Workers
 
-Start = Callable[[Any], None]
+Start = Callable[[Any, int], None]
 End = Callable[[BaseException | None], None]
 
 logger = logging.getLogger("aneuron")
@@ -86,7 +88,7 @@ class LoopSource:
                 if self._closed:
                     return  # the source has swallowed its cancellation
                 self._room -= 1
-                self._start(element)
+                self._start(element, version_in(element))
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
@@ -138,7 +140,7 @@ class ThreadSource:
                 self._elements = iter(self._source)
             for element in islice(self._elements, room):
                 read += 1
-                self._arrive(element)
+                self._arrive((element, version_in(element)))
                 if self._closed:
                     return
         except BaseException as error:  # or a closed loop's, which nobody will see
@@ -164,7 +166,7 @@ class ThreadSource:
             while self._arrived and not self._closed:
                 element = self._arrived.popleft()
                 if element is not self._END:
-                    self._start(element)
+                    self._start(*element)
                 else:
                     self.close()
                     self._end(self._error)

@@ -140,7 +140,10 @@ class Execution:
             return None
         self.rows = sum([stop - start for _, start, stop in self.chunks])
         size, dim = self.size or self.rows, self.common.dim
-        return rows.collate(self.chunks, self._inputs, self._template, size, dim, self.batch.bucket)
+        try:
+            return rows.collate(self.chunks, self._inputs, self._template, size, dim, self.batch.bucket)
+        finally:  # an input that has another shape by now cannot even be collated
+            rows.check_unmodified(self.chunks, self._inputs)
 
     def begin(self, clock: Callable[[], float]) -> bool:
         """With the core's turn in hand: whether there is still something to execute."""

@@ -9,6 +9,7 @@ import math
 import pickle
 import threading
 import traceback
+import zipfile
 from concurrent.futures import Future
 
 import numpy as np
@@ -16,7 +17,17 @@ import pytest
 import torch
 from puppets import named
 
-from aneuron import AneuronError, AsyncDataParallel, Closed, CpuBackend, DeviceError, OutputError, ShapeError
+from aneuron import (
+    AneuronError,
+    AsyncDataParallel,
+    Closed,
+    CpuBackend,
+    DeviceError,
+    Fault,
+    InputModified,
+    OutputError,
+    ShapeError,
+)
 from aneuron.testing import PuppetBackend, PuppetCore, run, settle
 
 GOOD = torch.arange(3.0).reshape(3, 1)
@@ -128,6 +139,87 @@ def test_keyword_inputs_are_named_in_errors():
     run(main())
 
 
+# Lists of what was meant as rows.
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ([torch.zeros(3, 32, 48), torch.zeros(3, 32, 48)],),
+        lambda: ([torch.zeros(3, 32, 48), torch.zeros(3, 40, 8)],),
+        lambda: ([torch.zeros(3, 224, 224)],),
+        lambda: ([torch.zeros(3, 8, 8)] * 3,),
+        lambda: ({"pixel_values": [np.zeros((3, 32, 32), "f4")] * 4},),
+        lambda: ([np.zeros((32, 48, 3), "u1")] * 2,),
+        lambda: ("a prompt", [torch.zeros(3, 32, 32)] * 2),
+    ],
+    ids=named,
+)
+def test_a_list_of_images_is_refused_with_what_to_pass(make):
+    async def main():
+        backend = puppets()
+        async with AsyncDataParallel(lambda *args: args[0], backend=backend, batch_size=8) as model:
+            good, bad = await finished(model(GOOD), model(*make()))
+            assert torch.equal(good, GOOD)
+            assert type(bad) is ShapeError
+            for word in ("torch.stack", "Rows", "tuple", "image"):
+                assert word in str(bad)
+            assert executions(backend) == 1
+        with pytest.raises(ShapeError, match=r"^example_inputs: a list of"):
+            AsyncDataParallel(torch.neg, example_inputs=make())
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ([torch.ones(3, 2), torch.ones(3, 5)],),
+        ([torch.ones(3, 2, 32), torch.ones(3, 2, 32)],),  # states of two layers
+        ([torch.ones(1, 32, 32), torch.ones(1, 32, 32)],),
+        ([torch.ones(4, 32, 32), torch.ones(4, 32, 32)],),
+        ((torch.ones(3, 32, 32), torch.ones(3, 32, 32)),),
+        ([torch.ones(3, 32, 32), torch.ones(3)],),  # three rows, as the other says
+        ([torch.ones(3, 32, 32)], torch.ones(3)),
+        ([torch.ones(32, 48, 3)],),  # points
+        ([torch.ones(2, 3, 32, 32)],),
+    ],
+    ids=named,
+)
+def test_lists_of_inputs_are_inputs(args):
+    async def main():
+        async with AsyncDataParallel(lambda *args: args[0][0] + 1, backend=puppets(cores=2), batch_size=4) as model:
+            assert torch.equal(await model(*args), args[0][0] + 1)
+
+    run(main())
+
+
+def test_a_list_where_the_example_has_one_is_never_one_of_images():
+    example = ([torch.ones(8, 32, 32), torch.ones(8, 32, 32)], 1)
+
+    async def main():
+        net = lambda pair, scale: pair[0] + pair[1] * scale  # noqa: E731
+        async with AsyncDataParallel(net, backend=puppets(), example_inputs=example) as model:
+            for rows in (1, 3, 4):
+                pair = [torch.ones(rows, 32, 32), torch.ones(rows, 32, 32)]
+                assert torch.equal(await model(pair, 3), pair[0] * 4)
+
+    run(main())
+
+
+@pytest.mark.parametrize("make", [torch.ones, np.ones])
+def test_a_list_of_unequal_tensors_says_how_to_pass_one_a_row(make):
+    async def main():
+        async with AsyncDataParallel(torch.neg, backend=puppets()) as model:
+            for args in (([make((5,)), make((7,))],), ({"ids": [make((5, 2)), make((7, 2))]}, make((5, 2)))):
+                with pytest.raises(ShapeError, match=r"unequal rows.*torch\.stack\(list\).*aneuron\.Rows\(list\)"):
+                    await model(*args)
+            with pytest.raises(ShapeError, match=r"aneuron\.Shared\(x\)\)$"):
+                await model(make((5,)), make((7,)))
+
+    run(main())
+
+
 # Inputs that are not what the model was compiled for.
 
 
@@ -188,10 +280,6 @@ def test_a_bad_example_is_refused_when_the_object_is_made(example):
 # Outputs that cannot be handed out.
 
 
-def objects(x):
-    return [Handle() for _ in x]
-
-
 def forgotten_await(x):
     async def net(x):
         return x
@@ -209,10 +297,6 @@ BAD_OUTPUTS = {
     "a 0-d array": (lambda x: np.array(1.0), "()"),
     "a number": (lambda x: 1.5, "float"),
     "a text": (lambda x: "positive", "positive"),
-    "a list of objects, one a row": (objects, "Handle"),
-    "a list of texts, one a row": (lambda x: ["a"] * len(x), "str"),
-    "a list of numbers, one a row": (torch.Tensor.tolist, "float"),
-    "a list of tensors, one a row": (lambda x: [torch.zeros(7) for _ in x], "(7,)"),
     "one bad tensor among good ones": (lambda x: {"a": x, "b": (x, x[:1].expand(11, 1))}, "(11, 1)"),
     "one value for the whole batch": (lambda x: (x, x.mean()), "()"),
     "nothing": (lambda x: None, "no tensor"),
@@ -356,7 +440,7 @@ def test_a_result_that_cannot_be_rebuilt_is_an_error_and_never_none():
             await settle()
             await released(backend, 1, 0)
             for error in (outcome(long), outcome(short)):
-                assert isinstance(error, TypeError), error
+                assert isinstance(error, OutputError), error
                 assert "one of a kind" in str(error)
 
     run(main())
@@ -730,6 +814,357 @@ def test_a_file_that_does_not_exist_is_an_error_at_the_start(tmp_path):
         (tmp_path / "junk.pt").write_text("junk")
         with pytest.raises(RuntimeError):
             await AsyncDataParallel(str(tmp_path / "junk.pt"), backend=CpuBackend(cores=2))(GOOD)
+
+    asyncio.run(main())
+
+
+# Files that hold something else than a TorchScript model, told by what is in them.
+
+
+def zipped(path, *names):
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, "{}")
+
+
+def cut(path, save, size):
+    save(path)
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def written(path, save):
+    with path.open("wb") as file:  # given a name they would add to it
+        save(file, np.ones(2))
+
+
+def net():
+    return torch.nn.Linear(3, 1).eval()
+
+
+def pickled(value, path, protocol):
+    path.write_bytes(pickle.dumps(value, protocol))
+
+
+OTHER_FILES = {
+    "a state_dict": (lambda path: torch.save(net().state_dict(), path), "state_dict.*load_state_dict.*weights_only"),
+    "an old state_dict": (
+        lambda path: torch.save(net().state_dict(), path, _use_new_zipfile_serialization=False), "load_state_dict"
+    ),
+    "a checkpoint": (lambda path: torch.save({"model": net().state_dict(), "epoch": 1}, path), "checkpoint"),
+    "a pickled state_dict": (lambda path: pickled(net().state_dict(), path, 5), "load_state_dict"),
+    "a module": (lambda path: torch.save(net(), path), r"pickled torch\.nn\.modules\.linear\.Linear.*net\.eval"),
+    "an old module": (
+        lambda path: torch.save(net(), path, _use_new_zipfile_serialization=False), r"pickled torch.*\.Linear"
+    ),
+    "a pickled module": (lambda path: pickled(net(), path, 2), r"pickled torch.*\.Linear.*only if you trust it"),
+    "a tensor": (lambda path: torch.save(torch.ones(2), path), "pickled tensors"),
+    "a list of tensors": (lambda path: torch.save([torch.ones(2)], path), "pickled tensors"),
+    "a pickled number": (lambda path: pickled(3, path, 4), "pickled object"),
+    "a broken pickle": (lambda path: cut(path, lambda path: pickled(net(), path, 4), 20), "damaged pickle"),
+    "half an archive": (lambda path: cut(path, lambda path: torch.save(net(), path), 300), "damaged or incomplete"),
+    "an exported program": (
+        lambda path: torch.export.save(torch.export.export(net(), (torch.ones(2, 3),)), path),
+        r"export\.load.*module\(\)",
+    ),
+    "an exported program of torch 2.4": (lambda path: zipped(path, "serialized_exported_program.json"), "exported"),
+    "an AOTInductor package": (
+        lambda path: zipped(path, "p/archive_format", "p/data/aotinductor/model/x.so"), "aoti_load_package"
+    ),
+    "an archive of arrays": (lambda path: written(path, np.savez), "NumPy"),
+    "any other archive": (lambda path: zipped(path, "readme"), "without TorchScript"),
+    "an array": (lambda path: written(path, np.save), "NumPy"),
+    "safetensors": (
+        lambda path: path.write_bytes((2).to_bytes(8, "little") + b'{"x": {}}'), "safetensors.*load_state_dict"
+    ),
+    "an ONNX model": (lambda path: path.write_bytes(b"\x08\x08\x12\x07pytorch"), "ONNX.*runtime"),
+    "a pointer to a file": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "lfs pull"),
+    "a shared library": (lambda path: path.write_bytes(b"\x7fELF" + bytes(99)), "shared library"),
+    "nothing": (lambda path: path.touch(), "empty"),
+    "a directory": (lambda path: path.mkdir(), "directory"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER_FILES)
+def test_a_file_that_holds_no_script_is_said_what_it_is(kind, tmp_path, monkeypatch):
+    write, words = OTHER_FILES[kind]
+    path = tmp_path / "model"  # the name says nothing
+    write(path)
+    for module, name in ((pickle, "load"), (pickle, "loads"), (torch, "load")):
+        monkeypatch.setattr(module, name, None)
+
+    async def main():
+        for given, model in ((path, path), ({1: str(path)}, str(path))):
+            with pytest.raises(ValueError, match=rf"(?s)' is .*{words}") as caught:
+                await AsyncDataParallel(given, backend=CpuBackend(cores=2)).start()
+            assert str(model) in str(caught.value)
+
+    asyncio.run(main())
+
+
+def test_a_script_is_loaded_whatever_its_name(tmp_path):
+    for name in ("model.pt2", "model", "weights.safetensors"):
+        torch.jit.save(torch.jit.trace(net(), torch.ones(2, 3)), tmp_path / name)
+
+        async def main(path=tmp_path / name):
+            async with AsyncDataParallel(path, backend=CpuBackend(cores=1)) as model:
+                return await model(torch.ones(5, 3))
+
+        assert asyncio.run(main()).shape == (5, 1)
+
+
+def test_a_backend_of_one_s_own_takes_whatever_file_it_likes(tmp_path):
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x08\x12\x07pytorch")
+
+    class Runtime(PuppetBackend):
+        def load(self, model, core_id, batch_size):
+            assert model == tmp_path / "model.onnx"
+            return super().load(torch.neg, core_id, batch_size)
+
+    async def main():
+        model = AsyncDataParallel(tmp_path / "model.onnx", backend=Runtime(cores=1, service_time=0.01), batch_size=4)
+        async with model:
+            return await model(GOOD)
+
+    assert torch.equal(run(main()), -GOOD)
+
+
+# Exported programs, and other things that only look like modules.
+
+
+def test_the_module_of_an_exported_program_is_served_without_a_warning():
+    rows = torch.export.Dim("rows", min=2, max=64)
+    program = torch.export.export(net(), (torch.ones(2, 3),), dynamic_shapes=({0: rows},))
+
+    class Around(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = program.module()
+
+        def forward(self, x):
+            return self.inner(x) * 2
+
+    async def main(model, x):
+        async with model:
+            return await model(x)
+
+    x = torch.arange(12.0).reshape(4, 3)
+    with pytest.raises(TypeError, match=r"ExportedProgram.*module\(\)"):
+        AsyncDataParallel(program)
+    for made in (program.module(), Around()):  # neither of which can be told to eval()
+        model = AsyncDataParallel(made, backend=CpuBackend(cores=1), batch_size=4)
+        torch.testing.assert_close(asyncio.run(main(model, x)), made(x).detach())
+
+
+def test_a_class_and_weights_are_no_models():
+    with pytest.raises(TypeError, match=r"Linear is a class; pass a module, as Linear\(\.\.\.\)"):
+        AsyncDataParallel(torch.nn.Linear)
+    for weights in (net().state_dict(), dict(net().state_dict())):
+        with pytest.raises(ValueError, match=r"state_dict of 2 tensors.*load_state_dict"):
+            AsyncDataParallel(weights)
+
+
+# Inputs that are written to while their calls wait.
+
+
+def rewritten(x):
+    x.fill_(-1.0)
+
+
+WRITES = {
+    "fill_": rewritten,
+    "an item": lambda x: x.__setitem__(0, -1.0),
+    "out=": lambda x: torch.add(x, 1, out=x),
+    "another view": lambda x: x.view(-1).add_(1),
+    "a detached twin": lambda x: x.detach().add_(1),
+    "in inference mode": torch.inference_mode()(rewritten),
+    "another shape": lambda x: x.resize_(5, 1),
+    "rows in place of columns": lambda x: x.t_(),
+}
+PLACES = {
+    "alone": lambda x: (x,),
+    "in a dict": lambda x: ({"a": [x], "b": x.clone()},),
+    "as a subclass": lambda x: (torch.nn.Parameter(x, requires_grad=False),),
+    "beside an array": lambda x: (x, x.clone().numpy()),
+}
+
+
+def first_of(value):
+    """A model that doubles the first tensor of its input."""
+    return (value["a"][0] if isinstance(value, dict) else value) * 2
+
+
+@pytest.mark.parametrize("write", WRITES)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("lone", [True, False])
+def test_an_input_that_is_written_to_while_its_call_waits_fails_that_call_alone(write, place, lone):
+    async def main():
+        backend = PuppetBackend(cores=1)
+        async with AsyncDataParallel(lambda *args: first_of(args[0]), backend=backend, batch_size=8) as model:
+            busy = asyncio.ensure_future(model(GOOD))
+            await settle()
+            x = torch.arange(1.0, 4.0).reshape(3, 1)
+            args = PLACES[place](x)
+            mates = [] if lone else [PLACES[place](GOOD + 1), PLACES[place](GOOD[:2])]
+            bad, *good = (asyncio.ensure_future(model(*each)) for each in (args, *mates))
+            await settle()
+            WRITES[write](x)
+            while not all(call.done() for call in (busy, bad, *good)):
+                if backend[0].executing is not None:
+                    backend[0].release()
+                await settle()
+            error = outcome(bad)
+            assert type(error) is InputModified
+            assert isinstance(error, RuntimeError)
+            assert "clone()" in str(error)
+            for mate, call in zip(mates, good, strict=True):
+                assert torch.equal(outcome(call), first_of(mate[0]))
+            calls = model.statistics().calls
+            assert (calls.completed, calls.failed) == (1 + len(mates), 1)
+
+    run(main())
+
+
+def test_a_call_of_which_a_part_was_read_before_the_write_fails_as_a_whole():
+    async def main():
+        backend = PuppetBackend(cores=1)
+        async with AsyncDataParallel(torch.neg, backend=backend, batch_size=2, num_workers=1) as model:
+            x = torch.arange(5.0).reshape(5, 1)
+            call = asyncio.ensure_future(model(x))
+            await settle()
+            x[4] = 7.0
+            await released(backend, 0)
+            assert type(outcome(call)) is InputModified
+            assert torch.equal(await finish(backend, model(x)), -x)
+
+    run(main())
+
+
+async def finish(backend, call):
+    call = asyncio.ensure_future(call)
+    await settle()
+    await released(backend, 0)
+    return call.result()
+
+
+def test_what_has_been_read_may_be_written_to():
+    async def main():
+        backend = PuppetBackend(cores=1)
+        async with AsyncDataParallel(torch.neg, backend=backend, batch_size=8) as model:
+            x = GOOD.clone()
+            call = asyncio.ensure_future(model(x))
+            await settle()
+            x.zero_()  # its batch is on the core
+            await released(backend, 0)
+            assert torch.equal(call.result(), -GOOD)
+
+    run(main())
+
+
+def test_rows_of_one_buffer_count_for_themselves_as_data():
+    async def main():
+        backend = PuppetBackend(cores=1)
+        async with AsyncDataParallel(torch.neg, backend=backend, batch_size=8) as model:
+            buffer = torch.zeros(4, 1)
+            busy = asyncio.ensure_future(model(GOOD))
+            await settle()
+            calls = []
+            for index in range(4):
+                buffer[index] = float(index)
+                calls.append(asyncio.ensure_future(model(buffer[index : index + 1].data if index else buffer[:1])))
+                await settle()
+            await released(backend, 0)
+            await busy
+            assert type(outcome(calls[0])) is InputModified  # a view: it counts with all of the buffer
+            assert [call.result().item() for call in calls[1:]] == [-1.0, -2.0, -3.0]
+
+    run(main())
+
+
+def test_inputs_whose_writes_nobody_counts_are_served():
+    with torch.inference_mode():
+        uncounted = torch.arange(3.0).reshape(3, 1)
+
+    async def main():
+        backend = puppets()
+        async with AsyncDataParallel(lambda x: first_of(x), backend=backend, batch_size=8) as model:
+            inputs = [uncounted, {"a": [uncounted], "b": GOOD}, uncounted.numpy()]
+            for result in await asyncio.gather(*map(model, inputs)):
+                assert torch.equal(result, GOOD * 2)
+
+    run(main())
+
+
+def test_a_source_that_reuses_one_buffer_is_told_so():
+    async def rows(kind, pause=0):
+        buffer = torch.zeros(1, 1)
+        for n in range(20):
+            buffer.fill_(n)
+            yield {"copy": buffer.clone(), "alone": buffer, "tuple": (buffer,), "dict": {"x": buffer}}[kind]
+            await settle(pause)
+
+    async def main():
+        async with AsyncDataParallel(lambda x: -x, backend=puppets(), batch_size=4) as model:
+            assert [y.item() async for y in model.map(rows("copy"))] == [-n for n in range(20)]
+            assert [y.item() async for y in model.map(rows("alone"), limit=1)] == [-n for n in range(20)]
+            for kind in ("alone", "tuple", "dict"):
+                for pause in range(5):
+                    with pytest.raises(InputModified, match="clone"):
+                        async for _ in model.map(rows(kind, pause)):
+                            pass
+
+    run(main())
+
+
+def test_so_is_one_that_is_read_in_a_thread():
+    def rows():
+        buffer = torch.zeros(1, 1)
+        for n in range(200):
+            yield buffer.fill_(n)
+
+    async def main():
+        async with AsyncDataParallel(torch.neg, backend=CpuBackend(cores=2), batch_size=4) as model:
+            results = [y async for y in model.map(rows(), return_exceptions=True)]
+            assert len(results) == 200
+            for n, result in enumerate(results):
+                assert isinstance(result, InputModified) or result.item() == -n
+
+    asyncio.run(main())
+
+
+def test_rows_that_run_once_more_are_read_once_more():
+    class Failing(PuppetBackend):
+        def classify(self, error):
+            return Fault.CORE
+
+    async def main():
+        backend = Failing(cores=2)
+        async with AsyncDataParallel(torch.neg, backend=backend, batch_size=8) as model:
+            x, y = GOOD.clone(), GOOD.clone()
+            calls = [asyncio.ensure_future(model(each)) for each in (x, y)]
+            await settle()
+            x.fill_(5.0)
+            core = next(core for core in backend.loaded.values() if core.executing is not None)
+            core.release(OSError("broken"))
+            await settle()
+            await released(backend, *backend.loaded)
+            assert type(outcome(calls[0])) is InputModified
+            assert torch.equal(calls[1].result(), -GOOD)
+
+    run(main())
+
+
+def test_on_real_threads_an_answer_is_that_of_what_was_passed_or_an_error():
+    async def main():
+        async with AsyncDataParallel(torch.neg, backend=CpuBackend(cores=2), batch_size=8) as model:
+            for turn in range(50):
+                inputs = [torch.full((3, 1), float(turn)) for _ in range(6)]
+                calls = [asyncio.ensure_future(model(x)) for x in inputs]
+                await asyncio.sleep(0)
+                for x in inputs[::2]:
+                    x.fill_(-7.0)
+                for index, result in enumerate(await finished(*calls)):
+                    if index % 2 or not isinstance(result, InputModified):
+                        assert torch.equal(result, torch.full((3, 1), -float(turn)))
 
     asyncio.run(main())
 

@@ -19,6 +19,7 @@ from aneuron import (
     CoreFailed,
     DeadlineExceeded,
     DeviceError,
+    InputModified,
     OutputError,
     QueueFull,
     ShapeError,
@@ -31,6 +32,7 @@ ERRORS = {
     ShapeError: (AneuronError, ValueError),
     DeviceError: (AneuronError, ValueError),
     OutputError: (AneuronError, RuntimeError),
+    InputModified: (AneuronError, RuntimeError),
     QueueFull: (AneuronError, Exception),
     DeadlineExceeded: (AneuronError, TimeoutError),
     Closed: (AneuronError, RuntimeError),
@@ -40,11 +42,11 @@ ERRORS = {
 # Design § 13: a file may import those above it.
 ORDER = [
     "errors", "waiting", "order", "batches", "slots", "holding", "scheduler", "health", "buckets", "marked", "nested",
-    "lengths", "outputs", "verdicts", "evidence", "rows", "measure",
-    "backends", "backends.cpu", "backends.simulated", "backends.neuron.faults",
-    "backends.neuron.machine", "backends.neuron.cores", "backends.neuron.placement", "backends.neuron.native",
-    "backends.neuron", "backends.cuda", "models", "stats", "observing", "workers", "lane", "futures", "recovery",
-    "lanes", "sources", "bulk", "view", "parallel", "testing", "web", "cli", "__main__",
+    "quantized", "lengths", "outputs", "verdicts", "evidence", "rows", "measure", "backends", "backends.files",
+    "backends.cpu", "backends.simulated", "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores",
+    "backends.neuron.placement", "backends.neuron.native", "backends.neuron", "backends.cuda", "models", "stats",
+    "observing", "workers", "lane", "futures", "recovery", "lanes", "sources", "bulk", "view", "parallel",
+    "testing", "web", "cli", "__main__",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.

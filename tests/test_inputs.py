@@ -3,9 +3,13 @@
 import asyncio
 import enum
 import math
-from collections import OrderedDict, UserDict, defaultdict, namedtuple
+import sys
+import time
+import warnings
+from collections import ChainMap, OrderedDict, UserDict, defaultdict, deque, namedtuple
 from contextlib import nullcontext
 from dataclasses import InitVar, dataclass, field, fields, is_dataclass
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,8 +18,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from puppets import named
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.immutable_collections import immutable_dict, immutable_list
+from torch.testing._internal.two_tensor import TwoTensor
 
-from aneuron import AsyncDataParallel, CpuBackend, OutputError, ShapeError
+from aneuron import AsyncDataParallel, Buckets, CpuBackend, OutputError, ShapeError, measure
 from aneuron.testing import PuppetBackend, run
 
 Plain = namedtuple("Plain", ["x", "y"])
@@ -74,6 +81,7 @@ CONTAINERS = {
     "frozen dataclass": Frozen,
     "frozen dataclass with slots": Slotted,
     "derived dataclass": lambda x, y: Derived(x, z=y),
+    "namespace": lambda x, y: SimpleNamespace(x=x, y=y),
     "deep": lambda x, y: {"a": [(Typed(x, None), {"b": Sample(y)}), ()], "c": Frozen({}, [])},
 }
 
@@ -91,6 +99,8 @@ def transformed(value, change, other=lambda constant: constant):
         return type(value)(*[transformed(child, change, other) for child in value])
     if isinstance(value, (tuple, list)):
         return type(value)([transformed(child, change, other) for child in value])
+    if isinstance(value, SimpleNamespace):
+        return SimpleNamespace(**{name: transformed(each, change, other) for name, each in vars(value).items()})
     if is_dataclass(value) and not isinstance(value, type):
         made = object.__new__(type(value))
         for each in fields(value):
@@ -114,6 +124,8 @@ def assert_same(ours, theirs):
         assert len(ours) == len(theirs)
         for mine, other in zip(ours, theirs, strict=True):
             assert_same(mine, other)
+    elif isinstance(ours, SimpleNamespace):
+        assert_same(vars(ours), vars(theirs))
     elif is_dataclass(ours):
         for each in fields(ours):
             assert_same(getattr(ours, each.name), getattr(theirs, each.name))
@@ -376,6 +388,176 @@ def test_a_class_of_dataclasses_is_no_structure():
     assert set(seen) == {Sample}
 
 
+# What is no structure of tensors, and what is one that cannot be taken apart.
+
+
+class Fixed(dict):
+    """A dict that nobody can write to, as third parties have them: a copy is the dict itself."""
+
+    def __setitem__(self, key, value):
+        raise TypeError("fixed")
+
+    def __copy__(self):
+        return self
+
+
+class Solid(list):
+    """A list that nobody can write to."""
+
+    def __setitem__(self, key, value):
+        raise TypeError("solid")
+
+
+class Dims(tuple):
+    """A tuple with a constructor of its own."""
+
+    def __new__(cls, *dims):
+        return super().__new__(cls, dims)
+
+
+UNTOUCHED = {
+    "torch.Size": lambda: torch.Size([2, 3]),
+    "an empty torch.Size": lambda: torch.Size([]),
+    "fx's list": lambda: immutable_list([1, immutable_list([2])]),
+    "fx's dict": lambda: immutable_dict(a=1, b=immutable_list([2, 3])),
+    "a frozen dict": lambda: Fixed(a=1),
+    "a frozen dict around a list": lambda: Fixed(a=[1, 2]),
+    "a frozen list": lambda: Solid([1, 2]),
+    "a mapping proxy": lambda: MappingProxyType({"a": 1}),
+    "a tuple class": lambda: Dims(1, 2),
+    "a tuple class in a tuple": lambda: (Dims(1, 2), torch.Size([1])),
+    "a named tuple": lambda: Plain(1, "a"),
+    "a set": lambda: frozenset({1, 2}),
+    "a deque": lambda: deque([1, 2]),
+    "the interpreter's version": lambda: sys.version_info,
+    "a time": lambda: time.gmtime(0),
+}
+
+
+@pytest.mark.parametrize("kind", UNTOUCHED)
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 4}, {"example": True, "batch_size": 2}], ids=named)
+def test_what_has_no_tensor_inside_is_passed_on_untouched(kind, settings):
+    settings = dict(settings)
+    value, seen = UNTOUCHED[kind](), []
+
+    def net(x, extra, *, option):
+        seen.append((extra["deep"][0], option))
+        return x + 1
+
+    if settings.pop("example", False):
+        settings["example_inputs"] = (column(1), {"deep": [value]})
+        (result,), _ = answers(
+            lambda x, extra: net(x, extra, option=value), ((column(5), {"deep": [value]}), {}), **settings
+        )
+    else:
+        (result,), _ = answers(net, ((column(5), {"deep": [value]}), {"option": value}), **settings)
+    assert torch.equal(result, column(5) + 1)
+    assert all(each is value for pair in seen for each in pair)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in UNTOUCHED if kind not in ("a mapping proxy", "a set", "a deque")])
+def test_calls_with_equal_ones_share_a_batch(kind):
+    calls = [((column(1, start), UNTOUCHED[kind]()), {}) for start in (0.0, 5.0)]
+    results, executed = answers(lambda x, extra: x, *calls, cores=1)
+    assert len(executed) == 1
+    assert torch.equal(results[1], column(1, 5.0))
+
+
+@pytest.mark.parametrize("make", [lambda: torch.Size([]), immutable_list, immutable_dict, Fixed, Solid], ids=named)
+def test_an_empty_one_in_an_output_comes_back(make):
+    results, _ = answers(lambda x: {"x": x, "nothing": make()}, ((column(1),), {}), ((column(5),), {}), batch_size=4)
+    for result in results:
+        assert type(result["nothing"]) is type(make())
+        assert not result["nothing"]
+
+
+def test_a_plain_container_without_tensors_is_still_the_model_s_own():
+    extra = {"scale": 2.0, "more": [1]}
+
+    def net(x, extra):
+        extra["more"].append(2)
+        return x * extra.pop("scale")
+
+    assert torch.equal(answer(net, column(7), extra, batch_size=2), column(7) * 2)
+    assert extra == {"scale": 2.0, "more": [1]}
+
+
+def packed():
+    return torch.nn.utils.rnn.pack_sequence([torch.ones(3, 2), torch.ones(2, 2), torch.ones(1, 2)])
+
+
+SEALED = {
+    "a frozen dict": (lambda x: Fixed(x=x), ["Fixed", "use a dict"]),
+    "a frozen list": (lambda x: [Solid([x])], ["Solid", "solid"]),
+    "fx's list": (lambda x: immutable_list([x]), ["immutable_list"]),
+    "fx's dict": (lambda x: {"a": immutable_dict(x=x)}, ["immutable_dict"]),
+    "a mapping proxy": (lambda x: MappingProxyType({"x": x}), ["mappingproxy", "use a dict"]),
+    "a deque": (lambda x: deque([x, x]), ["deque", "list"]),
+    "a set": (lambda x: {x}, ["set", "list"]),
+    "the values of a dict": (lambda x: {"x": x}.values(), ["dict_values"]),
+    "a chain of dicts": (lambda x: ChainMap({"x": x}), ["ChainMap"]),
+    "an array in a deque": (lambda x: deque([x.numpy()]), ["deque"]),
+    "a generator": (lambda x: (each for each in [x]), ["generator", "list"]),
+    "a map": (lambda x: map(torch.neg, [x]), ["map", "list"]),
+    "a zip": (lambda x: zip([x], [x], strict=True), ["zip", "list"]),
+    "a PackedSequence": (lambda x: packed(), ["PackedSequence", "pad_packed_sequence", "Rows"]),
+    "a PackedSequence in a dict": (lambda x: {"a": [packed()]}, ["PackedSequence"]),
+    "a packed sequence whose parts have equal rows": (
+        lambda x: torch.nn.utils.rnn.pack_padded_sequence(torch.ones(3, 1, 2), torch.tensor([3])), ["PackedSequence"]
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SEALED)
+@pytest.mark.parametrize("lone", [True, False])
+def test_tensors_in_what_cannot_be_taken_apart_are_refused_and_nobody_else_harmed(kind, lone):
+    make, words = SEALED[kind]
+    args = (make(column(3)),) if lone else (column(3), make(column(3)))
+
+    async def main():
+        backend = PuppetBackend(cores=1, service_time=0.01)
+        async with AsyncDataParallel(lambda *args: args[0], backend=backend, batch_size=8) as model:
+            calls = [model(column(3)), model(*args), model({"deep": args})]
+            good, *bad = await asyncio.gather(*calls, return_exceptions=True)
+            assert len(backend[0].executed) == 1
+            return good, bad
+
+    good, bad = run(main())
+    assert torch.equal(good, column(3))
+    for error in bad:
+        assert type(error) is ShapeError
+        assert all(word in str(error) for word in words), error
+    with pytest.raises(ShapeError, match=r"^example_inputs: among the inputs is an? "):
+        AsyncDataParallel(torch.neg, example_inputs=(make(column(3)), column(3)))
+
+
+@pytest.mark.parametrize("kind", SEALED)
+def test_so_are_they_in_outputs(kind):
+    make, words = SEALED[kind]
+
+    async def main():
+        backend = PuppetBackend(cores=2, service_time=0.01)
+        async with AsyncDataParallel(lambda x: (x, make(x)), backend=backend, batch_size=4) as model:
+            return await asyncio.gather(*(model(column(rows)) for rows in (1, 2, 9)), return_exceptions=True)
+
+    for error in run(main()):
+        assert type(error) is OutputError
+        assert all(word in str(error) for word in words if word not in ("list", "use a dict")), error
+
+
+def test_a_class_of_one_s_own_is_tried_once():
+    copies = []
+
+    class Noted(dict):
+        def __copy__(self):
+            copies.append(self)
+            return Noted(self)
+
+    for _ in range(3):
+        assert torch.equal(answer(lambda d: d["x"], Noted(x=column(1))), column(1))
+    assert len(copies) == 4  # and once a batch
+
+
 # Hugging Face.
 
 
@@ -604,6 +786,16 @@ def test_leaves_that_are_no_tensors_reach_every_piece():
         (Sample(1, "a"), Sample(1, "a"), True),
         (Sample(1, "a"), Frozen(1, "a"), False),
         ((), None, False),
+        ({1: "a"}, {True: "a"}, False),
+        ({1: "a"}, {1.0: "a"}, False),
+        ({0.0: "a"}, {-0.0: "a"}, False),
+        ({("a", 1): "a"}, {("a", True): "a"}, False),
+        ({("a", (1, 2)): "a"}, {("a", (1, 2)): "a"}, True),
+        ({None: 1.5}, {None: 1.5}, True),
+        (defaultdict(list), defaultdict(int), False),
+        (defaultdict(list), defaultdict(list), True),
+        (SimpleNamespace(a=1), SimpleNamespace(a=1), True),
+        (SimpleNamespace(a=1), SimpleNamespace(a=2), False),
     ],
     ids=named,
 )
@@ -684,6 +876,224 @@ def test_every_dtype_travels_to_the_bit(dtype):
     for ((x,), _), result in zip(calls, results, strict=True):
         assert result.dtype == dtype
         assert torch.equal(bits(result), bits(x))
+
+
+# Quantized tensors: integers with a scale and a zero point, of the whole tensor or of each channel.
+
+QUANTIZED = {
+    "uint8": lambda x: torch.quantize_per_tensor(x, 0.5, 3, torch.quint8),
+    "int8": lambda x: torch.quantize_per_tensor(x, 0.25, 0, torch.qint8),
+    "int32 beyond what a float32 holds": lambda x: torch._make_per_tensor_quantized_tensor(
+        2**30 + 1 + x.to(torch.int32), 0.5, 0
+    ),
+    "by channel": lambda x: torch.quantize_per_channel(
+        x, torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0, 1, 2]), 1, torch.qint8
+    ),
+    "not contiguous": lambda x: torch.quantize_per_tensor(x.t().contiguous(), 0.5, 3, torch.quint8).t(),
+}
+
+
+def assert_same_grid(ours, theirs):
+    assert ours.dtype == theirs.dtype
+    assert ours.qscheme() == theirs.qscheme()
+    assert torch.equal(ours.int_repr(), theirs.int_repr())
+    if ours.qscheme() == torch.per_tensor_affine:
+        assert (ours.q_scale(), ours.q_zero_point()) == (theirs.q_scale(), theirs.q_zero_point())
+    else:
+        assert torch.equal(ours.q_per_channel_scales(), theirs.q_per_channel_scales())
+        assert torch.equal(ours.q_per_channel_zero_points(), theirs.q_per_channel_zero_points())
+        assert ours.q_per_channel_axis() == theirs.q_per_channel_axis()
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize("kind", QUANTIZED)
+@pytest.mark.parametrize("nested", [False, True], ids=["alone", "nested"])
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 4}, {"set_dynamic_batching": False}], ids=named)
+def test_quantized_tensors_travel_to_the_last_integer(kind, nested, settings):
+    inputs = [QUANTIZED[kind](column(rows, rows)) for rows in (1, 2, 7)]
+    calls = [(({"x": x, "y": column(len(x))} if nested else x,), {}) for x in inputs]
+    warns = "set_dynamic_batching" in settings
+    with pytest.warns(UserWarning, match="not fully used") if warns else nullcontext():
+        results, executed = answers(lambda x: x, *calls, **settings)
+    for x, result in zip(inputs, results, strict=True):
+        assert_same_grid(result["x"] if nested else result, x)
+    assert all(len(args[0]["y"] if nested else args[0]) == 4 for args, _ in executed) or "batch_size" not in settings
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_only_quantized_tensors_of_the_same_scale_zero_point_and_axis_share_a_batch():
+    x = column(2)
+    ones, zeros = torch.ones(3), torch.zeros(3, dtype=torch.int64)
+    inputs = [
+        torch.quantize_per_tensor(x, 1.0, 0, torch.quint8),
+        torch.quantize_per_tensor(x, 1.0, 0, torch.quint8),
+        torch.quantize_per_tensor(x, 0.5, 0, torch.quint8),
+        torch.quantize_per_tensor(x, 1.0, 1, torch.quint8),
+        torch.quantize_per_tensor(x, 1.0, 0, torch.qint8),
+        torch.quantize_per_channel(x, ones, zeros, 1, torch.quint8),
+        torch.quantize_per_channel(x, ones * 2, zeros, 1, torch.quint8),
+        torch.quantize_per_channel(x, ones, zeros + 1, 1, torch.quint8),
+        torch.quantize_per_channel(x[:, :, None].expand(2, 3, 3), ones, zeros, 1, torch.quint8),
+        torch.quantize_per_channel(x[:, :, None].expand(2, 3, 3), ones, zeros, 2, torch.quint8),
+        x,
+    ]
+    results, executed = answers(lambda x: x.dequantize(), *(((each,), {}) for each in inputs), batch_size=16, cores=1)
+    for each, result in zip(inputs, results, strict=True):
+        assert torch.equal(result, each.dequantize())
+    assert len(executed) == len(inputs) - 1  # the first two share one
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda x: torch.quantize_per_channel(x, torch.ones(len(x)), torch.arange(len(x)), 0, torch.qint8),
+        lambda x: torch.quantize_per_channel(x, torch.ones(len(x)), torch.zeros(len(x)), 0, torch.quint4x2),
+    ],
+    ids=["a scale for each row", "two in a byte"],
+)
+def test_quantized_tensors_that_cannot_be_cut_are_refused_in_and_out(make):
+    with pytest.raises(ShapeError, match=r"quantized .*dequantize\(\)"):
+        answer(bump, make(column(4)))
+    for packing in (True, False):
+        with pytest.raises(OutputError, match=r"quantized .*dequantize\(\)"):
+            answer(make, column(4), set_dynamic_batching=packing)
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+@pytest.mark.parametrize("settings", [{"batch_size": 4}, {"set_dynamic_batching": False}], ids=named)
+def test_parts_of_one_call_with_scales_of_their_own_are_not_joined(settings):
+    def net(x):  # as dynamic quantization has it
+        return torch.quantize_per_tensor(x, x.max().item() / 100, 0, torch.quint8)
+
+    with pytest.raises(OutputError, match="cannot be joined"):
+        answer(net, column(8, 1.0), **settings)
+    results, _ = answers(lambda x: torch.quantize_per_tensor(x, 0.5, 7, torch.quint8), ((column(9),), {}), **settings)
+    assert_same_grid(results[0], torch.quantize_per_tensor(column(9), 0.5, 7, torch.quint8))
+
+
+@pytest.mark.filterwarnings("ignore:.*quantize")
+def test_quantized_tensors_are_not_padded_to_buckets():
+    x = torch.quantize_per_tensor(column(2), 0.5, 3, torch.quint8)
+    with pytest.raises(ShapeError, match=r"quantized.*bucket"):
+        answer(bump, x, buckets=Buckets(dim=1, sizes=(3, 4), pad=0))
+    with pytest.raises(ShapeError, match=r"quantized.*bucket"):
+        answer(bump, {"x": x, "ids": column(2)}, buckets=Buckets(dim=1, sizes=(3, 4), pad=0))
+
+
+# Kinds of tensors and arrays that are more than their numbers.
+
+
+def views(x):
+    """Tensors whose numbers are not those in memory."""
+    flipped = torch._neg_view(-x)
+    conjugate = torch.complex(x, -x).conj()
+    return {"neg": flipped, "conj": conjugate, "imag": conjugate.imag, "expanded": x[:, :1].expand(len(x), 4)}
+
+
+@pytest.mark.parametrize("settings", [{}, {"batch_size": 4}, {"set_dynamic_batching": False}], ids=named)
+def test_lazy_views_are_what_they_stand_for(settings):
+    for kind in views(column(1)):
+        inputs = [views(column(rows, rows))[kind] for rows in (2, 6)]
+        results, _ = answers(lambda x: x * 2, *(((x,), {}) for x in inputs), **settings)
+        for x, result in zip(inputs, results, strict=True):
+            assert torch.equal(result, x * 2)
+
+
+class Boxes(torch.Tensor):
+    """A tensor of a class of its own, with something to say beside its numbers."""
+
+    @classmethod
+    def of(cls, x, scale):
+        made = x.as_subclass(cls)
+        made.scale = scale
+        return made
+
+
+def test_a_tensor_with_attributes_is_refused_and_one_without_becomes_a_plain_one():
+    seen = []
+
+    def net(x):
+        seen.append(type(x))
+        return x * getattr(x, "scale", 1.0)
+
+    for value in (Boxes.of(column(3), 2.0), {"x": Boxes.of(column(3), 2.0)}):
+        with pytest.raises(ShapeError, match=r"Boxes with attributes \(scale\).*as_subclass"):
+            answer(net, value)
+    assert torch.equal(answer(net, column(3).as_subclass(Boxes)), column(3))
+    assert set(seen) == {torch.Tensor}
+
+
+def fake():
+    with FakeTensorMode():
+        return torch.ones(2, 3)
+
+
+def masked():
+    with warnings.catch_warnings(action="ignore"):
+        return torch.masked.masked_tensor(torch.ones(2, 3), torch.ones(2, 3) > 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (fake, ["FakeTensor", "plain tensors"]),
+        (masked, ["MaskedTensor", "plain tensors"]),
+        (lambda: TwoTensor(torch.ones(2, 3), torch.zeros(2, 3)), ["TwoTensor", "plain tensors"]),
+        (lambda: torch.ones(2, 3).to_mkldnn(), ["_mkldnn", "to_dense"]),
+        (lambda: np.ma.masked_array(np.ones((2, 3), "f4"), np.eye(2, 3)), ["masked array", "filled"]),
+        (lambda: np.ma.masked_array(np.ones((2, 3), "f4")), ["masked array", "filled"]),
+    ],
+    ids=named,
+)
+def test_what_is_more_than_its_numbers_is_refused_in_and_out(make, words):
+    async def main():
+        backend = PuppetBackend(cores=1, service_time=0.01)
+        async with AsyncDataParallel(bump, backend=backend, batch_size=8) as model:
+            calls = [model(column(2)), model(make()), model({"x": [make()]})]
+            good, *bad = await asyncio.gather(*calls, return_exceptions=True)
+            assert len(backend[0].executed) == 1
+            return good, bad
+
+    good, bad = run(main())
+    assert torch.equal(good, column(2) + 1)
+    for error in bad:
+        assert type(error) is ShapeError
+        assert all(word in str(error) for word in words), error
+    for packing in (True, False):
+        with pytest.raises(OutputError, match=words[0]):
+            answer(lambda x: (x, make()), column(2), set_dynamic_batching=packing, cores=1)
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_a_matrix_a_memmap_and_a_parameter_are_what_is_in_them(tmp_path):
+    mapped = np.memmap(tmp_path / "rows", "f4", "w+", shape=(5, 3))
+    mapped[:] = column(5).numpy()
+    for value in (np.asmatrix(column(5).numpy()), mapped, torch.nn.Parameter(column(5)), torch.nn.Buffer(column(5))):
+        results, _ = answers(bump, ((value,), {}), ((value[:2],), {}), batch_size=4)
+        assert torch.equal(results[0], column(5) + 1)
+        assert torch.equal(results[1], column(2) + 1)
+
+
+@pytest.mark.parametrize("name", ["bfloat16", "float8_e5m2", "float8_e4m3fn", "int4", "uint4", "float8_e4m3b11fnuz"])
+def test_arrays_of_dtypes_that_are_not_numpy_s_own_are_refused(name):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    array = np.ones((2, 3), getattr(ml_dtypes, name))
+    for value in (array, {"x": array}):
+        with pytest.raises(ShapeError, match=rf"dtype {name} .*astype"):
+            answer(bump, value)
+    assert torch.equal(answer(bump, array.astype("float32")), torch.full((2, 3), 2.0))
+
+
+class Foreign:
+    """NumPy's description of a registered dtype: its name is one of torch's, its kind that of floats."""
+
+    kind, name, isbuiltin = "f", "float8_e5m2", 2
+
+
+def test_so_they_are_where_their_kind_is_that_of_floats():
+    with pytest.raises(ShapeError, match="cannot become a tensor"):
+        measure._dtype(Foreign)
 
 
 # Any of it, nested at random.

@@ -438,15 +438,16 @@ def test_files_that_are_no_traced_models(machine, backend, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing\.pt"):
         backend.load(tmp_path / "missing.pt", 0, 2)
     torch.save(NET.state_dict(), tmp_path / "weights.pt")
-    for name in ("weights.pt", "."):
-        with pytest.raises(ValueError, match=r"is no TorchScript file; save the traced model with torch.jit.save"):
+    (tmp_path / "junk.pt").write_text("junk")
+    for name, words in (("weights.pt", "state_dict"), (".", "directory"), ("junk.pt", "no TorchScript file; save the")):
+        with pytest.raises(ValueError, match=words):
             backend.load(str(tmp_path / name), 0, 2)
     torch.jit.trace(NET, X).save(tmp_path / "stock.pt")
     with pytest.raises(ValueError, match=r"stock\.pt has no graph for NeuronCores"):
         backend.load(tmp_path / "stock.pt", 0, 2)
     content = saved(tmp_path / "net.pt").read_bytes()
     (tmp_path / "short.pt").write_bytes(content[:200])
-    with pytest.raises(ValueError, match=r"is no TorchScript file"):
+    with pytest.raises(ValueError, match=r"is a damaged or incomplete archive"):
         backend.load(tmp_path / "short.pt", 0, 2)
 
 

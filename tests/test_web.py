@@ -15,7 +15,17 @@ from hypothesis import strategies as st
 from puppets import row, scenario
 
 import aneuron
-from aneuron import AsyncDataParallel, Closed, CoreFailed, DeadlineExceeded, OutputError, QueueFull, ShapeError, Timing
+from aneuron import (
+    AsyncDataParallel,
+    Closed,
+    CoreFailed,
+    DeadlineExceeded,
+    InputModified,
+    OutputError,
+    QueueFull,
+    ShapeError,
+    Timing,
+)
 from aneuron.testing import PuppetBackend, settle
 from aneuron.web.deadlines import MalformedTimeout, deadline
 from aneuron.web.health import Health
@@ -39,6 +49,7 @@ def test_every_public_error_is_in_the_table_and_nothing_else():
 
 STATUS = {
     ShapeError: 422, QueueFull: 503, DeadlineExceeded: 504, Closed: 503, CoreFailed: 500, OutputError: 500,
+    InputModified: 500,
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from aneuron.backends import Fault
+from aneuron.backends.files import check_script
 
 T = TypeVar("T")
 
@@ -29,6 +30,7 @@ def open_model(model: Any, device: torch.device | str = "cpu") -> Any:
     with _lock:
         module = _loaded.get(key)
         if module is None:
+            check_script(path)
             module = _loaded[key] = load_script(path, device).eval()
         return module
 

@@ -17,6 +17,7 @@ from aneuron import (
     CoreFailed,
     DeadlineExceeded,
     DeviceError,
+    InputModified,
     NoHealthyCores,
     OutputError,
     QueueFull,
@@ -35,6 +36,7 @@ TABLE: Mapping[type[Exception], tuple[int, str | None]] = {
     NoHealthyCores: (503, "Every core is out of service."),
     CoreFailed: (500, "A core failed, not the input; the request may be tried again."),
     OutputError: (500, "The model's output cannot be handed out."),
+    InputModified: (500, "The input was changed by the server while it waited."),
     DeviceError: (500, "The model cannot be run here."),
     AneuronError: (500, "The model could not answer."),
 }

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from aneuron.backends.files import check_script
 from aneuron.backends.neuron.cores import Package
 
 _CLASSES = "__torch__.torch.classes.neuron."
@@ -93,7 +94,7 @@ def compiled_rows(model: Any) -> int | None:
 
 def check_file(path: str | os.PathLike[str]) -> None:
     """Raise for a file that cannot be a traced model. `FileNotFoundError`, or `ValueError`."""
-    os.stat(path)
+    check_script(path)
     if not _code(path):
         raise ValueError(f"{os.fspath(path)} is no TorchScript file; save the traced model with torch.jit.save")
     if not is_neuron(path):

@@ -1,0 +1,116 @@
+"""What the file at a path is, where it is not what `torch.jit.load` takes.
+
+Lives here: the listing of an archive, magic numbers, the first opcodes of a pickle. Must not be here: loading,
+unpickling, anything that reads the weights.
+"""
+
+import itertools
+import os
+import pickletools
+import zipfile
+from typing import IO
+
+_LEGACY = 0x1950A86A20F9469CFC6C  # the first of four pickles that torch.save wrote before it wrote archives
+_UNPICKLE = (
+    "load it yourself (torch.load(path, weights_only=False), which runs the file's code: only if you trust it), and "
+    "pass net.eval(), or the path of what torch.jit.save writes"
+)
+_WEIGHTS = (
+    "weights without a model{}: make the module, net.load_state_dict({}), and pass net.eval(), or the path of what "
+    "torch.jit.save writes"
+)
+_MAGIC = {  # by offset and first bytes
+    (0, b"\x93NUMPY"): "a NumPy array, not a model",
+    (0, b"\x89HDF\r\n"): "an HDF5 file (Keras?), which torch cannot load",
+    (0, b"GGUF"): "a GGUF file, which torch cannot load",
+    (0, b"version https://git-lfs"): "the pointer of a Git LFS file, not the file itself: run git lfs pull",
+    (
+        0,
+        b"\x7fELF",
+    ): "a shared library; load it (torch._inductor.aoti_load_package, or what made it), pass the callable",
+    (0, b"<?xml"): "an XML file (OpenVINO?); compile it with its own runtime, and pass a callable that runs it",
+    (4, b"ET"): "an ExecuTorch program; load it with its own runtime, and pass a callable that runs it",
+    (8, b'{"'): "a safetensors file, " + _WEIGHTS.format("", "safetensors.torch.load_file(path)"),
+}
+
+
+def check_script(path: str | os.PathLike[str]) -> None:
+    """Raise `ValueError` for a file that is known to be no TorchScript, with what it is and what to do.
+
+    Told by content, not by name. What is not known is left to torch. Raises `FileNotFoundError` for no file at all.
+    """
+    what = "a directory; pass a file in it, or load the model from it and pass that" if os.path.isdir(path) else None
+    if what is None:
+        with open(path, "rb") as file:
+            head = file.read(32)
+            file.seek(0)
+            what = _archived(file) if head.startswith(b"PK\3\4") else _known(head, file)
+    if what is not None:
+        raise ValueError(f"model={os.fspath(path)!r} is {what}")
+
+
+def _known(head: bytes, file: IO[bytes]) -> str | None:
+    if not head:
+        return "an empty file"
+    if head[0] == 0x80 and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        return _pickled(file)
+    if head[0] == 0x08 and 0 < head[1] < 32 and head[2] in b'\x12\x1a"*2:B':  # protobuf: ir_version, then text or graph
+        return "an ONNX model; run it with its own runtime (onnxruntime), and pass a callable that does"
+    return next((what for (at, magic), what in _MAGIC.items() if head.startswith(magic, at)), None)
+
+
+def _archived(file: IO[bytes]) -> str | None:
+    """What a zip archive is, by the names in it."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+            inner = {name.partition("/")[2]: name for name in names}
+            if "constants.pkl" in inner:
+                return None  # TorchScript
+            if any(name.startswith("data/aotinductor/") for name in inner):
+                return "an AOTInductor package; pass what torch._inductor.aoti_load_package(path) returns"
+            if "archive_format" in inner or "serialized_exported_program.json" in names:
+                return "an exported program; pass torch.export.load(path).module()"
+            if "data.pkl" in inner:
+                with archive.open(inner["data.pkl"]) as pickled:
+                    return _pickled(pickled)
+            if any(name.endswith(".npy") for name in names):
+                return "an archive of NumPy arrays, not a model"
+    except zipfile.BadZipFile:
+        return "a damaged or incomplete archive"
+    return "a zip archive without TorchScript in it; pass the path of what torch.jit.save writes"
+
+
+def _pickled(file: IO[bytes]) -> str | None:
+    """What a pickle makes, by its first opcodes; nothing is made."""
+    try:
+        top = _first(file)
+        if top == str(_LEGACY):
+            for _ in range(2):
+                for _ in pickletools.genops(file):
+                    pass
+            top = _first(file)
+    except ValueError:
+        return "a damaged pickle"
+    if top in ("dict", "collections.OrderedDict"):
+        return _WEIGHTS.format(" (a state_dict or a checkpoint)", "torch.load(path, weights_only=True)")
+    if top.startswith("torch._utils._rebuild_") or top in ("list", "tuple"):
+        return f"pickled tensors ({top}), not a model"
+    return f"a pickled {top}; {_UNPICKLE}"
+
+
+def _first(file: IO[bytes]) -> str:
+    """The class or the kind of container that a pickle begins with; of a lone number the number."""
+    words: list[str] = []
+    for opcode, argument, _ in itertools.islice(pickletools.genops(file), 100):
+        if opcode.name == "GLOBAL":
+            return str(argument).replace(" ", ".")
+        if opcode.name == "STACK_GLOBAL":
+            return ".".join(words[-2:])
+        if opcode.name in ("EMPTY_DICT", "EMPTY_LIST", "EMPTY_TUPLE"):
+            return opcode.name[6:].lower()
+        if opcode.name == "STOP":
+            break
+        if isinstance(argument, str) or opcode.name == "LONG1":
+            words.append(str(argument))
+    return words[-1] if words else "object"
