@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, suppress
 from typing import Any
 
 import torch
+from torch import Tensor  # looked up for each row
 
 from aneuron.errors import InputModified, OutputError
 from aneuron.lengths import Pads, padded
@@ -36,9 +37,7 @@ class Call(Waiting):
     length: int = 0
     pads: Pads | None = None
 
-    def __init__(
-        self, rows: int, signature: Hashable, leaves: Sequence[Any], template: Any, version: int | None = None
-    ) -> None:
+    def __init__(self, rows: int, signature: Hashable, leaves: Sequence[Any], template: Any, version: int = 0) -> None:
         self.rows = rows
         self.version = version  # of the leaves, see `version_of`
         self.signature = signature
@@ -63,7 +62,7 @@ class BucketCall(Call):
         base: Hashable,
         leaves: Sequence[Any],
         template: Any,
-        version: int | None,
+        version: int,
         bucket: int,
         length: int,
         pads: Pads,
@@ -164,13 +163,14 @@ MODIFIED = (
 )
 
 
-def check_unmodified(chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]]) -> None:
+def check_unmodified(chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], template: Any) -> None:
     """Raise `InputModified` if a tensor has been written to since its call; after they are read, not before."""
-    for (call, _, _), leaves in zip(chunks, inputs, strict=True):
-        if call.version is not None:
-            now = leaves[0]._version if call.template is None else version_of(leaves)
-            if now != call.version:
-                raise InputModified(MODIFIED)
+    try:
+        now = [leaves[0]._version for leaves in inputs] if template is None else list(map(version_of, inputs))
+    except RuntimeError:  # an inference tensor among them
+        now = list(map(version_of, inputs))
+    if now != [call.version for call, _, _ in chunks]:
+        raise InputModified(MODIFIED)
 
 
 def collate(
@@ -189,7 +189,7 @@ def collate(
     rows = sum([stop - start for _, start, stop in chunks])
     for index, column in enumerate(zip(*inputs, strict=True)):
         pieces = [
-            leaf if stop - start == call.rows and type(leaf) is torch.Tensor else _piece(leaf, start, stop, dim)
+            leaf if stop - start == call.rows and type(leaf) is Tensor else _piece(leaf, start, stop, dim)
             for (call, start, stop), leaf in zip(chunks, column, strict=True)
         ]
         if pads is not None and (value := pads.values[index]) is not None:

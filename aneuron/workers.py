@@ -139,7 +139,7 @@ class Execution:
         try:
             return rows.collate(self.chunks, inputs, template, size, common.dim, self.batch.bucket)
         finally:  # an input that has another shape by now cannot even be collated
-            rows.check_unmodified(self.chunks, inputs)
+            rows.check_unmodified(self.chunks, inputs, template)
 
     def begin(self, clock: Callable[[], float]) -> bool:
         """With the core's turn in hand: whether there is still something to execute."""
