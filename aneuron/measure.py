@@ -8,6 +8,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor, strided  # looked up for each call
 
 from aneuron.buckets import Buckets
 from aneuron.errors import ShapeError
@@ -51,9 +52,9 @@ def measure(
     `lengths` are those of the example (`Compiled.lengths`): which inputs have a length is then not asked again.
     `known` are the places of its tensors (`Compiled.names`): lists there are no lists of images.
     """
-    if len(args) == 1 and not kwargs and not dim and type(x := args[0]) is torch.Tensor:  # the short way, same results
+    if len(args) == 1 and not kwargs and not dim and type(x := args[0]) is Tensor:  # the short way, same results
         try:
-            fits = x.is_cpu and x.layout is torch.strided and (shape := x.shape) and (rows := shape[0])
+            fits = x.is_cpu and x.layout is strided and (shape := x.shape) and (rows := shape[0])
         except RuntimeError:  # a nested tensor has no shape
             fits = False
         if fits:
@@ -65,7 +66,7 @@ def measure(
                         return _measure(args, kwargs, dim, buckets, lengths, known)
                     signature = (shape[1:], x.dtype)
                     _last = (shape, x.dtype, signature)
-                return Call(rows, signature, args, None, None if x.is_inference() else x._version)
+                return Call(rows, signature, args, None, 0 if x.is_inference() else x._version)
             call = _lone(args, buckets, lengths)
             if call is not None:
                 return call
@@ -150,7 +151,7 @@ def _lone(args: tuple[torch.Tensor], buckets: Buckets, lengths: Lengths | None) 
     length = shape[at]
     row = (None, *shape[2:]) if at == 1 else (*shape[1:at], None, *shape[at + 1 :])
     check_pad("input 0", pad, x.dtype)
-    version = None if x.is_inference() else x._version
+    version = 0 if x.is_inference() else x._version
     pads = Pads(buckets.dim, (pad,))
     return BucketCall(shape[0], (row, x.dtype), args, None, version, buckets.fit(length), length, pads)
 

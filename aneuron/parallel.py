@@ -63,11 +63,12 @@ class AsyncDataParallel:
     """A model on every core of this process, to be awaited.
 
     ``y = await model(*inputs, **kwargs)``: every tensor among the inputs (at any depth of tuples, lists, dicts, named
-    tuples and dataclasses; NumPy arrays count as tensors) has the same number of rows n >= 1 along `dim`; everything
-    else is passed to the model as it is. (A list is a structure of inputs, not of rows. One that holds nothing but what
-    looks like images, (3, H, W) or uint8 (H, W, 3) from 8 x 8 on, is a `ShapeError` unless `example_inputs` has tensors
-    in the same places; in a tuple they are inputs.) The result has the structure that the model makes, with n rows in
-    each tensor, in order; its tensors are ordinary, detached, on the CPU, and share memory with nothing.
+    tuples, dataclasses and namespaces; NumPy arrays count as tensors, and subclasses arrive as plain ones) has the same
+    number of rows n >= 1 along `dim`; everything else is passed to the model as it is. (A list is a structure of
+    inputs, not of rows. One that holds nothing but what looks like images, (3, H, W) or uint8 (H, W, 3) from 8 x 8 on,
+    is a `ShapeError` unless `example_inputs` has tensors in the same places; in a tuple they are inputs.) The result
+    has the structure that the model makes, with n rows in each tensor, in order; its tensors are ordinary, detached, on
+    the CPU, and share memory with nothing.
 
     Inputs are read when their batch is formed, not at the call, and again if it must run once more: leave them alone
     until the call has ended. A tensor that was written to in place meanwhile fails its call with `InputModified`;

@@ -10,6 +10,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch import Tensor  # looked up for each row
 
 from aneuron.errors import InputModified, OutputError
 from aneuron.lengths import Pads, padded
@@ -39,9 +40,7 @@ class Call(Waiting):
     length: int = 0
     pads: Pads | None = None
 
-    def __init__(
-        self, rows: int, signature: Hashable, leaves: Sequence[Any], template: Any, version: int | None = None
-    ) -> None:
+    def __init__(self, rows: int, signature: Hashable, leaves: Sequence[Any], template: Any, version: int = 0) -> None:
         self.rows = rows
         self.version = version  # of the leaves, see `version_of`
         self.signature = signature
@@ -66,7 +65,7 @@ class BucketCall(Call):
         base: Hashable,
         leaves: Sequence[Any],
         template: Any,
-        version: int | None,
+        version: int,
         bucket: int,
         length: int,
         pads: Pads,
@@ -179,13 +178,14 @@ MODIFIED = (
 )
 
 
-def check_unmodified(chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]]) -> None:
+def check_unmodified(chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], template: Any) -> None:
     """Raise `InputModified` if a tensor has been written to since its call; after they are read, not before."""
-    for (call, _, _), leaves in zip(chunks, inputs, strict=True):
-        if call.version is not None:
-            now = leaves[0]._version if call.template is None else version_of(leaves)
-            if now != call.version:
-                raise InputModified(MODIFIED)
+    try:
+        now = [leaves[0]._version for leaves in inputs] if template is None else list(map(version_of, inputs))
+    except RuntimeError:  # an inference tensor among them
+        now = list(map(version_of, inputs))
+    if now != [call.version for call, _, _ in chunks]:
+        raise InputModified(MODIFIED)
 
 
 def columns(
@@ -206,7 +206,7 @@ def columns(
             joined.append(column[0] if kind is Shared else _objects(chunks, column, size))
             continue
         pieces = [
-            leaf if stop - start == call.rows and type(leaf) is torch.Tensor else _piece(leaf, start, stop, dim)
+            leaf if stop - start == call.rows and type(leaf) is Tensor else _piece(leaf, start, stop, dim)
             for (call, start, stop), leaf in zip(chunks, column, strict=True)
         ]
         if pads is not None and (value := pads.values[index]) is not None:

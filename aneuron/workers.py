@@ -143,7 +143,7 @@ class Execution:
         try:
             return rows.collate(self.chunks, self._inputs, self._template, size, dim, self.batch.bucket)
         finally:  # an input that has another shape by now cannot even be collated
-            rows.check_unmodified(self.chunks, self._inputs)
+            rows.check_unmodified(self.chunks, self._inputs, self._template)
 
     def begin(self, clock: Callable[[], float]) -> bool:
         """With the core's turn in hand: whether there is still something to execute."""
@@ -202,6 +202,7 @@ class Execution:
         common, bucket, sizes = self.common, self.batch.bucket, self.common.sizes.get(self.batch.bucket)
         size = self.size or self.rows
         inputs = rows.columns(self.chunks, self._inputs, self.rows, common.dim, bucket)
+        rows.check_unmodified(self.chunks, self._inputs, self._template)
         numbers = identities(inputs, common.dim)
         again = self._inputs, self._template
 
