@@ -182,7 +182,7 @@ def check_unmodified(chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[An
     """Raise `InputModified` if a tensor has been written to since its call; after they are read, not before."""
     try:
         now = [leaves[0]._version for leaves in inputs] if template is None else list(map(version_of, inputs))
-    except RuntimeError:  # an inference tensor among them
+    except (AttributeError, RuntimeError):  # an array, or an inference tensor, among them
         now = list(map(version_of, inputs))
     if now != [call.version for call, _, _ in chunks]:
         raise InputModified(MODIFIED)
