@@ -8,6 +8,7 @@ import re
 import textwrap
 import threading
 import types
+import warnings
 
 import pytest
 import torch
@@ -551,6 +552,53 @@ def test_a_file_s_model_is_in_evaluation_mode(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Dropout(0.9)), path)
     core = CpuBackend(cores=1).load(path, 0, None)
     assert torch.equal(core.execute((GOOD,), {}), GOOD)
+
+
+def deprecated():
+    """As torch 2.14 warns in `torch.jit.load`, for all to see."""
+    warnings.warn("`torch.jit.load` is deprecated. Please switch to `torch.export`.", FutureWarning, stacklevel=1)
+
+
+def told():
+    with pytest.raises(FutureWarning, match="is deprecated"):
+        deprecated()
+
+
+def test_a_file_is_loaded_without_a_word_of_its_deprecation(file, monkeypatch):
+    """Of our loads only, and of that only: the process's warnings are not ours."""
+    load = torch.jit.load
+
+    def warns(*args, **settings):
+        deprecated()
+        elsewhere = threading.Thread(target=lambda: heard.append(told()))
+        elsewhere.start()
+        elsewhere.join(60.0)
+        with pytest.raises(FutureWarning, match="odd"):
+            warnings.warn("an odd file", FutureWarning, stacklevel=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the real one's
+            return load(*args, **settings)
+
+    heard = []
+    monkeypatch.setattr(torch.jit, "load", warns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told()
+        core = CpuBackend(cores=1).load(file, 0, None)
+        told()
+    assert len(heard) == 1
+    assert torch.equal(core.execute((GOOD,), {}), GOOD.flip(1))
+
+
+def test_a_load_that_fails_leaves_warnings_as_they_were(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        CpuBackend(cores=1).load(tmp_path / "none.pt", 0, None)
+    (tmp_path / "text.pt").write_text("no model")
+    with pytest.raises(RuntimeError):
+        CpuBackend(cores=1).load(tmp_path / "text.pt", 0, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told()
 
 
 # The simulated backend.
