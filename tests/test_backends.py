@@ -173,7 +173,7 @@ def test_one_thread_at_a_time_executes_unless_the_core_is_concurrent(concurrent,
         # Three are expected, and a long wait is for an error only; or the first looks a moment whether another comes.
         if meet.is_set():
             with contextlib.suppress(threading.BrokenBarrierError):
-                met.append(meeting.wait(20.0 if concurrent else 0.2))
+                met.append(meeting.wait(60.0 if concurrent else 0.2))
         return x
 
     async def main():
@@ -343,7 +343,7 @@ def test_a_base_exception_while_sorting_costs_no_thread():
         return x
 
     async def main():
-        async with asyncio.timeout(5.0):  # not reached, unless the thread has died with the batch
+        async with asyncio.timeout(60.0):  # not reached, unless the thread has died with the batch
             async with AsyncDataParallel(picky, [0], backend=backend, batch_size=4) as model:
                 with pytest.raises(LookupError, match="negative"):
                     await model(-GOOD - 1)
@@ -706,7 +706,7 @@ def test_the_model_is_not_run_by_two_threads_at_once():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20.0)
+        thread.join(60.0)
     assert most == [1, 1, 1]
 
 
