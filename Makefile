@@ -35,7 +35,7 @@ demo: $(VENV)/.demo
 	@echo '  Use this environment   . $(VENV)/bin/activate'
 
 test: $(VENV)/.test $(VENV)/.tools
-	$(RUN) -m pytest --numprocesses 2
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check $(SOURCES)

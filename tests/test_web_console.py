@@ -24,6 +24,7 @@ from aneuron import AsyncDataParallel, SimulatedBackend
 from aneuron.stats import SECONDS, CoreCounters, Counters, Tally
 from aneuron.web import console
 
+pytestmark = pytest.mark.xdist_group("browser")  # it is started once
 PAGE = files("aneuron.web").joinpath("console.html").read_text("utf-8")
 PICTURES = Path(__file__).parents[1] / "build" / "console"
 

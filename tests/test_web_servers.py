@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+pytestmark = pytest.mark.xdist_group("servers")  # they are started once
 HERE = Path(__file__).parent
 SERVERS = {
     "uvicorn": ["-m", "uvicorn", "web_apps:app", "--log-level", "warning", "--port"],
