@@ -3,14 +3,19 @@
 # `make PYTHON=python3.12 ...` chooses another one. It is run, not looked up: a shim may stand for one not installed.
 PYTHON ?= $(shell python3.11 -c 'print("python3.11")' 2>/dev/null || echo python3)
 TORCH ?= torch==2.13.0
+# The versions that every environment gets, so that a release of tomorrow fails no test of today; `make test CONSTRAINTS=`
+# takes the newest.
+CONSTRAINTS ?= constraints.txt
+
+BUILD := hatchling editables
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip --disable-pip-version-check install
+PIP := $(RUN) -m pip --disable-pip-version-check install $(addprefix --constraint ,$(CONSTRAINTS))
 # Not README.md, which ruff would format too: its programs are set for reading.
 SOURCES := aneuron benchmarks examples tests
 
-.PHONY: help demo test lint bench soak clean
+.PHONY: help demo test lint bench soak constraints clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -20,6 +25,7 @@ help:
 	@echo 'make lint    check style and types'
 	@echo 'make bench   measure against hand-written loops and other packages (a quarter of an hour)'
 	@echo 'make soak    serve more than the cores can take, with faults, for SECONDS (ten minutes)'
+	@echo 'make constraints   write constraints.txt, the versions that all of these use, anew from the newest releases'
 	@echo 'make clean   remove what these made, the virtual environment included'
 
 demo: $(VENV)/.demo
@@ -29,7 +35,7 @@ demo: $(VENV)/.demo
 	@echo '  Use this environment   . $(VENV)/bin/activate'
 
 test: $(VENV)/.test $(VENV)/.tools
-	$(RUN) -m pytest --numprocesses 2
+	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check $(SOURCES)
@@ -43,6 +49,18 @@ SECONDS ?= 600
 soak: $(VENV)/.test
 	$(RUN) tests/chaos/soak.py --seconds $(SECONDS)
 	CHAOS_SECONDS=$(SECONDS) $(RUN) -m pytest -s tests/chaos/test_chaos.py
+
+# One file for all environments: they overlap, and what is measured is what the tests have seen. It holds for each Python
+# and platform that we support. torch is left to TORCH, with the libraries of accelerators, which go by its version.
+constraints: $(VENV)/.uv
+	printf '%s\n' $(BUILD) '$(TORCH)' | $</bin/uv pip compile --no-config --quiet --universal --python-version 3.11 \
+		--all-extras --upgrade --no-annotate --custom-compile-command 'make constraints' --output-file $</all.txt \
+		pyproject.toml -
+	grep -vE '^(torch|triton|cuda-[a-z]+|nvidia-[a-z0-9-]+)==' $</all.txt >constraints.txt
+
+$(VENV)/.uv:
+	$(PYTHON) -m venv $@
+	$@/bin/python -m pip --disable-pip-version-check install --quiet uv
 
 # torch comes first and alone: it is by far the largest, and nothing that follows may choose its version.
 $(VENV)/.torch:
@@ -58,9 +76,12 @@ $(VENV)/.tools: $(VENV)/.torch
 		apt-get update && apt-get install --yes --no-install-recommends chromium chromium-driver wrk; fi
 	@touch $@
 
-# One stamp for each extra of pyproject.toml.
-$(VENV)/.%: $(VENV)/.torch pyproject.toml
-	$(PIP) --quiet --editable '.[$*]'
+# One stamp for each extra of pyproject.toml. The package is built with what is installed: what pip fetches for a build by
+# itself heeds no constraints.
+$(VENV)/.%: $(VENV)/.torch pyproject.toml $(CONSTRAINTS)
+	$(PIP) --quiet $(BUILD)
+	$(PIP) --quiet --no-build-isolation --no-deps --editable .
+	$(PIP) --quiet 'aneuron[$*]'
 	@touch $@
 
 clean:

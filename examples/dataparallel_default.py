@@ -32,7 +32,7 @@ async def main() -> None:
     plain = network()
     image = torch.rand(1, 3, 64, 64)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.trace itself, from torch 2.13 on
+        warnings.filterwarnings("ignore", "`torch.jit.trace` is")  # TorchScript's end
         traced = torch.jit.trace(plain, image)
 
     # model = torch_neuronx.DataParallel(traced)

@@ -32,7 +32,7 @@ async def main() -> None:
     plain = Network().eval()
     example = torch.rand(1, 3, 8, 8)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.trace itself, from torch 2.13 on
+        warnings.filterwarnings("ignore", "`torch.jit.trace` is")  # TorchScript's end
         traced = torch.jit.trace(plain, example)
 
     # model = torch_neuronx.DataParallel(traced, device_ids=[0, 1], dim=2)

@@ -71,7 +71,7 @@ async def main() -> None:
     plain = small() if args.backend == "cpu" else resnet50()
     example = torch.rand(args.batch_size, 3, 224, 224)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit.trace itself, from torch 2.13 on
+        warnings.filterwarnings("ignore", "`torch.jit.trace` is")  # TorchScript's end
         file = args.file or Path(folder, "model.pt")
         if not file.exists():
             print(f"compiling for {args.batch_size} images ...")

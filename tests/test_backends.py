@@ -8,6 +8,7 @@ import re
 import textwrap
 import threading
 import types
+import warnings
 
 import pytest
 import torch
@@ -172,7 +173,7 @@ def test_one_thread_at_a_time_executes_unless_the_core_is_concurrent(concurrent,
         # Three are expected, and a long wait is for an error only; or the first looks a moment whether another comes.
         if meet.is_set():
             with contextlib.suppress(threading.BrokenBarrierError):
-                met.append(meeting.wait(20.0 if concurrent else 0.2))
+                met.append(meeting.wait(60.0 if concurrent else 0.2))
         return x
 
     async def main():
@@ -342,7 +343,7 @@ def test_a_base_exception_while_sorting_costs_no_thread():
         return x
 
     async def main():
-        async with asyncio.timeout(5.0):  # not reached, unless the thread has died with the batch
+        async with asyncio.timeout(60.0):  # not reached, unless the thread has died with the batch
             async with AsyncDataParallel(picky, [0], backend=backend, batch_size=4) as model:
                 with pytest.raises(LookupError, match="negative"):
                     await model(-GOOD - 1)
@@ -553,6 +554,53 @@ def test_a_file_s_model_is_in_evaluation_mode(tmp_path):
     assert torch.equal(core.execute((GOOD,), {}), GOOD)
 
 
+def deprecated():
+    """As torch 2.14 warns in `torch.jit.load`, for all to see."""
+    warnings.warn("`torch.jit.load` is deprecated. Please switch to `torch.export`.", FutureWarning, stacklevel=1)
+
+
+def told():
+    with pytest.raises(FutureWarning, match="is deprecated"):
+        deprecated()
+
+
+def test_a_file_is_loaded_without_a_word_of_its_deprecation(file, monkeypatch):
+    """Of our loads only, and of that only: the process's warnings are not ours."""
+    load = torch.jit.load
+
+    def warns(*args, **settings):
+        deprecated()
+        elsewhere = threading.Thread(target=lambda: heard.append(told()))
+        elsewhere.start()
+        elsewhere.join(60.0)
+        with pytest.raises(FutureWarning, match="odd"):
+            warnings.warn("an odd file", FutureWarning, stacklevel=1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the real one's
+            return load(*args, **settings)
+
+    heard = []
+    monkeypatch.setattr(torch.jit, "load", warns)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told()
+        core = CpuBackend(cores=1).load(file, 0, None)
+        told()
+    assert len(heard) == 1
+    assert torch.equal(core.execute((GOOD,), {}), GOOD.flip(1))
+
+
+def test_a_load_that_fails_leaves_warnings_as_they_were(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        CpuBackend(cores=1).load(tmp_path / "none.pt", 0, None)
+    (tmp_path / "text.pt").write_text("no model")
+    with pytest.raises(RuntimeError):
+        CpuBackend(cores=1).load(tmp_path / "text.pt", 0, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        told()
+
+
 # The simulated backend.
 
 
@@ -658,7 +706,7 @@ def test_the_model_is_not_run_by_two_threads_at_once():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(20.0)
+        thread.join(60.0)
     assert most == [1, 1, 1]
 
 

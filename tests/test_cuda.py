@@ -143,7 +143,7 @@ def test_an_execution_stays_on_its_thread_s_stream(cuda):
     cores = [backend.load(net(), core, None) for core in backend.cores()]
     cuda.copies.clear()
     inside = threading.Barrier(2)
-    together = backend.load(lambda x: inside.wait(10.0) * 0 + x, 3, None)
+    together = backend.load(lambda x: inside.wait(60.0) * 0 + x, 3, None)
     threads = [threading.Thread(target=outcome, args=(together, X)) for _ in range(2)]
     for thread in threads:
         thread.start()
@@ -292,7 +292,7 @@ async def test_two_slots_of_a_core_serve_calls_at_once(cuda):
     meeting = threading.Barrier(2)
 
     def model(x):
-        meeting.wait(10.0)
+        meeting.wait(60.0)
         return x * 2
 
     settings = {"backend": CudaBackend(), "device_ids": [1], "batch_size": 3, "num_workers": 2}

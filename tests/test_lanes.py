@@ -720,8 +720,9 @@ async def test_a_stall_of_the_loop_does_not_refuse_calls_afterwards():
         await asyncio.sleep(0.2)
         time.sleep(0.3)  # the stall
         await callers
-        fates = await caller(time.monotonic() + 0.5)
-        assert any(isinstance(fate, torch.Tensor) for fate in fates)
+        async with asyncio.timeout(60.0):
+            while not isinstance((await asyncio.gather(view(row(0)), return_exceptions=True))[0], torch.Tensor):
+                pass
 
 
 @scenario

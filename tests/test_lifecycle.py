@@ -94,7 +94,7 @@ def test_a_model_that_a_forked_process_was_given_says_so():
         asyncio.run(main())
     """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120
     )
     assert (done.stdout, done.returncode) == ("well\n", 0), done.stderr
 
@@ -132,7 +132,7 @@ class Gate:
 
     def load(self, model, core_id, batch_size):
         self.reached.set()
-        assert self.open.wait(30)
+        assert self.open.wait(60)
         if core_id == self._fail:
             raise OSError(f"core {core_id} does not load")
         self.loads.append(core_id)
@@ -288,7 +288,7 @@ def test_a_model_whose_loop_has_gone_starts_afresh_on_the_next():
 
     asyncio.run(close())
     for thread in threads():
-        thread.join(5)
+        thread.join(60)
     assert not threads()
 
 
@@ -327,11 +327,11 @@ def test_a_model_that_was_never_closed_warns_and_its_threads_end():
         gc.collect()
     assert any(issubclass(w.category, ResourceWarning) and "never closed" in str(w.message) for w in caught)
     for thread in threads():
-        thread.join(5)
+        thread.join(60)
     assert not threads()
 
 
-@pytest.mark.parametrize("seconds", [0.0, 0.2, 30.0])
+@pytest.mark.parametrize("seconds", [0.0, 0.2, 3600.0])
 def test_a_model_that_is_never_closed_lets_the_interpreter_exit(seconds):
     program = f"""
         import asyncio, torch, aneuron
@@ -343,7 +343,7 @@ def test_a_model_that_is_never_closed_lets_the_interpreter_exit(seconds):
         print("the end")
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=25, check=False
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "the end\n"
@@ -388,7 +388,7 @@ async def test_a_start_that_is_closed_before_its_first_step_can_be_repeated():
     early = asyncio.ensure_future(model(torch.ones(1, 16)))
     await asyncio.sleep(0)
     await model.aclose()
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await model.start()
         assert (await model(torch.ones(1, 16))).shape == (1, 16)
         with pytest.raises(Closed):
@@ -470,7 +470,7 @@ def test_calls_that_a_closed_loop_leaves_behind_are_counted_as_cancelled():
     assert (counts.accepted, counts.cancelled, counts.running) == (5, 5, 0)
     model._lanes.stop()
     for thread in threads():
-        thread.join(5)
+        thread.join(60)
     model._lanes = None
 
 

@@ -244,7 +244,7 @@ async def test_the_first_element_of_a_slow_source_is_called_at_once():
 
     def slow():
         yield row(0)
-        assert more.wait(30)
+        assert more.wait(60)
         yield row(1)
 
     async with Map(calls, slow(), limit=8) as results:
@@ -281,7 +281,7 @@ async def test_a_synchronous_source_has_one_thread_and_the_consumer_s_context():
 
 
 async def test_ten_million_elements_in_bounded_memory():
-    """A million of them are run, which takes five seconds; the rest is never read."""
+    """Some of them are run; the rest is never read."""
     total = reached = 0
 
     def source():
@@ -299,15 +299,15 @@ async def test_ten_million_elements_in_bounded_memory():
             async for n in results:
                 assert n == total
                 total += 1
-                if total == 100_000:  # tracing costs most of the time: a tenth of the way must do
+                if total == 100_000:  # tracing costs most of the time: half of the way must do
                     _, peak = tracemalloc.get_traced_memory()
                     tracemalloc.stop()
-                if total == 1_000_000:
+                if total == 200_000:
                     break
     finally:
         tracemalloc.stop()
     assert peak < 1_000_000
-    assert reached < 1_000_064
+    assert reached < 200_064
 
 
 # Failing.
@@ -576,7 +576,7 @@ def test_a_map_that_outlives_its_loop_ends_its_thread():
     asyncio.run(main())
     (thread,) = (t for t in threading.enumerate() if t.name.startswith("aneuron-map"))
     kept.clear()
-    thread.join(10)
+    thread.join(60)
     assert not thread.is_alive()
 
 
@@ -683,7 +683,7 @@ def test_a_stuck_source_does_not_keep_the_interpreter_from_exiting():
         asyncio.run(main())
     """
     ended = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=60
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "1\n", "")
 

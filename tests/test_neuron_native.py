@@ -154,7 +154,7 @@ def test_the_current_device_is_that_of_the_core_in_every_thread(machine, backend
     assert not core.concurrent  # they share a stream, and its errors
     thread = threading.Thread(target=core.execute, args=((X,), {}))
     thread.start()
-    thread.join(30.0)
+    thread.join(60.0)
     core.execute((X,), {})
     assert seen == [2, 2]
 

@@ -33,7 +33,6 @@ def machine_of(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.jit.trace, from torch 2.13 on
 def test_the_program(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     with machine_of(name, monkeypatch):

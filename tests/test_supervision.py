@@ -345,7 +345,7 @@ async def test_the_task_that_reads_a_source_is_cancelled():
 
 
 async def wait_for_error(results):
-    async with asyncio.timeout(5.0):
+    async with asyncio.timeout(60.0):
         async for _ in results:
             pass
 
@@ -399,7 +399,7 @@ async def test_a_thread_dies(monkeypatch, step, death, copy_time):
             monkeypatch.setattr(lanes, "_call_loop", patched)
         else:
             monkeypatch.setattr(Execution, step, dying)
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(60.0):
             results = await asyncio.gather(*(model(row(n)) for n in range(40)))
             assert [y[0, 0].item() for y in results] == [-n for n in range(40)]
             assert died
@@ -416,7 +416,7 @@ async def test_what_a_thread_decides_dies(monkeypatch, death):
     await model.start()
     await model(row(1))
     kill(monkeypatch, model._lanes, "_next", death)
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(60.0):
         outcomes = await asyncio.gather(*(model(row(n)) for n in range(40)), return_exceptions=True)
     assert all(isinstance(outcome, Closed) for outcome in outcomes)
     assert not model.ready

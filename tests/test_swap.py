@@ -309,7 +309,7 @@ class Slow(CpuBackend):
     def load(self, model, core_id, batch_size):
         if getattr(model, "slow", False):
             self.reached.set()
-            assert self.go.wait(20)
+            assert self.go.wait(60)
         return super().load(model, core_id, batch_size)
 
 

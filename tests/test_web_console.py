@@ -24,6 +24,7 @@ from aneuron import AsyncDataParallel, SimulatedBackend
 from aneuron.stats import SECONDS, CoreCounters, Counters, Tally
 from aneuron.web import console
 
+pytestmark = pytest.mark.xdist_group("browser")  # it is started once
 PAGE = files("aneuron.web").joinpath("console.html").read_text("utf-8")
 PICTURES = Path(__file__).parents[1] / "build" / "console"
 
@@ -44,7 +45,7 @@ def model(cores=2, service_time=0.002):
 
 
 async def until(condition, what="it"):
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         while not condition():
             await asyncio.sleep(0.01)
 
@@ -256,7 +257,7 @@ async def test_a_stream_ends_so_that_a_server_can(monkeypatch):
     monkeypatch.setattr(console, "PERIOD", 0.01)
     monkeypatch.setattr(console, "STREAM", 0.05)
     feed = console.Feed({"net": model()})
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         stream = b"".join([chunk async for chunk in feed.events("")])
     assert stream.startswith(b"retry: 250\n\n")
     assert len(parse(stream)) > 1
@@ -298,7 +299,7 @@ async def served(application, port=0):
         yield listener.getsockname()[1]
     finally:
         server.should_exit = True
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await task
 
 
@@ -311,7 +312,7 @@ async def served_by_aiohttp(application):
     try:
         yield site._server.sockets[0].getsockname()[1]
     finally:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await runner.cleanup()
 
 
@@ -358,7 +359,7 @@ async def test_who_leaves_costs_nothing_from_then_on(framework):
         head = await reader.readuntil(b"\r\n\r\n")
         assert b"200" in head.splitlines()[0]
         assert b"content-type: text/event-stream" in head.lower()
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while net.samples < 3:
                 assert await reader.read(1000)
         writer.transport.abort()
@@ -392,7 +393,7 @@ async def test_who_does_not_read_does_not_stay(monkeypatch):
             await asyncio.Event().wait()
 
     scope = {"type": "http", "method": "GET", "path": "/events", "root_path": "", "headers": [], "query_string": b""}
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(60):
         await console.app(net=net)(scope | {"asgi": {"spec_version": "2.4"}}, receive, send)
     assert sent.is_set()
 
@@ -469,7 +470,7 @@ class Browser:
 
     async def until(self, script, condition):
         """What the script says, once it is right."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not condition(said := await self.execute_script(script)):
                 await asyncio.sleep(0.05)
             return said

@@ -274,7 +274,7 @@ print(sorted({"prometheus_client", "opentelemetry"} & sys.modules.keys()))
 async def scrape(url, model, calls):
     """Calls while the page is scraped; what is on it at the end."""
     headers = {"Accept": "application/openmetrics-text; version=1.0.0"}
-    async with httpx.AsyncClient(follow_redirects=True, timeout=30.0) as client:
+    async with httpx.AsyncClient(follow_redirects=True, timeout=60.0) as client:
         running = asyncio.gather(*(model(row(n)) for n in range(calls)))
         counts = []
         while not running.done() or len(counts) < 3:
@@ -318,7 +318,7 @@ async def test_a_port_of_its_own_served_by_a_thread():
         finally:
             await asyncio.to_thread(server.shutdown)
             server.server_close()
-            thread.join(10.0)
+            thread.join(60.0)
     assert value(found, "requests_total", outcome="completed") == 200
 
 

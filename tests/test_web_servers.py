@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+pytestmark = pytest.mark.xdist_group("servers")  # they are started once
 HERE = Path(__file__).parent
 SERVERS = {
     "uvicorn": ["-m", "uvicorn", "web_apps:app", "--log-level", "warning", "--port"],
@@ -70,7 +71,7 @@ class Server:
         """The state of the server, when it is as expected."""
         state = {}
         try:
-            async with asyncio.timeout(30), self.client() as client:
+            async with asyncio.timeout(60), self.client() as client:
                 while not state or any(state[name] != value for name, value in expected.items()):
                     state = (await client.get("/state")).json()
                     await asyncio.sleep(0.01)
@@ -89,7 +90,7 @@ class Server:
         """As a supervisor does it; whatever is left is killed."""
         try:
             self.process.send_signal(signal.SIGTERM)
-            return self.process.wait(30)
+            return self.process.wait(60)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
@@ -252,7 +253,7 @@ async def test_what_the_model_says_is_in_the_log(server):
 async def test_huge_bodies_are_refused_before_they_are_there(server):
     reader, writer = await server.connect()
     writer.write(post(1, length=10**12) + b" " * 200_000)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         assert (await status(reader))[0] == 413
     writer.transport.abort()
 
@@ -281,7 +282,7 @@ async def test_slow_clients_hold_nobody_up(server):
         for _, writer in slow:
             writer.write(byte)
         await server.serves()
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         answers = await asyncio.gather(*(status(reader) for reader, _ in slow))
     assert {(code, tuple(json.loads(body))) for code, body in answers} == {(200, (6.0,))}
     for _, writer in slow:
@@ -291,7 +292,7 @@ async def test_slow_clients_hold_nobody_up(server):
 async def test_what_is_not_http_is_refused(server):
     reader, writer = await server.connect()
     writer.write(b"\x16\x03\x01 this is no request\r\n\r\n" + b"x" * 1000)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await reader.read()  # 400, or nothing; but the end
     writer.close()
     await server.serves()
@@ -315,7 +316,7 @@ async def test_a_drained_server_answers_all_that_it_has_received(server):
     await server.state(accepted=before["accepted"] + 200)
     await server.switch("opening")  # in a while
     server.process.send_signal(signal.SIGTERM)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         answers = await asyncio.gather(*(status(reader) for reader, _ in connections))
         later = [await late(server) for _ in range(20)]
     for _, writer in connections:
@@ -323,7 +324,7 @@ async def test_a_drained_server_answers_all_that_it_has_received(server):
     assert {code for code, _ in answers} == {200}
     assert [json.loads(body) for _, body in answers] == [[2.0 * value] for value in range(200)]
     assert set(later) <= {"refused", 503}
-    assert server.process.wait(30) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
+    assert server.process.wait(60) in (0, -signal.SIGTERM, 128 + signal.SIGTERM)
 
 
 async def late(server):

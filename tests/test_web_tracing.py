@@ -304,7 +304,7 @@ async def test_below_the_span_of_a_request_that_came_over_a_socket():
             url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
             serving = asyncio.create_task(server.serve([listening]))
             try:
-                async with httpx.AsyncClient(timeout=30.0) as client:
+                async with httpx.AsyncClient(timeout=60.0) as client:
 
                     async def ask(n):
                         with traced.tracer.start_as_current_span("client"):

@@ -5,6 +5,7 @@ Its model notes the rows that it executes, and holds them while the gate is clos
 
 import asyncio
 import math
+import os
 import sys
 import threading
 from typing import Annotated
@@ -22,6 +23,7 @@ from aneuron.web.starlette import cancel_on_disconnect, get, install, lifespan
 from aneuron.web.views import RequestView
 
 LIMIT = 100_000  # bytes of a body
+PACKAGE = os.path.join(os.path.dirname(aneuron.__file__), "")  # what else a folder named aneuron holds is not ours
 
 gate = threading.Event()
 gate.set()
@@ -50,7 +52,7 @@ def state():
     calls = model.statistics().calls
     with open("/proc/self/statm") as memory:
         pages = int(memory.read().split()[1])
-    ours = [task for task in asyncio.all_tasks() if "/aneuron/" in task.get_coro().cr_code.co_filename]
+    ours = [task for task in asyncio.all_tasks() if task.get_coro().cr_code.co_filename.startswith(PACKAGE)]
     return {
         "accepted": calls.accepted,
         "cancelled": calls.cancelled,

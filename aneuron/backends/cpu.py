@@ -13,6 +13,7 @@ import torch
 
 from aneuron.backends import Fault
 from aneuron.backends.files import check_script
+from aneuron.backends.torchscript import load_script
 
 T = TypeVar("T")
 
@@ -31,17 +32,8 @@ def open_model(model: Any, device: torch.device | str = "cpu") -> Any:
         module = _loaded.get(key)
         if module is None:
             check_script(path)
-            module = _loaded[key] = load_script(path, device).eval()
+            module = _loaded[key] = load_script(path, map_location=device).eval()
         return module
-
-
-def load_script(file: Any, device: torch.device | str) -> torch.nn.Module:
-    """What a TorchScript file holds, on a device.
-
-    `torch.jit.load` warns of its deprecation from torch 2.13 on. That is left as it is: Python ignores it by default,
-    and filters are the process's, which a thread cannot change for itself.
-    """
-    return torch.jit.load(file, map_location=device)  # type: ignore[no-any-return,no-untyped-call]
 
 
 class CpuBackend:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from aneuron.backends import Fault
-from aneuron.backends.cpu import load_script, open_model
+from aneuron.backends.cpu import open_model
+from aneuron.backends.torchscript import load_script
 from aneuron.errors import DeviceError
 from aneuron.nested import fill, walk
 
@@ -288,7 +289,7 @@ class _Digest(io.BytesIO):
 def _copied(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
     if not isinstance(model, torch.jit.ScriptModule):
         return copy.deepcopy(model).to(device)
-    return load_script(io.BytesIO(model.save_to_buffer()), device)
+    return load_script(io.BytesIO(model.save_to_buffer()), map_location=device)
 
 
 _FORKED = (

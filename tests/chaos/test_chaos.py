@@ -1,5 +1,5 @@
 """Every accepted call ends exactly once, with its own rows or an error that it may get: random schedules of whatever
-may happen. CHAOS_SECONDS makes them longer, CHAOS_SEED begins elsewhere."""
+may happen. Always the same ones: CHAOS_SECONDS makes them more, CHAOS_SEED begins elsewhere, as every night in CI."""
 
 import itertools
 import logging
@@ -13,8 +13,7 @@ import virtual
 from callers import check_freed
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
-SECONDS = float(os.environ.get("CHAOS_SECONDS", "10"))
-FEWEST = 1000  # schedules on virtual time for each of two processes, however slow the machine
+SECONDS = float(os.environ.get("CHAOS_SECONDS", "0"))
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +29,7 @@ def descriptors():
 
 
 def many(replay, fewest, seeds):
-    """Schedules, one seed after the other, until the time is over; what became of their callers."""
+    """So many schedules, one seed after the other, and more until the time is over; what became of their callers."""
     fates, callers, end = Counter(), [], time.monotonic() + SECONDS
     for warm in (SEED, SEED + 1):  # the first loop of each kind opens what stays open
         replay(warm)
@@ -53,10 +52,10 @@ def many(replay, fewest, seeds):
 
 @pytest.mark.parametrize("half", [0, 1])
 def test_schedules_on_virtual_time(half):
-    fates = many(virtual.replay, FEWEST, itertools.count(SEED + half, 2))
+    fates = many(virtual.replay, 400, itertools.count(SEED + half, 2))
     assert {"answer", "bad", "scope", "refused", "closed", "core", "late", "none", "sick", "shape"} <= set(fates)
 
 
 def test_schedules_on_real_threads():
-    fates = many(threads.replay, 10, itertools.count(SEED))
+    fates = many(threads.replay, 20, itertools.count(SEED))
     assert {"answer", "bad", "scope", "closed"} <= set(fates)

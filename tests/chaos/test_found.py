@@ -77,7 +77,7 @@ async def test_a_batch_that_its_thread_has_claimed_is_not_taken_away(monkeypatch
             if mine and not taken:
                 taken.append(staged._lane)
                 claimed.set()
-                go_on.wait(10.0)
+                go_on.wait(60.0)
             return mine
 
         monkeypatch.setattr(Staged, "claim", claim)

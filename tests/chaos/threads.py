@@ -32,7 +32,7 @@ def plan(pick):
 
 
 async def bounded(seed, callers_made):
-    async with asyncio.timeout(30.0):
+    async with asyncio.timeout(60.0):
         await schedule(seed, callers_made)
 
 
@@ -95,7 +95,7 @@ def replay(seed):
         with mock.patch.object(health, "FIRST", 0.01), asyncio.Runner(loop_factory=loop) as runner:
             runner.run(bounded(seed, made))
         for thread in names():
-            thread.join(10.0)
+            thread.join(60.0)
             assert not thread.is_alive(), f"{thread.name} is left"
     except BaseException as error:
         command = f"python tests/chaos/threads.py {seed}"

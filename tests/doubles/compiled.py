@@ -58,7 +58,7 @@ def _checked(outputs: list[torch.Tensor]) -> list[torch.Tensor]:
 
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # torch.jit itself, from torch 2.13 on
+    warnings.filterwarnings("ignore", "`torch.jit.script` is")  # wherever this is imported
     checked = torch.jit.script(_checked)
 
 

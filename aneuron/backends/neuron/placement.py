@@ -20,6 +20,7 @@ import torch
 
 from aneuron.backends.files import check_script
 from aneuron.backends.neuron.cores import Package
+from aneuron.backends.torchscript import load_script
 
 _CLASSES = "__torch__.torch.classes.neuron."
 _SEVERAL = _CLASSES + "SPMDModel"  # the class of models that are compiled for several cores
@@ -126,7 +127,7 @@ def load(here: Package, model: Any, core_id: int, dynamic_batching: bool) -> Any
         check_file(model)
         # Placed while it is loaded: placing it afterwards would unload it and load it again.
         with _function(here, "neuron_cores_context")(start_nc=core_id, nc_count=1):
-            module = torch.jit.load(os.fspath(model))  # type: ignore[no-untyped-call]
+            module = load_script(os.fspath(model))
     elif is_neuron(model):
         module = copy.deepcopy(model)
     else:
