@@ -16,6 +16,8 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: simulated cores have no threads of their own
 
+from benchmarks.before import CHECKOUT
+
 GROUPS = ("w1", "w1b", "w2", "w3", "w4", "w5", "many", "overload", "idle", "lag", "loadgen")
 PINNED = ("w4", "w5")  # measured once more on one CPU
 RESULTS = Path(__file__).parent / "results"
@@ -33,10 +35,13 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--loop", choices=("asyncio", "uvloop"), help="event loop; uvloop if it is installed")
     parser.add_argument("--results", type=Path, metavar="FOLDER", help="for numbers, table and plots; a whole run that "
                         "is not quick writes to benchmarks/results")  # fmt: skip
+    parser.add_argument("--against", metavar="CHECKOUT", help="measure the build in another checkout, too")
     parser.add_argument("--pinned-to", type=int, metavar="CPU", help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args(argv)
     if args.results is None and not (args.quick or args.only):
         args.results = RESULTS
+    if args.against is not None:
+        os.environ[CHECKOUT] = str(Path(args.against).resolve(strict=True))
     args.only = args.only or GROUPS
     args.seconds = args.seconds or (0.07 if args.quick else 0.25)
     args.turns = args.turns or (1 if args.quick else 3)

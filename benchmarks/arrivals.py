@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import aneuron
-from benchmarks.contenders import Aneuron, Contender, Makers, everybody, learned_hold, yardsticks
+from benchmarks.contenders import Contender, Makers, everybody, learned_hold, ours, yardsticks
 from benchmarks.floors import FairFloor, Floor
 from benchmarks.loops import BATCH, CAPACITY, CORES, SERVICE
 from benchmarks.replay import Replay, poisson
@@ -84,7 +84,7 @@ async def overload(effort: Effort, say: Say) -> list[Row]:
     """Twice the capacity offered; aneuron refuses beyond `max_pending`, the floors keep everything."""
     longer = Effort(40 * effort.seconds, max(1, effort.repetitions // 2), 1)
     # aneuron first: memory that a floor has let go of would be used again, and growth not seen.
-    makers: Makers = {"aneuron": lambda: Aneuron(max_pending=MAX_PENDING), "floor": Floor, "fair floor": FairFloor}
+    makers: Makers = {**ours(max_pending=MAX_PENDING), "floor": Floor, "fair floor": FairFloor}
     async with started(makers, CORES, SERVICE, BATCH) as contenders:
         say(f"overload: twice the capacity for {longer.seconds:g} s")
         schedule = poisson(2 * CAPACITY, longer.seconds, seed=2)
@@ -113,7 +113,8 @@ async def _overloaded(contender: Contender, schedule: list[float]) -> Turn:
     _give_back()
     watching = asyncio.create_task(watch())
     try:
-        turn = await Replay(contender.call, schedule, (aneuron.QueueFull,)).run(patience=5.0 + 2 * schedule[-1])
+        full = getattr(contender, "package", aneuron).QueueFull
+        turn = await Replay(contender.call, schedule, (full,)).run(patience=5.0 + 2 * schedule[-1])
     finally:
         watching.cancel()
     turn.more["grown"] = max(grown, default=float("nan"))

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 import aneuron
+from benchmarks import before
 from benchmarks.floors import FEATURES, Core, FairFloor, Floor, model
 
 PEERS = ("batched", "async-batcher", "original")
@@ -40,12 +41,12 @@ class Contender(Protocol):
 class Aneuron:
     """The product: all features on, nothing tuned but what a row is about."""
 
-    def __init__(self, **options: Any) -> None:
-        self.options = options
+    def __init__(self, package: Any = aneuron, **options: Any) -> None:
+        self.package, self.options = package, options
 
     async def start(self, cores: int, seconds: float, batch: int) -> None:
-        backend = aneuron.SimulatedBackend(cores=cores, service_time=seconds)
-        self.call = aneuron.AsyncDataParallel(
+        backend = self.package.SimulatedBackend(cores=cores, service_time=seconds)
+        self.call = self.package.AsyncDataParallel(
             model, batch_size=batch, backend=backend, example_inputs=torch.zeros(1, FEATURES), **self.options
         )
         await self.call.start()
@@ -176,9 +177,17 @@ class AsyncBatcher(_Peer):
         self.threads.shutdown()
 
 
+def ours(**options: Any) -> Makers:
+    """aneuron, and the build that it is measured against, if any."""
+    makers: Makers = {"aneuron": lambda: Aneuron(**options)}
+    if (package := before.package()) is not None:
+        makers["before"] = lambda: Aneuron(package, **options)
+    return makers
+
+
 def yardsticks() -> Makers:
     """aneuron, and what its bounds refer to."""
-    return {"floor": Floor, "fair floor": FairFloor, "aneuron": Aneuron}
+    return {"floor": Floor, "fair floor": FairFloor, **ours()}
 
 
 def everybody() -> Makers:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.contenders import Aneuron, Contender, Makers, everybody
+from benchmarks.contenders import Contender, Makers, everybody, ours
 from benchmarks.floors import FEATURES, Floor, model
 from benchmarks.loops import BATCH, CORES, SERVICE
 from benchmarks.rows import Row, above, at_most, percentile, row
@@ -86,7 +86,7 @@ async def lag(effort: Effort, say: Say) -> list[Row]:
     x = torch.arange(float(ROWS))[:, None].remainder(1000).repeat(1, FEATURES)
     right = model(x)
     longer = effort.longer(8)
-    makers: Makers = {"nothing": Nothing, "floor": Floor, "aneuron": Aneuron}
+    makers: Makers = {"nothing": Nothing, "floor": Floor, **ours()}
     async with started(makers, max(1, cpus - 1), SERVICE, ROWS // 32) as contenders:
         for contender in contenders.values():
             await contender.call(x)

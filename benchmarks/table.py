@@ -10,6 +10,7 @@ COLUMNS = {
     "floor": "floor",
     "fair floor": "fair",
     "aneuron": "aneuron",
+    "before": "before",
     "batched": "batched",
     "async-batcher": "async-b",
     "original": "original",
@@ -48,7 +49,15 @@ def table(rows: Sequence[Row]) -> str:
     left = {0, 1, *range(len(widths) - 3, len(widths))}
     text = [" ".join(_justified(line, widths, left)).rstrip() for line in lines]
     notes = [f"{row.name}: {who} fails: {why[:160]}" for row in rows for who, why in row.fails.items()]
-    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], *[""] * bool(notes), *notes])
+    against = [f"{row.name}, {row.unit}: {_against_before(row)}" for row in rows if "before" in row.values]
+    if against:
+        against = ["", "aneuron's value divided by that of the build before, median and range:", *against]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], *[""] * bool(notes), *notes, *against])
+
+
+def _against_before(row: Row) -> str:
+    ratios = row.against(Bound(0.0, "before"))
+    return f"{median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})" if ratios else "nothing to compare"
 
 
 def _justified(line: Sequence[str], widths: Sequence[int], left: set[int]) -> list[str]:
