@@ -66,7 +66,11 @@ def measure(
                         return _measure(args, kwargs, dim, buckets, lengths, known)
                     signature = (shape[1:], x.dtype)
                     _last = (shape, x.dtype, signature)
-                return Call(rows, signature, args, None, 0 if x.is_inference() else x._version)
+                try:
+                    version = x._version
+                except RuntimeError:  # made under inference mode: it counts nothing, and to ask first costs all calls
+                    version = 0
+                return Call(rows, signature, args, None, version)
             call = _lone(args, buckets, lengths)
             if call is not None:
                 return call
