@@ -133,15 +133,17 @@ def _check_key(what: str, value: Any, key: Any) -> None:
 
 SAMPLES = 15  # times of a size of which the median counts: a hiccup or two do not move it
 MOVED = 0.05  # share by which a median must move before covers are chosen anew
-AGE = 1000  # executions after which a size that was not among them is due to be measured again
+PATIENCE = 8, 100  # times its own time that others must run before a size is tried again: at first, and at most
 
 
 class Cover:
     """Which of a model's compiled batch sizes to run now for so many waiting rows.
 
     Rows run on the cheapest set of executions that holds them, by measured times; until every size has been measured,
-    on the smallest size that holds them. A size that was found to be slow is tried again after a while, where it is the
-    smallest that holds the rows: it may have been a hiccup. Whoever shares one holds a lock.
+    on the smallest size that holds them. A size that was found to be slow may have had a hiccup, or have been at its
+    start: it is tried again when the others have run for eight times its time, and each time in vain twice as long,
+    up to a hundred times; so trials take one part in a hundred of the time, in the long run. Whoever shares one holds a
+    lock.
 
         >>> cover = Cover([1, 8])
         >>> cover.pick(3)
@@ -157,9 +159,10 @@ class Cover:
         self.limit = self.sizes[-1]  # rows that the largest one holds
         self._samples: dict[int, deque[float]] = {size: deque(maxlen=SAMPLES) for size in self.sizes}
         self._times = dict.fromkeys(self.sizes, nan)  # those that the table was made with; NaN = not measured
-        self._runs = 0  # that were noted
-        self._last = dict.fromkeys(self.sizes, 0)  # of each size
-        self._due: set[int] = set()  # sizes to be measured again
+        self._spent = 0.0  # seconds, by all sizes
+        self._last = dict.fromkeys(self.sizes, 0.0)  # how much that was when a size was measured last
+        self._patience = dict.fromkeys(self.sizes, PATIENCE[0])
+        self._due: set[int] = set()  # sizes to be tried again
         # [rows]: what to run; the last entry is for all beyond
         self._table = [self.limit]
         if len(self.sizes) > 1:
@@ -167,9 +170,9 @@ class Cover:
 
     def pick(self, rows: int) -> int:
         """The size to execute now; `rows` >= 1 wait. Of the cheapest cover the largest comes first."""
-        if self._due and (size := self.fit(rows)) in self._due:
-            self._due.remove(size)
-            return size
+        if self._due and (tried := [size for size in self._due if size <= rows or size == self.fit(rows)]):
+            self._due.remove(tried[0])
+            return tried[0]
         return self._table[min(rows, len(self._table) - 1)]
 
     def fit(self, rows: int) -> int:
@@ -180,15 +183,24 @@ class Cover:
         """Note what an execution of `size` took."""
         if len(self.sizes) == 1:
             return
+        trial = size not in self._table and all(self._samples.values())
         samples = self._samples[size]
+        if trial:
+            while len(samples) > 1:
+                samples.popleft()  # of two times the shorter counts: a hiccup is forgotten, a new pace counts at once
         samples.append(seconds)
-        self._runs += 1
-        self._last[size] = self._runs
+        self._update(size, samples)
+        self._spent += seconds
+        self._last[size] = self._spent
+        if trial:
+            self._patience[size] = PATIENCE[0] if size in self._table else min(2 * self._patience[size], PATIENCE[1])
         for other, last in self._last.items():
-            if self._runs - last >= AGE:
-                self._last[other] = self._runs  # or it would be due at once again
+            if other not in self._table and self._spent - last >= self._patience[other] * self._times[other]:
+                self._last[other] = self._spent  # or it would be due at once again
                 self._due.add(other)
-                self._samples[other] = deque(list(self._samples[other])[-1:], maxlen=SAMPLES)  # a new pace counts soon
+
+    def _update(self, size: int, samples: Collection[float]) -> None:
+        """Choose covers anew if a time has moved."""
         if abs(_median(samples) - self._times[size]) <= MOVED * self._times[size]:
             return
         self._times[size] = _median(samples)

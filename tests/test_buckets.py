@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aneuron.buckets import AGE, Buckets, Cover, cheapest
+from aneuron.buckets import PATIENCE, Buckets, Cover, cheapest
 from aneuron.errors import OutputError, ShapeError
 from aneuron.measure import Compiled, measure
 from aneuron.outputs import Output, Unpad, carriers
@@ -185,17 +185,52 @@ def test_a_hiccup_does_not_change_what_is_run_and_a_new_pace_does():
     assert cover.pick(4) == 1
 
 
-def test_a_size_that_has_not_run_for_long_is_tried_again_once_where_it_holds_the_rows():
+def test_a_size_that_was_slow_is_tried_again_once_where_it_holds_the_rows_or_they_fill_it():
     cover = Cover([1, 2, 8])
     for size in (1, 2, 8):
-        cover.learn(size, 0.001 if size == 1 else 1.0)
-    for _ in range(AGE):
-        assert cover.pick(8) == 1
+        cover.learn(size, 0.001 if size == 1 else 0.1)
+    for _ in range(800):
+        assert cover.pick(1) == 1
         cover.learn(1, 0.001)
-    assert [cover.pick(rows) for rows in (1, 2, 2, 8, 8, 2)] == [1, 2, 1, 8, 1, 1]
+    assert sorted(cover.pick(rows) for rows in (8, 8, 8)) == [1, 2, 8]
     cover.learn(8, 0.0025)  # it was a hiccup
-    cover.learn(2, 1.0)
+    cover.learn(2, 0.1)
     assert [cover.pick(rows) for rows in (1, 2, 3, 8)] == [1, 1, 8, 8]
+
+
+def runs_until(cover, size, seconds, rows, most):
+    """How many executions of what is picked it takes until a size is."""
+    for count in range(most):
+        picked = cover.pick(rows)
+        if picked == size:
+            return count
+        cover.learn(picked, seconds[picked])
+    return most
+
+
+def test_first_executions_that_are_slow_are_soon_forgotten():
+    cover, seconds = Cover([4, 8]), {4: 0.001, 8: 0.006}
+    cover.learn(8, 0.006)
+    for _ in range(2):
+        cover.learn(4, 0.050)  # at its start
+    assert cover.pick(4) == 8
+    assert 0 < runs_until(cover, 4, seconds, 4, 1000) < 150
+    cover.learn(4, 0.001)
+    assert [cover.pick(4) for _ in range(100)] == [4] * 100
+
+
+@pytest.mark.parametrize("slow", [0.02, 0.05, 1.0])
+def test_trials_cost_one_part_in_a_hundred_of_the_time(slow):
+    cover, seconds = Cover([1, 8]), {1: 0.001, 8: slow}
+    spent = dict.fromkeys(seconds, 0.0)
+    for size, own in seconds.items():
+        cover.learn(size, own)
+    while sum(spent.values()) < 1000 * slow:
+        size = cover.pick(2)
+        cover.learn(size, seconds[size])
+        spent[size] += seconds[size]
+    tried = spent[8] / slow
+    assert 4 <= tried <= 5 + sum(spent.values()) / (PATIENCE[1] * slow)
 
 
 def test_of_two_times_the_shorter_counts():
