@@ -248,7 +248,7 @@ class Lanes:
             return
         for lane in self.lanes:
             if lane.counters.owner in (self, None):  # not another run of the model, on the same core
-                lane.counters.state, lane.counters.in_flight = "failed" if self._crashed else "closed", 0
+                lane.counters.state = "failed" if self._crashed else "closed"
         if not self.futures.calls:
             self.recovery.end()
         self._closed.set_result(None)
@@ -672,21 +672,18 @@ class Lanes:
             lane.show(self.recovery.health[lane.index].state)
 
     def statistics(self, retired: "Iterable[Lanes]" = ()) -> Statistics:
-        """The frozen snapshot of now; from another thread than the loop's its numbers may be of moments close by.
-
-        `retired` are runs of the model on the same cores that have calls left.
-        """
+        """The frozen snapshot of now, from any thread; `retired` are runs on the same cores that have calls left."""
         calls = rows = 0
-        for lane in self.lanes:
-            lane.counters.in_flight = 0
+        in_flight: dict[int, int] = {}
         for run in (self, *retired):
             with run._lock:
                 run._flush()
                 calls += run._scheduler.waiting_calls
                 rows += run._scheduler.waiting_rows
-                for lane in run.lanes:
-                    lane.counters.in_flight += run._scheduler.in_flight(lane.index)
-        return self._counters.snapshot(calls, rows)
+                for lane in run.lanes if not run._closed.done() else ():
+                    batches = run._scheduler.in_flight(lane.index)
+                    in_flight[lane.core_id] = in_flight.get(lane.core_id, 0) + batches
+        return self._counters.snapshot(calls, rows, in_flight)
 
 
 class Staged:

@@ -44,16 +44,25 @@ def _exported(model: torch.nn.Module) -> bool:
     return any("train" in vars(part) for part in model.modules())
 
 
-def is_compiled(model: Any) -> bool:
-    """Whether a model is a compiled graph, with the shapes of its example."""
-    return isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction, str, os.PathLike))
+def is_compiled(model: Any, scripts: bool) -> bool:
+    """Whether a model is a compiled graph, with the shapes of its example; `scripts`: and so is what a path names."""
+    if isinstance(model, (str, os.PathLike)):
+        return scripts
+    return isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction))
 
 
 class Models:
-    """The models by shape. `batch_size` is the largest number of rows, None where any number will do."""
+    """The models by shape. `batch_size` is the largest number of rows, None where any number will do.
 
-    def __init__(self, given: Any, batch_size: int | None, dim: int, buckets: Buckets | None) -> None:
+    `scripts` says whether paths are of TorchScript files: what a backend of one's own makes of one is its affair.
+    """
+
+    def __init__(
+        self, given: Any, batch_size: int | None, dim: int, buckets: Buckets | None, scripts: bool = True
+    ) -> None:
         self.batch_size = self._said = batch_size
+        self.source = given  # as the user gave it
+        self._scripts = scripts
         self._given, self._dim, self._buckets = given, dim, buckets
         self._lengths: tuple[int, ...] = tuple(buckets.sizes) if buckets is not None else (0,)
         self._by_size = isinstance(given, Mapping)
@@ -73,7 +82,8 @@ class Models:
 
     def like(self, given: Any) -> "Models":
         """Another model, for the same rows and buckets."""
-        other = Models(given, None if isinstance(given, Mapping) else self._said, self._dim, self._buckets)
+        said = None if isinstance(given, Mapping) else self._said
+        other = Models(given, said, self._dim, self._buckets, self._scripts)
         if other._by_size != self._by_size:
             raise ShapeError("the new model must be given as the old one was: alone, or by its compiled sizes")
         return other
@@ -81,7 +91,7 @@ class Models:
     @property
     def compiled(self) -> bool:
         """Whether calls are held to the example's shapes."""
-        return self.batch_size is not None or is_compiled(self._given)
+        return self.batch_size is not None or is_compiled(self._given, self._scripts)
 
     @property
     def given(self) -> list[Any]:
@@ -104,7 +114,7 @@ class Models:
 
     def take_size(self, rows: int) -> None:
         """A compiled graph without a batch size has that of its example."""
-        if self.batch_size is None and is_compiled(self._given):
+        if self.batch_size is None and is_compiled(self._given, self._scripts):
             self.batch_size = self._said = rows
 
     def by_shape(self, dim: int) -> dict[Shape, Any]:

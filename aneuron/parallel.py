@@ -7,6 +7,8 @@ Lives here: the arguments and what they mean, starting and closing. Must not be 
 import asyncio
 import inspect
 import logging
+import os
+import time
 import warnings
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from threading import get_ident
@@ -164,6 +166,13 @@ class AsyncDataParallel:
         self._closed = False
         self._closings = 0  # how often it has been
         self._observer: Observer | None = None
+        if isinstance(device_ids, Iterable) and not isinstance(device_ids, (str, bytes)):
+            device_ids = list(device_ids)
+        self._fixed = {
+            "device_ids": device_ids, "dim": dim, "backend": backend, "batch_size": batch_size,
+            "example_inputs": example_inputs, "max_delay": max_delay, "buckets": buckets,
+            "exec_timeout": exec_timeout, "min_cores": min_cores, "outputs": outputs, "check_rows": check_rows,
+        }  # fmt: skip  # what no setter changes, as it was given
         self._ids = parse_device_ids(device_ids)
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise ValueError(f"dim={dim!r}: expected an int, the dimension that counts rows")
@@ -174,7 +183,8 @@ class AsyncDataParallel:
         if buckets is not None and not isinstance(buckets, Buckets):
             raise TypeError(f"buckets={buckets!r}: expected aneuron.Buckets(dim=..., sizes=(...), pad=...), or None")
         self._buckets = buckets
-        self._models = Models(model, _count("batch_size", batch_size), dim, buckets)
+        scripts = self._chosen is None or getattr(self._chosen, "loads_scripts", False)
+        self._models = Models(model, _count("batch_size", batch_size), dim, buckets, scripts)
         self._max_pending = _count("max_pending", max_pending)
         self._max_delay = None if max_delay is None else seconds("max_delay", max_delay)
         self._num_workers = _count("num_workers", num_workers)
@@ -201,6 +211,7 @@ class AsyncDataParallel:
                 "the compiled rows",
                 stacklevel=2,
             )
+        self._attributes = frozenset(vars(self)) | {"_attributes", "_asked_for_batching"}
 
     def _read_example(self, example_inputs: Any) -> Compiled | None:
         """What to warm up with; it also says how many rows a compiled graph takes."""
@@ -214,6 +225,21 @@ class AsyncDataParallel:
             raise ShapeError(f"example_inputs: {error}") from None
         self._models.take_size(example.rows)
         return example
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """What pickling and copying take along: the configuration of now, for an instance that is not started.
+
+        The model, backend and example are pickled with it, or are what cannot be; attributes of a subclass go along, an
+        observer, statistics and what is running stay.
+        """
+        settings = self._fixed | {
+            "set_dynamic_batching": self._packing or (self._dim != 0 and not self._asked_for_batching),
+            "num_workers": self._num_workers,
+            "split_size": self._split_size,
+            "max_pending": self._max_pending,
+        }
+        own = {name: value for name, value in vars(self).items() if name not in self._attributes}
+        return _configured, (type(self), self._models.source, settings), own or None
 
     # Calls.
 
@@ -543,6 +569,7 @@ class AsyncDataParallel:
         self._lanes = self._starting = None
 
     async def _start(self, start: _Start) -> Lanes:
+        began = time.monotonic()
         try:
             backend, ids, rows = await self._in_a_thread(self._look_for_cores)
             self._backend = backend
@@ -552,11 +579,25 @@ class AsyncDataParallel:
             lanes = self._make_lanes(backend, ids, self._models)
             await lanes.start(self._min_cores or len(ids))
             self._serve(lanes, self._models, self._num_workers or 2 * lanes.recovery.in_service)
+            self._say_started("started", lanes, began)
             return lanes
         finally:
             if self._starting is start:
                 self._starting = None
             del start  # whose task has the exception whose traceback holds this frame
+
+    def _say_started(self, what: str, lanes: Lanes, began: float) -> None:
+        """One line for the log."""
+        ids = [lane.core_id for lane in lanes.lanes if lanes.recovery.health[lane.index].serves]
+        shapes = [
+            f"{'any number of' if rows is None else rows} rows" + (f" of {bucket}" if bucket else "")
+            for rows, bucket in self._models.by_shape(self._dim)
+        ]
+        logger.info(
+            "%s on %d cores of the %s backend (%s): %s; %.2f s%s",
+            what, len(ids), self._backend.name if self._backend else "", ", ".join(map(str, ids)), ", ".join(shapes),
+            time.monotonic() - began, f"; the process has {memory}" if (memory := _resident()) else "",
+        )  # fmt: skip
 
     def _make_lanes(self, backend: Backend, ids: list[int], models: Models, beside: bool = False) -> Lanes:
         packing = self._packs(backend, models)
@@ -614,6 +655,7 @@ class AsyncDataParallel:
         """
         if self._swapping:
             raise RuntimeError("another swap is in progress; await it first")
+        began = time.monotonic()
         models = self._models.like(model)
         self._swapping = True
         try:
@@ -629,6 +671,7 @@ class AsyncDataParallel:
             raise Closed("the model was closed while it was being swapped")
         self._serve(new, models, old.slots)
         new.take_over()
+        self._say_started("swapped", new, began)
         drain = asyncio.get_running_loop().create_task(old.drain(), name="aneuron swap")
         self._retired[old] = drain
         drain.add_done_callback(lambda _: self._forget(old))
@@ -759,6 +802,22 @@ class AsyncDataParallel:
 AsyncDataParallel.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     AsyncDataParallel.__init__
 ).replace(parameters=list(inspect.signature(AsyncDataParallel.__init__).parameters.values())[1:])
+
+
+def _resident() -> str:
+    """The memory that the process has, in words; nothing where the system does not say."""
+    try:
+        with open("/proc/self/statm") as file:
+            return f"{int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20:.0f} MiB of memory"
+    except (OSError, ValueError, IndexError, AttributeError):
+        return ""
+
+
+def _configured(kind: type[AsyncDataParallel], model: Model, settings: dict[str, Any]) -> AsyncDataParallel:
+    """An instance that is not started, whatever the arguments of a subclass are."""
+    made = kind.__new__(kind)
+    AsyncDataParallel.__init__(made, model, **settings)
+    return made
 
 
 def _count(name: str, value: int | None) -> int | None:

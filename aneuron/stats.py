@@ -187,7 +187,6 @@ class CoreCounters:
         self.global_id = global_id
         self.state = "loading"
         self.owner: object = None  # whose state it is: a run of the model may outlast the start of the next
-        self.in_flight = 0
         self.batches = self.rows = self.padded_rows = self.errors = 0
         self.busy_seconds = 0.0
         self.services: dict[tuple[int, int], Recent] = {}  # seconds, by shape
@@ -214,11 +213,11 @@ class CoreCounters:
         recent = self.services.get(shape)
         return 0.0 if recent is None or recent.is_stale(now) else recent.median
 
-    def snapshot(self) -> CoreStatistics:
-        """The frozen state of now."""
+    def snapshot(self, in_flight: int) -> CoreStatistics:
+        """The frozen state of now; how many batches are in flight is the scheduler's to say."""
         services = {key: recent.median for key, recent in list(self.services.items())}  # exporters are other threads
         return CoreStatistics(
-            self.core_id, self.global_id, self.state, self.in_flight, self.batches, self.rows, self.padded_rows,
+            self.core_id, self.global_id, self.state, in_flight, self.batches, self.rows, self.padded_rows,
             self.busy_seconds, services.get(self._last), MappingProxyType(services), self.errors,
         )  # fmt: skip
 
@@ -237,11 +236,6 @@ class Counters:
         self.cores: dict[int, CoreCounters] = {}
         self._drained: deque[tuple[float, int]] = deque(maxlen=64)
 
-    @property
-    def outstanding(self) -> int:
-        """Calls that were accepted and have not ended."""
-        return self.accepted - self.completed - self.failed - self.cancelled
-
     def drained(self, rows: int, now: float) -> None:
         """Count rows that have left the device."""
         self._drained.append((now, rows))
@@ -258,16 +252,25 @@ class Counters:
         left = sum(count for _, count in self._drained) - self._drained[0][1]
         return rows * (self._drained[-1][0] - self._drained[0][0]) / left
 
-    def snapshot(self, waiting_calls: int, waiting_rows: int) -> Statistics:
-        """The frozen state of now."""
-        calls = CallStatistics(
-            self.accepted, self.completed, self.failed, self.cancelled, self.refused, waiting_calls,
-            self.outstanding - waiting_calls,
-        )  # fmt: skip
+    def snapshot(
+        self, waiting_calls: int, waiting_rows: int, in_flight: Mapping[int, int] = MappingProxyType({})
+    ) -> Statistics:
+        """The frozen state of now, with what the scheduler knows: calls and rows that wait, and batches by core.
+
+        On another thread than the loop's these may be of a moment before; calls add up all the same: those that have
+        ended are read first, so that none has ended that was not accepted.
+        """
+        completed, failed, cancelled = self.completed, self.failed, self.cancelled
+        accepted = self.accepted
+        left = accepted - completed - failed - cancelled
+        waiting = min(waiting_calls, left)
+        calls = CallStatistics(accepted, completed, failed, cancelled, self.refused, waiting, left - waiting)
         return Statistics(
             calls,
             waiting_rows,
-            tuple(core.snapshot() for core in list(self.cores.values())),  # a start may add some
+            tuple(
+                core.snapshot(in_flight.get(core.core_id, 0)) for core in list(self.cores.values())
+            ),  # a start may add some
             MappingProxyType(dict(self.closed_because)),
             self.batch_rows.snapshot(),
             self.queue_seconds.snapshot(),

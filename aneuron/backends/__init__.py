@@ -60,6 +60,8 @@ class Backend(Protocol):
     - `cuts_batches = True`: every model is compiled for a number of rows, and where nobody knows which, its cores cut
       and pad what they are given. Calls are not packed then, and `load` is told by a keyword `dynamic_batching` whether
       cores may do so;
+    - `loads_scripts = True`: a path names a TorchScript file, compiled for the rows of `example_inputs`; else it may
+      name anything, and takes any number of rows unless `batch_size` or `compiled_rows` says otherwise;
     - `probes = False`: its cores execute callers' rows only; which outputs have rows is then taken from their shapes,
       as with `check_rows=False`;
     - `global_id(core_id)`: the machine's number of a core, None if it cannot tell (the id itself where there is none).

@@ -58,6 +58,7 @@ class CpuBackend:
 
     name = "cpu"
     recoverable = True
+    loads_scripts = True
     preferred_rows = 32
 
     def __init__(self, cores: int | None = None, threads_per_core: int | None = None) -> None:

@@ -74,6 +74,7 @@ class CudaBackend:
 
     name = "cuda"
     recoverable = True
+    loads_scripts = True
 
     def __init__(self, cores_per_device: int = 1, staging_bytes: int = 1 << 26) -> None:
         for name, value, least in (("cores_per_device", cores_per_device, 1), ("staging_bytes", staging_bytes, 0)):

@@ -71,6 +71,7 @@ class SimulatedBackend:
 
     name = "simulated"
     recoverable = True
+    loads_scripts = True
     fault = PlannedFault
 
     def __init__(

@@ -79,6 +79,7 @@ class NeuronBackend:
 
     name = "neuron"
     recoverable = False
+    loads_scripts = True
 
     def __init__(self, compile: bool = False, *, root: str | os.PathLike[str] = "/") -> None:
         self._compile = compile
