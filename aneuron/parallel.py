@@ -220,15 +220,31 @@ class AsyncDataParallel:
             >>> asyncio.run(main())
             [0.0, 0.0, 1.0]
         """
+        return self._map(source, None, None, ordered, limit, return_exceptions)
+
+    def _map(
+        self,
+        source: Any,
+        terms: Terms | None,
+        timeout: float | None,
+        ordered: bool,
+        limit: int | None,
+        return_exceptions: bool,
+    ) -> Map[Any]:
+        terms = (terms or Terms())._replace(yields=True)
+
+        def call(*inputs: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+            return self._run(inputs, kwargs, terms, timeout)
+
         bound = self._outstanding if limit is None else limit
-        return Map(self, source, ordered=ordered, limit=bound, return_exceptions=return_exceptions)
+        return Map(call, source, ordered=ordered, limit=bound, return_exceptions=return_exceptions)
 
     async def _outstanding(self) -> int:
-        """One-row calls that keep every core busy: two batches for each."""
+        """One-row calls that keep every core busy: two batches for each, as far as the second has room to wait."""
         rules = (await self._started()).rules
         kinds = len(self._buckets.sizes) if self._buckets is not None else 1  # each fills batches of its own
-        busy = 2 * (rules.batch_size or rules.preferred) * kinds * rules.cores
-        return min(busy, self._max_pending or busy)
+        busy = (rules.batch_size or rules.preferred) * kinds * rules.cores
+        return busy + min(busy, self._max_pending or busy)
 
     def options(self, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None) -> View:
         """The model on other terms: a cheap object to be called like this one, with `timed` and `map`.
@@ -384,6 +400,17 @@ class AsyncDataParallel:
         self._split_size = _count("split_size", value)
         if self._lanes is not None:
             self._lanes.change(split_size=self._split_size)
+
+    @property
+    def max_pending(self) -> int | None:
+        """Rows that may wait, see the class; those that wait already are left alone. None: no bound."""
+        return self._max_pending
+
+    @max_pending.setter
+    def max_pending(self, value: int | None) -> None:
+        self._max_pending = _count("max_pending", value)
+        if self._lanes is not None:
+            self._lanes.change(max_pending=self._max_pending)
 
     @property
     def ready(self) -> bool:
@@ -542,7 +569,8 @@ class AsyncDataParallel:
         """Serve with lanes that are loaded, from the next call on."""
         try:
             packing = lanes.rules.packing and self._packing
-            lanes.change(split_size=self._split_size, packing=packing)  # as set while it loaded
+            # As set while it loaded.
+            lanes.change(split_size=self._split_size, max_pending=self._max_pending, packing=packing)
             lanes.resize(num_workers)
         except BaseException:  # no threads to be had
             lanes.stop()

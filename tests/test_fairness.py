@@ -202,10 +202,9 @@ class History(Cores):
         for kind in order.kinds.values():
             for flow in kind.flows.values():
                 call = next((call for call in flow.calls if call.bound < call.rows), None)
-                if call is not None:
-                    heads.setdefault((flow.level.priority, flow.line.large), []).append(
-                        (flow.tenant.tag, call.sequence, call)
-                    )
+                for twin in flow.twins if call is not None else ():
+                    key = flow.level.priority, twin.line.second
+                    heads.setdefault(key, []).append((twin.tenant.tag, call.sequence, call))
         firsts = {}
         for key, entries in heads.items():
             begun = [entry for entry in entries if not key[1] and entry[2].bound]  # cut by the end of a batch: goes on
@@ -672,7 +671,8 @@ def test_full_batches_pass_a_head_that_is_held_on_idle_lanes_only():
     admit(s, 1)
     s.bind(0.0)
     head = admit(s, 1, "held")
-    admit(s, 16, "full")
+    for _ in range(2):
+        admit(s, 8, "full")
     lane, batch = s.bind(0.0)
     assert (lane, batch.chunks[0][0].signature) == (1, "full")
     assert s.bind(0.0) is None  # the lanes execute, and get the head's only

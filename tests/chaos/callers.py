@@ -133,8 +133,8 @@ class Callers:
         except SickCoreError:
             assert self.sick, "an error that nobody raised"
             return "sick"
-        except QueueFull:
-            return "refused"
+        except QueueFull as error:
+            return "gave way" if "has given its room" in str(error) else "refused"  # the first was accepted, and failed
         except DeadlineExceeded:
             return "late"
         except Closed as error:
