@@ -34,8 +34,8 @@ Limit = int | Callable[[], Awaitable[int]]  # or who knows it, asked once, befor
 class Map(AsyncIterator[T]):
     """The results of one call for each element of a source: an async iterator, to be used once.
 
-    An element is a tensor or array, a tuple of positional inputs, or a mapping of keyword inputs, each with its batch
-    dimension. Results come in the order of the source; with ``ordered=False`` as they are finished, as
+    An element is a tensor or array, a tuple or list of positional inputs, or a mapping of keyword inputs, each with its
+    batch dimension. Results come in the order of the source; with ``ordered=False`` as they are finished, as
     ``(index, result)``.
 
     At most `limit` elements are read, called, or finished and not yet taken: an endless source runs in bounded memory,
@@ -148,13 +148,13 @@ async def _one(call: Call, index: int, element: Any) -> Any:
     """The call of one element."""
     if isinstance(element, torch.Tensor) or is_array(element):
         return await call(element)
-    if isinstance(element, tuple):
+    if isinstance(element, tuple) or type(element) is list:  # as a DataLoader's collate makes
         return await call(*element)
     if isinstance(element, Mapping):
         return await call(**element)
     raise TypeError(
-        f"element {index} of the source is a {type(element).__name__}: expected a tensor, a tuple of positional "
-        "inputs, or a dict of keyword inputs, each with its batch dimension"
+        f"element {index} of the source is a {type(element).__name__}: expected a tensor, a tuple or list of "
+        "positional inputs, or a dict of keyword inputs, each with its batch dimension"
     )
 
 

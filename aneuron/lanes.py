@@ -341,8 +341,8 @@ class Lanes:
     def _full(self, rows: int, bucket: int, why: str = "") -> QueueFull:
         retry_after = self._counters.drain_seconds(self._scheduler.excess(rows, bucket))
         return QueueFull(
-            f"no room for {rows} rows: {self._scheduler.waiting_rows} wait and max_pending={self.rules.max_pending}{why}; "
-            "try again later, or raise max_pending",
+            f"no room for {rows} rows: {self._scheduler.waiting_rows} wait and max_pending={self.rules.max_pending}"
+            f"{why}; try again later, or raise max_pending",
             retry_after,
         )
 

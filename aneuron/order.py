@@ -13,9 +13,11 @@ asyncio, threads, torch, a clock.
 
 While both wait, at least every second batch starts from the first line and at least every fourth from the other. Medium
 calls wait in both, for what comes first: so there is no step in how long calls wait where they grow beyond a batch, and
-where they grow beyond a few the first of them makes no difference. Within a line turns are taken by start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), in rows: each tenant has a tag, the
-lowest is served and its tag grows by the rows taken. A tenant that comes anew starts at the line's time, the highest
-tag served: it is owed nothing for the time that it was not there.
+where they grow beyond a few the first of them makes no difference.
+
+Turns within a line are taken by start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), in rows: each tenant has
+a tag, the lowest is served and its tag grows by the rows taken. A tenant that comes anew starts at the line's time, the
+highest tag served: it is owed nothing for the time that it was not there.
 
 Whoever can be first stands in a heap. Entries may lag behind, to the front only, and are mended when they come to the
 top: each step takes the time of a few heap operations, however many calls, tenants, signatures or priorities wait.
@@ -27,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Generic
 
-from aneuron.waiting import ANYWHERE, C, Terms
+from aneuron.waiting import ANYWHERE, NEVER, C, Terms
 
 STARTS = 3  # batches in a row that may start from the first line while others wait
 FEW = 4  # batches that a medium call is
@@ -108,7 +110,7 @@ class _Level(Generic[C]):
 
     def __init__(self, priority: float) -> None:
         self.priority = priority
-        self.lines: tuple[_Line[C], _Line[C]] = (_Line(False), _Line(True))
+        self.lines: tuple[_Line[C], ...] = (_Line(False), _Line(True))
         self.starts = 0  # batches since one started from the second line, while calls waited there
         self.key: float | None = None  # as in the heap of levels; None: not there
 
@@ -304,7 +306,8 @@ class Order(Generic[C]):
 
     def lowest(self) -> float:
         """The lowest priority that waits."""
-        return min([level.priority for level in self._levels.values() if any(line.live for line in level.lines)])
+        live = [level.priority for level in self._levels.values() if any(line.live for line in level.lines)]
+        return min(live, default=NEVER)
 
     # Calls in, calls out.
 
@@ -368,7 +371,8 @@ class Order(Generic[C]):
         if stake is None:
             stake = load.stakes[terms.tenant] = Stake(load)
         flows: list[Flow[C]] = []
-        for line in level.lines[LINES[standing]]:
+        lines: tuple[_Line[C], ...] = level.lines[LINES[standing]]
+        for line in lines:
             tenant = line.tenants.get(terms.tenant)
             if tenant is None:
                 tenant = line.tenants[terms.tenant] = _Tenant()

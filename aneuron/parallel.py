@@ -90,7 +90,11 @@ class AsyncDataParallel:
     num_workers: batches that may be in flight, on all cores together; None: two a core. Settable at any time.
     split_size: rows of the pieces that a call is cut into; None: up to `batch_size`, or `max(1, rows // cores)` where
         any number will do. Settable at any time.
-    max_pending: rows that may wait before calls are refused with `QueueFull`; None: no bound.
+    max_pending: rows that may wait before calls are refused with `QueueFull`; None: no bound. A call takes room for the
+        rows of its next batch; what large calls have beyond that has as much room again, and one call larger than this
+        may wait beside. Where there is none, a tenant that has less than its share of it takes it from the newest call
+        of the largest, and a call of a higher level from the newest of the lowest: that is refused instead, unless it
+        has begun. Elements of `map` wait for room, and give way to calls. Settable at any time.
     max_delay: seconds that a batch which is not full may be held back for company, from its oldest row on, and only
         while another core works. None: one core's share of the service time, where so many rows come that it pays.
     buckets: the lengths that the model was compiled for, see `Buckets`; calls of any length are padded to the smallest
@@ -210,8 +214,10 @@ class AsyncDataParallel:
         """Run the model on each element of a source; `Map` says what `async for` and `async with` do with it.
 
         source: an iterable or async iterable; an element is a tensor, a tuple of positional inputs or a dict of keyword
-            inputs, with its batch dimension, and one call.
+            inputs, with its batch dimension, and one call. A list is taken for a tuple.
         limit: elements outstanding; None: as many as keep every core busy if each is one row.
+
+        With `max_pending` elements wait for room, in order, instead of being refused, and give theirs to calls.
 
             >>> import asyncio, torch, aneuron
             >>> async def main():
@@ -270,7 +276,8 @@ class AsyncDataParallel:
         """Raise what a call of so many rows would be refused with now: `QueueFull`, `NoHealthyCores`, `Closed`.
 
         For servers: a request can be refused before its body is read, which costs a fraction (`shed` of
-        `aneuron.web`). It counts as a refused call. Says nothing of a model that is not started, and reserves nothing.
+        `aneuron.web`). It counts as a refused call. Asked is for a call of priority 0; where tenants wait, for one of a
+        tenant that does not, so that nobody is refused here who would find room. Says nothing of a model that is not started, and reserves nothing.
         To be called on the loop of the model, `RuntimeError` elsewhere.
         """
         self._check_loop()

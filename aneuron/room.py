@@ -9,11 +9,11 @@ higher level from the lowest: the newest calls go, and none that has begun. Call
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Generic
 
 from aneuron.order import SMALL, Flow, Load, Order
-from aneuron.waiting import C, Terms, Waiting
+from aneuron.waiting import C, Terms
 
 
 class Room(Generic[C]):
@@ -51,16 +51,17 @@ class Room(Generic[C]):
     def make(self, call: C, most: int | None, now: float) -> list[C] | None:
         """Make room for a caller's call: the calls that are to be refused for it; None if it is to be itself."""
         gone: list[C] = []
+        terms = call.terms or Terms()
         while self.excess(call.rows, call.bucket, most):
-            victim = self._victim(call.rows, call.bucket, call.terms or Terms(), most or 0, now)
+            victim = self._victim(call.rows, call.bucket, terms, most or 0, now)
             if victim is None:
                 for each in reversed(gone):
+                    each.bound = 0
                     self._order.restore(each)
                 return None
             self._order.withdraw(victim)
+            victim.bound = victim.rows
             gone.append(victim)
-        for each in gone:
-            each.bound = each.rows
         self._note(call, most, self._callers)
         while self._inside and self.excess(call.rows, call.bucket, most, yields=True):
             self._give_way(self._inside.pop())
@@ -83,16 +84,11 @@ class Room(Generic[C]):
         poor = held * (load.tenants + (not held)) < most  # it has less than its share
         if not lower and not poor:
             return None
-        fits = (
-            self._order.next_rows(False) + min(rows, self._limit(bucket)) <= most
-        )  # then only large calls are in its way
-        flows = [
-            flow for flow in self._order.flows() if flow.stake.load is load and (not fits or flow.standing != SMALL)
-        ]
-        calls = [(call, flow) for flow in flows if (call := flow.newest()) is not None]
+        calls = [(call, flow) for flow in self._in_the_way(rows, bucket, most) if (call := flow.newest()) is not None]
         if lower and calls:
-            call, flow = min(calls, key=lambda each: (_level(*each, now), -each[0].sequence))
-            if _level(call, flow, now) < terms.priority:
+            levels = [(flow.level.priority + now - call.admitted, -call.sequence, call) for call, flow in calls]
+            level, _, call = min(levels)
+            if level < terms.priority:
                 return call
         if poor:
             richer = [each for each in calls if each[1].stake.rows > held + rows]
@@ -100,6 +96,16 @@ class Room(Generic[C]):
             if richer:
                 return max(richer, key=lambda each: (each[1].stake.rows, each[0].sequence))[0]
         return None
+
+    def _in_the_way(self, rows: int, bucket: int, most: int) -> Iterable[Flow[C]]:
+        """The flows whose calls have the room that one of `rows` rows lacks."""
+        flows = [flow for flow in self._order.flows() if not flow.stake.load.yields]
+        limit = self._limit(bucket)
+        if self._order.next_rows(False) + min(rows, limit) > most:
+            return flows
+        if rows - limit <= most:
+            return [flow for flow in flows if flow.standing != SMALL]
+        return [flow for flow in flows if flow.newest() is self._huge.get(self._callers)]
 
     def _note(self, call: C, most: int | None, load: Load) -> None:
         """A call is let in."""
@@ -142,7 +148,3 @@ class Room(Generic[C]):
             if self._huge.get(load) is call:
                 del self._huge[load]
             self.outside.appendleft(call)
-
-
-def _level(call: Waiting, flow: Flow[C], now: float) -> float:
-    return flow.level.priority + now - call.admitted

@@ -39,7 +39,7 @@ ERRORS = {
 
 # Design § 13: a file may import those above it.
 ORDER = [
-    "errors", "waiting", "order", "batches", "slots", "holding", "scheduler", "health", "buckets", "nested", "lengths",
+    "errors", "waiting", "order", "room", "batches", "slots", "holding", "scheduler", "health", "buckets", "nested", "lengths",
     "outputs", "rows", "measure", "backends", "backends.cpu", "backends.simulated", "backends.neuron.faults",
     "backends.neuron.machine", "backends.neuron.cores", "backends.neuron.placement", "backends.neuron.native",
     "backends.neuron", "backends.cuda", "models", "stats", "observing", "workers", "lane", "futures", "recovery",

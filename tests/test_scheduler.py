@@ -250,7 +250,8 @@ def test_small_calls_behind_a_long_one_in_pieces_do_not_pile_up():
 def test_room(waiting, rows, room):
     s = scheduler(slots=(1,), max_pending=16)
     for n in waiting:
-        assert s.make_room(call := Waiting(n, "a"), 0.0) == []
+        call = Waiting(n, "a")
+        assert s.make_room(call, 0.0) == []
         s.admit([call])
     assert (s.make_room(Waiting(rows, "a"), 0.0) == []) is room
     assert (s.excess(rows) == 0) is room
