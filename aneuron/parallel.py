@@ -277,8 +277,8 @@ class AsyncDataParallel:
 
         For servers: a request can be refused before its body is read, which costs a fraction (`shed` of
         `aneuron.web`). It counts as a refused call. Asked is for a call of priority 0; where tenants wait, for one of a
-        tenant that does not, so that nobody is refused here who would find room. Says nothing of a model that is not started, and reserves nothing.
-        To be called on the loop of the model, `RuntimeError` elsewhere.
+        tenant that does not, so that nobody is refused here who would find room. Says nothing of a model that is not
+        started, and reserves nothing. To be called on the loop of the model, `RuntimeError` elsewhere.
         """
         self._check_loop()
         if self._lanes is not None:

@@ -39,11 +39,11 @@ ERRORS = {
 
 # Design § 13: a file may import those above it.
 ORDER = [
-    "errors", "waiting", "order", "room", "batches", "slots", "holding", "scheduler", "health", "buckets", "nested", "lengths",
-    "outputs", "rows", "measure", "backends", "backends.cpu", "backends.simulated", "backends.neuron.faults",
-    "backends.neuron.machine", "backends.neuron.cores", "backends.neuron.placement", "backends.neuron.native",
-    "backends.neuron", "backends.cuda", "models", "stats", "observing", "workers", "lane", "futures", "recovery",
-    "lanes", "sources", "bulk", "view", "parallel", "testing", "web", "cli", "__main__",
+    "errors", "waiting", "order", "room", "batches", "slots", "holding", "scheduler", "health", "buckets", "nested",
+    "lengths", "outputs", "rows", "measure", "backends", "backends.cpu", "backends.simulated",
+    "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores", "backends.neuron.placement",
+    "backends.neuron.native", "backends.neuron", "backends.cuda", "models", "stats", "observing", "workers", "lane",
+    "futures", "recovery", "lanes", "sources", "bulk", "view", "parallel", "testing", "web", "cli", "__main__",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.

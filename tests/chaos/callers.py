@@ -100,7 +100,9 @@ class Callers:
 
         async def source():
             for _ in range(pick.randrange(1, 30)):
-                given.append(torch.full((pick.choice([1, 1, 2, 9]), 2), float(WIDTH * number)))
+                rows = pick.choice([1, 1, 2, 9])
+                values = WIDTH * number + (torch.arange(rows) + sum(len(x) for x in given)) / 256
+                given.append(values[:, None].repeat(1, 2))
                 self.inputs.append(weakref.ref(given[-1]))
                 if pick.random() < 0.2:
                     await asyncio.sleep(0.001)
@@ -134,6 +136,8 @@ class Callers:
 
     async def finish(self):
         """Everybody has been answered: nothing happens any more that could answer them."""
+        if self.maps:
+            await asyncio.sleep(1.0)  # their sources have an end
         late = [task for task in self.tasks if not task.done()]
         assert not late, f"{len(late)} calls are lost"
         for task in self.tasks:
