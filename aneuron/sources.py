@@ -117,6 +117,7 @@ class ThreadSource:
         self._posted = False  # a wake-up is under way
         self._closed = False
         self._error: BaseException | None = None
+        self._over = False  # it has ended, or raised: it is not asked again
         self._loop = asyncio.get_running_loop()
         # The caller's, once for each side: a context is entered by one thread at a time.
         self._context, self._loops_context = contextvars.copy_context(), contextvars.copy_context()
@@ -132,7 +133,7 @@ class ThreadSource:
 
     def _read(self, room: int) -> None:
         """In the thread."""
-        if self._closed:
+        if self._closed or self._over:
             return
         read = 0
         try:
@@ -146,6 +147,7 @@ class ThreadSource:
         except BaseException as error:  # or a closed loop's, which nobody will see
             self._error = error
         if read < room:
+            self._over = True
             self._arrive(self._END)
 
     def _die(self, error: BaseException) -> None:

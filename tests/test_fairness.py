@@ -442,7 +442,7 @@ def test_medium_calls_take_no_more_from_small_ones_than_their_first_batches(seed
 
 
 class Callers(Cores):
-    """Callers that call again as soon as they have an answer; the waits of each size. A tuple: several calls at once."""
+    """Callers that call again as soon as they have an answer; the waits of each size. A tuple: calls made at once."""
 
     def __init__(self, sizes, callers, cores=4, huge=()):
         super().__init__(scheduler(cores))

@@ -1215,3 +1215,23 @@ async def test_a_map_whose_model_does_not_start_is_over():
         await anext(results)
     with pytest.raises(Closed):
         await anext(results)
+
+
+async def test_a_source_that_has_raised_is_not_asked_again():
+    asked = []
+
+    class Breaks:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            asked.append(len(asked))
+            if len(asked) > 2:
+                raise OSError(f"the disk is gone, {len(asked)}")
+            return row(0)
+
+    async with Map(negate, Breaks(), limit=2, return_exceptions=True) as results:
+        with pytest.raises(OSError, match="gone, 3"):
+            async for _ in results:
+                await asyncio.sleep(0)  # there is room for another, each time
+    assert asked == [0, 1, 2]
