@@ -51,11 +51,12 @@ class Filling(Generic[C]):
     def take(self, head: Flow[C], kind: Kind[C]) -> None:
         """Take rows of a kind for a batch that starts with `head`: first its own, then in fair order."""
         leader = head if kind is head.kind else None
+        seen: set[int] = set()
         for heap in kind.heaps(head):
             if kind.anywhere:
                 self._take_rows(heap, leader)
             else:
-                self._take_pieces(heap, leader)
+                self._take_pieces(heap, leader, seen)
             if self.full:
                 return
             leader = None
@@ -109,13 +110,12 @@ class Filling(Generic[C]):
                 self.shares.append((flow, had - room))
         self.room, self.full = room, not room
 
-    def _take_pieces(self, heap: Heap, leader: Flow[C] | None) -> None:
-        """Whole pieces, until the next one does not fit."""
-        seen: set[int] = set()
-        while not self.full and (flow := leader or first(heap)) is not None and id(flow) not in seen:
+    def _take_pieces(self, heap: Heap, leader: Flow[C] | None, seen: set[int]) -> None:
+        """Whole pieces, until the next one does not fit; one of each call, where they are to spread over lanes."""
+        while not self.full and (flow := leader or first(heap)) is not None and id(flow.twins) not in seen:
             leader = None
             if self.one_piece:
-                seen.add(id(flow))
+                seen.add(id(flow.twins))
             calls, tag = flow.calls, flow.tenant.tag
             until = _others(heap, flow)
             rows = fresh = finished = 0

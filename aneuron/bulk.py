@@ -18,10 +18,8 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar
 
-import torch
-
 from aneuron.errors import Closed, InputModified
-from aneuron.nested import is_array
+from aneuron.nested import is_leaf
 from aneuron.rows import MODIFIED, version_in
 from aneuron.sources import check_source, close_unread, open_source
 from aneuron.workers import carried
@@ -35,8 +33,8 @@ Limit = int | Callable[[], Awaitable[int]]  # or who knows it, asked once, befor
 class Map(AsyncIterator[T]):
     """The results of one call for each element of a source: an async iterator, to be used once.
 
-    An element is a tensor or array, a tuple of positional inputs, or a mapping of keyword inputs, each with its batch
-    dimension. Results come in the order of the source; with ``ordered=False`` as they are finished, as
+    An element is a tensor or array, a tuple or list of positional inputs, or a mapping of keyword inputs, each with its
+    batch dimension. Results come in the order of the source; with ``ordered=False`` as they are finished, as
     ``(index, result)``.
 
     At most `limit` elements are read, called, or finished and not yet taken: an endless source runs in bounded memory,
@@ -59,6 +57,7 @@ class Map(AsyncIterator[T]):
     of at least 1; from the iteration, besides the above, `TypeError` in place of an element that is none, `Closed`
     after the map was closed or has raised, `RuntimeError` when a second consumer waits.
 
+        >>> import torch
         >>> async def double(x):
         ...     return 2 * x
         >>> async def main():
@@ -152,15 +151,15 @@ async def _one(call: Call, index: int, element: Any, version: int) -> Any:
     """The call of one element. It had this version when it was read: the source may have gone on with its tensors."""
     if version != version_in(element):
         raise InputModified(MODIFIED)
-    if isinstance(element, torch.Tensor) or is_array(element):
+    if is_leaf(element):
         return await call(element)
-    if isinstance(element, tuple):
+    if isinstance(element, tuple) or type(element) is list:  # as a DataLoader's collate makes
         return await call(*element)
     if isinstance(element, Mapping):
         return await call(**element)
     raise TypeError(
-        f"element {index} of the source is a {type(element).__name__}: expected a tensor, a tuple of positional "
-        "inputs, or a dict of keyword inputs, each with its batch dimension"
+        f"element {index} of the source is a {type(element).__name__}: expected a tensor, a tuple or list of "
+        "positional inputs, or a dict of keyword inputs, each with its batch dimension"
     )
 
 

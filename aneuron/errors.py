@@ -51,7 +51,7 @@ class OutputError(AneuronError, RuntimeError):
 
 
 class QueueFull(AneuronError):
-    """No room among the waiting rows (`max_pending`); the call was not accepted.
+    """No room among the waiting rows (`max_pending`): the call was not accepted, or has given its room to another.
 
     `retry_after` is the time in seconds after which room is expected at the rate at which rows have been
     leaving lately, or None while no rate has been measured yet.

@@ -176,9 +176,12 @@ class Lanes:
         self._dispatch_soon()
 
     def change(self, **settings: Any) -> None:
-        """Replace rules for the calls that come from now on."""
+        """Replace rules for the calls that come from now on. From any thread."""
         with self._lock:
             self.rules = self._scheduler.rules = replace(self.rules, **settings)
+            waiting = bool(self._scheduler.outside)
+        if waiting:
+            self._call_loop(self._dispatch_soon)  # there may be more room
 
     async def drain(self) -> None:
         """Refuse new calls, finish those accepted, free the cores."""
@@ -260,30 +263,43 @@ class Lanes:
 
     def admit(self, call: Call, timeout: float | None = None) -> "asyncio.Future[Any]":
         """Admit a call; its future. Who stops waiting for that before the call is settled must `withdraw` it."""
-        self.check(call.rows, call.bucket)
+        self._check_open()
+        outside = self.rules.max_pending is not None and not self._find_room(call)
         future = self.futures.accept(call, self.clock())
         if timeout is not None and self._is_hopeless(call, timeout):
             return future
         if call.trace is not None:
             self._traced = True
             call.trace.admitted, call.trace.clock = call.admitted, self.clock
-        self._arrivals.append(call)  # before the question: a lane that falls idle looks here after it has said so
+        if outside:
+            with self._lock:
+                self._scheduler.outside.append(call)
+        else:
+            self._arrivals.append(call)  # before the question: a lane that falls idle looks here after it has said so
         if not self._scheduled and self._scheduler.wants_calls:
             self._dispatch_soon()
         if self._watched:
             self.recovery.watch()
         return future
 
-    def check(self, rows: int, bucket: int = 0) -> None:
+    def check(self, rows: int) -> None:
         """Raise what a call of so many rows is refused with now, if it is."""
+        self._check_open()
+        if self.rules.max_pending is not None and not self._has_room(rows, 0):
+            with self._lock:
+                let_in = self._scheduler.lets_in(rows, 0, self.clock())
+            if not let_in:
+                self._counters.refused += 1
+                raise self._full(rows, 0)
+
+    def _check_open(self) -> None:
+        """Raise what any call is refused with now."""
         if self._done:
             self._hand_out()  # results do not wait for the end of a long iteration of a loop that is flooded
         if not self.serving:
             raise Closed(self.why_closed)
         if self._down:
             raise self.recovery.none_left()
-        if self.rules.max_pending is not None:
-            self._find_room(rows, bucket)
 
     def _is_hopeless(self, call: Call, timeout: float) -> bool:
         """Give a call its deadline, and end it if that cannot be met."""
@@ -297,23 +313,38 @@ class Lanes:
             self.futures.expire(call)
         return hopeless
 
-    def _find_room(self, rows: int, bucket: int) -> None:
+    def _has_room(self, rows: int, bucket: int) -> bool:
+        """Whether a caller's call finds room without another being refused for it."""
         with self._lock:
             self._flush()
-            room = self._scheduler.room(rows, bucket)
-        if not room:
+            full = self._scheduler.excess(rows, bucket)
+        if full:
             self._dispatch()  # what idle cores can take does not wait
             if not self.serving:
                 raise Closed(self.why_closed)
-            if not self._scheduler.room(rows, bucket):
-                raise self._refusal(rows, bucket)
+            full = self._scheduler.excess(rows, bucket)
+        return not full
 
-    def _refusal(self, rows: int, bucket: int) -> QueueFull:
-        self._counters.refused += 1
+    def _find_room(self, call: Call) -> bool:
+        """Find room for a call, or raise `QueueFull`. False if it is of a map, and is to wait for room outside."""
+        self._has_room(call.rows, call.bucket)
+        with self._lock:
+            if call.terms is not None and call.terms.yields:
+                return self._scheduler.has_room(call)
+            gone = self._scheduler.make_room(call, self.clock())
+        if gone is None:
+            self._counters.refused += 1
+            raise self._full(call.rows, call.bucket)
+        if gone:
+            why = "; the call has given its room to another tenant with less, or to a higher level"
+            self.futures.end([(each, self._full(each.rows, each.bucket, why)) for each in gone], failed=True)
+        return True
+
+    def _full(self, rows: int, bucket: int, why: str = "") -> QueueFull:
         retry_after = self._counters.drain_seconds(self._scheduler.excess(rows, bucket))
         return QueueFull(
-            f"no room for {rows} rows: {self._scheduler.waiting_rows} wait and max_pending={self.rules.max_pending}; "
-            "try again later, or raise max_pending",
+            f"no room for {rows} rows: {self._scheduler.waiting_rows} wait and max_pending={self.rules.max_pending}"
+            f"{why}; try again later, or raise max_pending",
             retry_after,
         )
 
@@ -628,6 +659,8 @@ class Lanes:
                 self._scheduler.discard(call)
             else:
                 call.bound = call.rows  # it has not got there, and will not
+        if self._scheduler.outside:
+            self._dispatch_soon()  # there is room for another
 
     def _crash(self, error: BaseException) -> None:
         """A bug of ours must not leave anybody waiting, nor may a cancellation or an exit that has gone astray."""

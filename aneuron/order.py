@@ -3,15 +3,21 @@
 Lives here: levels, lines, tenants, and whose turn it is. Must not be here: forming batches (batches.py), lanes, slots,
 asyncio, threads, torch, a clock.
 
-    level    the calls of one priority: in two lines, of calls of at most one batch, and of larger ones
-    line     its tenants take turns
+    level    the calls of one priority, in two lines; its tenants take turns in each
+    line     the first: small calls, of at most one batch, and medium ones, of a few, that have not had their first; the
+             other: all that are not small, which get one batch each turn there and wait anew
     tenant   its flows take turns by their first call
-    flow     the calls of one signature, priority, line and tenant, in order of coming
+    flow     the calls of one signature, priority, tenant and standing, in order of coming
     kind     all flows of one signature: the calls that may share a batch
+    load     what waits and counts for the same room: the calls of callers, or those of maps
 
-Turns are taken by start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), in rows: each tenant has a tag, the
-lowest is served and its tag grows by the rows taken. A tenant that comes anew starts at the line's time, the highest
-tag served: it is owed nothing for the time that it was not there.
+While both wait, at least every second batch starts from the first line and at least every fourth from the other. Medium
+calls wait in both, for what comes first: so there is no step in how long calls wait where they grow beyond a batch, and
+where they grow beyond a few the first of them makes no difference.
+
+Turns within a line are taken by start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), in rows: each tenant has
+a tag, the lowest is served and its tag grows by the rows taken. A tenant that comes anew starts at the line's time, the
+highest tag served: it is owed nothing for the time that it was not there.
 
 Whoever can be first stands in a heap. Entries may lag behind, to the front only, and are mended when they come to the
 top: each step takes the time of a few heap operations, however many calls, tenants, signatures or priorities wait.
@@ -23,9 +29,13 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Generic
 
-from aneuron.waiting import ANYWHERE, C, Terms
+from aneuron.waiting import ANYWHERE, NEVER, C, Terms
 
-SMALL_STARTS = 3  # batches in a row that may start from the line of small calls while large ones wait
+STARTS = 3  # batches in a row that may start from the first line while others wait
+FEW = 4  # batches that a medium call is
+
+SMALL, MEDIUM, LARGE = range(3)  # standings: a medium call that has had its first batch is large
+LINES = (slice(0, 1), slice(0, 2), slice(1, 2))  # those that a flow of each standing is in
 
 Heap = list[tuple[float, int, Any]]  # tenants, or flows: by tag, then by the sequence of the first call
 
@@ -58,12 +68,13 @@ class _Tenant(Generic[C]):
 
 
 class _Line(Generic[C]):
-    """The small or the large calls of a level."""
+    """One of the lines of a level."""
 
-    __slots__ = ("begun", "heap", "large", "live", "tenants", "time")
+    __slots__ = ("begun", "heap", "live", "present", "second", "tenants", "time")
 
-    def __init__(self, large: bool) -> None:
-        self.large = large
+    def __init__(self, second: bool) -> None:
+        self.second = second
+        self.present = 0  # tenants that have calls here
         self.heap: Heap = []  # of tenants
         self.tenants: dict[Hashable, _Tenant[C]] = {}
         self.time = 0.0
@@ -95,20 +106,25 @@ class _Line(Generic[C]):
 class _Level(Generic[C]):
     """The calls of one priority."""
 
-    __slots__ = ("key", "lines", "priority", "small_starts")
+    __slots__ = ("key", "lines", "priority", "starts")
 
     def __init__(self, priority: float) -> None:
         self.priority = priority
-        self.lines: tuple[_Line[C], _Line[C]] = (_Line(False), _Line(True))
-        self.small_starts = 0  # batches since one started from the large line, while both waited
+        self.lines: tuple[_Line[C], ...] = (_Line(False), _Line(True))
+        self.starts = 0  # batches since one started from the second line, while calls waited there
         self.key: float | None = None  # as in the heap of levels; None: not there
 
     def turn(self) -> _Line[C]:
-        """The line that starts the next batch: the small one, but for every fourth batch while large calls wait."""
-        small, large = self.lines
-        if not small.live or (large.live and self.small_starts >= SMALL_STARTS):
-            return large
-        return small
+        """The line that starts the next batch: the first, but for every fourth while calls wait in the second.
+
+        Or up to every second, where more tenants wait in that: each is to have half its fair share at least.
+        """
+        line, other = self.lines
+        if not line.live:
+            return other
+        if other.live and self.starts >= max(1, min(STARTS, STARTS * line.present // other.present)):
+            return other
+        return line
 
     def urgency(self) -> float | None:
         """The time since which its eldest head waits, less a second for each unit of priority; None if empty."""
@@ -116,17 +132,58 @@ class _Level(Generic[C]):
         return min((call.since or call.admitted) for call in heads) - self.priority if heads else None
 
 
+class Stake:
+    """What a tenant has waiting, in all lines, levels and signatures."""
+
+    __slots__ = ("load", "rows")
+
+    def __init__(self, load: "Load") -> None:
+        self.load = load
+        self.rows = 0
+
+
+class Load:
+    """What waits and counts for the same room."""
+
+    __slots__ = ("large", "rows", "stakes", "tenants", "turns", "yields")
+
+    def __init__(self, yields: bool) -> None:
+        self.yields = yields
+        self.rows = 0  # of maps; those of callers are the others
+        self.large = 0  # rows of calls of more than one batch
+        self.turns = 0  # rows of one batch for each of these calls
+        self.stakes: dict[Hashable, Stake] = {}  # by tenant
+        self.tenants = 0  # that have rows here
+
+    @property
+    def rest(self) -> int:
+        """Rows of large calls that are not of their next batch."""
+        return max(0, self.large - self.turns)
+
+
 class Flow(Generic[C]):
-    """The waiting calls of one signature, priority, line and tenant; those with no row left are skipped on the way."""
+    """The waiting calls of one signature, priority, tenant and standing; those without rows are skipped on the way.
 
-    __slots__ = ("calls", "filed", "heap", "kind", "level", "line", "listed", "live", "tenant")
+    Where these stand in two lines there is a flow for each, with the same calls: its `twins`.
+    """
 
-    def __init__(self, kind: "Kind[C]", level: _Level[C], line: _Line[C], tenant: _Tenant[C]) -> None:
+    __slots__ = (
+        "calls", "filed", "heap", "kind", "level", "line", "listed", "live", "special", "stake", "standing", "tenant",
+        "twins",
+    )  # fmt: skip
+
+    def __init__(
+        self, kind: "Kind[C]", level: _Level[C], line: _Line[C], tenant: _Tenant[C], stake: Stake, standing: int
+    ) -> None:
         self.calls: deque[C] = deque()
         self.live = 0  # calls that still have rows
         self.kind, self.level, self.line, self.tenant = kind, level, line, tenant
-        self.heap = kind.heap(level.priority, line.large)
-        self.listed = self.filed = False  # whether it is in the tenant's heap, and in the kind's
+        self.stake, self.standing = stake, standing
+        self.special = bool(standing) or stake.load.yields
+        self.heap = kind.heap(level.priority, standing == LARGE)
+        self.listed = False  # in the tenant's heap
+        self.filed = standing == MEDIUM and line.second  # in the kind's heap; of twins one is enough
+        self.twins: tuple[Flow[C], ...] = (self,)
 
     def first(self) -> C | None:
         """The first call that has rows."""
@@ -137,6 +194,13 @@ class Flow(Generic[C]):
                 return call
             calls.popleft()
         return None
+
+    def newest(self) -> C | None:
+        """The call that came last, if none of its rows has left."""
+        calls = self.calls
+        while calls and calls[-1].bound == calls[-1].rows:
+            calls.pop()
+        return calls[-1] if calls and not calls[-1].bound else None
 
 
 class Kind(Generic[C]):
@@ -150,9 +214,11 @@ class Kind(Generic[C]):
         self.limit = limit  # rows that a batch may hold
         self.rows = 0  # that wait
         self.anywhere = True  # whether all its calls may be cut anywhere
-        self.flows: dict[tuple[Terms, bool], Flow[C]] = {}
+        self.flows: dict[tuple[Terms, int], Flow[C]] = {}  # by terms and standing; of twins the one in the first line
         self.usual: Flow[C] | None = None  # of small calls on the usual terms, to find it faster
-        self._heaps: dict[float, tuple[Heap, Heap]] = {}  # of flows, by priority: the small ones, and the large ones
+        self._heaps: dict[
+            float, tuple[Heap, Heap]
+        ] = {}  # of flows, by priority: those of the first line, and the others
         self._priorities: list[float] = []  # negative, so rising: the highest comes first
 
     def heap(self, priority: float, large: bool) -> Heap:
@@ -164,7 +230,7 @@ class Kind(Generic[C]):
 
     def heaps(self, head: Flow[C]) -> Iterator[Heap]:
         """The flows of all levels and lines, in the order in which they fill a batch that starts with `head`."""
-        large = head.line.large
+        large = head.line.second
         first = self._heaps.get(head.level.priority)
         if first is not None:
             yield first[large]
@@ -213,7 +279,7 @@ class Order(Generic[C]):
 
     def __init__(self) -> None:
         self.rows = 0  # that wait
-        self.large_rows = 0  # those of them that belong to calls of more than one batch
+        self.loads = Load(False), Load(True)  # of callers, and of maps, which give way
         self.fresh = 0  # calls of which no row has left
         self.live = 0  # calls that have rows here
         self.kinds: dict[Hashable, Kind[C]] = {}
@@ -224,11 +290,24 @@ class Order(Generic[C]):
         self._flows = 0  # that exist
         self._sweep_at = 32  # when there are so many
 
+    def flows(self) -> Iterator[Flow[C]]:
+        """All of them; of twins the one in the first line."""
+        return (flow for kind in self.kinds.values() for flow in kind.flows.values())
+
     def calls(self) -> Iterator[C]:
         """Those that have rows here."""
-        for kind in self.kinds.values():
-            for flow in kind.flows.values():
-                yield from (call for call in flow.calls if call.bound < call.rows)
+        return (call for flow in self.flows() for call in flow.calls if call.bound < call.rows)
+
+    def next_rows(self, yields: bool) -> int:
+        """Rows of the calls' next batches: all of a small call, one batch of a large one; of maps only if `yields`."""
+        callers, maps = self.loads
+        rows = self.rows - callers.large + callers.turns
+        return rows - maps.large + maps.turns if yields else rows - maps.rows
+
+    def lowest(self) -> float:
+        """The lowest priority that waits."""
+        live = [level.priority for level in self._levels.values() if any(line.live for line in level.lines)]
+        return min(live, default=NEVER)
 
     # Calls in, calls out.
 
@@ -249,16 +328,16 @@ class Order(Generic[C]):
                 or flow is None
             ):
                 if flow is not None:
-                    self._come(flow, count, rows)
+                    self._come(flow, count, rows, count)
                 signature, terms, count, rows = call.signature, call.terms, 0, 0
                 flow = self._flow(call, limit)
-                most = 0 if flow.line.large else flow.kind.limit
+                most = 0 if flow.standing else flow.kind.limit
             self._sequence = call.sequence = self._sequence + 1
             flow.calls.append(call)
             count += 1
             rows += call.rows
         if flow is not None:
-            self._come(flow, count, rows)
+            self._come(flow, count, rows, count)
 
     def _flow(self, call: C, limit: Callable[[int], int]) -> Flow[C]:
         """The flow that a call goes into."""
@@ -269,11 +348,16 @@ class Order(Generic[C]):
             kind.anywhere = True
         if call.cut.piece:
             kind.anywhere = False
-        large = call.rows > kind.limit
-        flow = kind.usual if call.terms is None and not large else kind.flows.get((call.terms or Terms(), large))
-        return flow or self._new_flow(kind, call.terms, large)
+        standing = self._standing(call, kind)
+        flow = kind.usual if call.terms is None and not standing else kind.flows.get((call.terms or Terms(), standing))
+        return flow or self._new_flow(kind, call.terms, standing)
 
-    def _new_flow(self, kind: Kind[C], own: Terms | None, large: bool) -> Flow[C]:
+    def _standing(self, call: C, kind: Kind[C]) -> int:
+        if call.rows <= kind.limit:
+            return SMALL
+        return MEDIUM if call.rows <= FEW * kind.limit and call.since is None else LARGE
+
+    def _new_flow(self, kind: Kind[C], own: Terms | None, standing: int) -> Flow[C]:
         if self._flows >= self._sweep_at:
             self._sweep(kind)
         terms = own or Terms()
@@ -282,42 +366,71 @@ class Order(Generic[C]):
             if len(self._levels) == 1:
                 self._dirty.update(self._levels.values())  # while there was one only, nobody asked
             level = self._levels[terms.priority] = _Level(terms.priority)
-        line = level.lines[large]
-        tenant = line.tenants.get(terms.tenant)
-        if tenant is None:
-            tenant = line.tenants[terms.tenant] = _Tenant()
-        flow = kind.flows[terms, large] = Flow(kind, level, line, tenant)
-        if own is None and not large:
+        load = self.loads[terms.yields]
+        stake = load.stakes.get(terms.tenant)
+        if stake is None:
+            stake = load.stakes[terms.tenant] = Stake(load)
+        flows: list[Flow[C]] = []
+        lines: tuple[_Line[C], ...] = level.lines[LINES[standing]]
+        for line in lines:
+            tenant = line.tenants.get(terms.tenant)
+            if tenant is None:
+                tenant = line.tenants[terms.tenant] = _Tenant()
+            flows.append(Flow(kind, level, line, tenant, stake, standing))
+        flow = kind.flows[terms, standing] = flows[0]
+        if len(flows) > 1:
+            for twin in flows:
+                twin.calls, twin.twins = flow.calls, tuple(flows)
+        if own is None and not standing:
             kind.usual = flow
         self._flows += 1
         return flow
 
-    def _come(self, flow: Flow[C], calls: int, rows: int) -> None:
-        """Calls have come into a flow: count them, and see that it stands in the heaps."""
-        line, tenant = flow.line, flow.tenant
-        if not tenant.live:
-            tenant.tag = line.time
-        tenant.live += calls
-        flow.live += calls
-        line.live += calls
+    def _come(self, flow: Flow[C], calls: int, rows: int, fresh: int) -> None:
+        """Calls have come into a flow, `fresh` of them new: count them, and see that it stands in the heaps."""
         flow.kind.rows += rows
         self.rows += rows
-        self.fresh += calls
+        self.fresh += fresh
         self.live += calls
-        if line.large:
-            self.large_rows += rows
-        if not (flow.listed and flow.filed and tenant.listed):
-            sequence = flow.calls[0].sequence
-            if not flow.listed:
-                flow.listed = True
-                heapq.heappush(tenant.heap, (sequence, flow))
-            if not tenant.listed:
-                tenant.listed = True
-                heapq.heappush(line.heap, (tenant.tag, sequence, tenant))
-            if not flow.filed:
-                flow.filed = True
-                heapq.heappush(flow.heap, (tenant.tag, sequence, flow))
+        stake = flow.stake
+        if not stake.rows:
+            stake.load.tenants += 1
+        stake.rows += rows
+        if flow.special:
+            self._load(flow, rows, calls)
         self._dirty.add(flow.level)
+        for twin in flow.twins:
+            line, tenant = twin.line, twin.tenant
+            if not tenant.live:
+                tenant.tag = line.time
+                line.present += 1
+            tenant.live += calls
+            twin.live += calls
+            line.live += calls
+            if not (twin.listed and twin.filed and tenant.listed):
+                self._list(twin)
+
+    def _load(self, flow: Flow[C], rows: int, calls: int) -> None:
+        """Count what has come into, or left, a flow of large calls or of calls of maps."""
+        load = flow.stake.load
+        if load.yields:
+            load.rows += rows
+        if flow.standing:
+            load.large += rows
+            load.turns += calls * flow.kind.limit
+
+    def _list(self, flow: Flow[C]) -> None:
+        """See that a flow stands in the heaps."""
+        line, tenant, sequence = flow.line, flow.tenant, flow.calls[0].sequence
+        if not flow.listed:
+            flow.listed = True
+            heapq.heappush(tenant.heap, (sequence, flow))
+        if not tenant.listed:
+            tenant.listed = True
+            heapq.heappush(line.heap, (tenant.tag, sequence, tenant))
+        if not flow.filed:
+            flow.filed = True
+            heapq.heappush(flow.heap, (tenant.tag, sequence, flow))
 
     def _sweep(self, kept: Kind[C]) -> None:
         """Let go of what nothing waits in: tenants, signatures and priorities come and go."""
@@ -335,6 +448,8 @@ class Order(Generic[C]):
                     heapq.heapify(tenant.heap)
             if not any(line.live for line in level.lines):
                 del self._levels[level.priority]
+        for load in self.loads:
+            load.stakes = {tenant: stake for tenant, stake in load.stakes.items() if stake.rows}
         self._dirty.intersection_update(self._levels.values())
         self._collect()
         self._flows = sum(len(kind.flows) for kind in self.kinds.values())
@@ -345,8 +460,7 @@ class Order(Generic[C]):
         left = call.rows - call.bound
         if not left:
             return
-        kind = self.kinds[call.signature]
-        flow = kind.flows[call.terms or Terms(), call.rows > kind.limit]
+        flow = self._flow_of(call)
         self._left(flow, left, fresh=call.bound == 0, finished=1)
         call.bound = call.rows
         if not flow.live:
@@ -355,6 +469,26 @@ class Order(Generic[C]):
             live = [other for other in flow.calls if other.bound < other.rows]
             flow.calls.clear()  # the deque stays: rows may be being taken from it
             flow.calls.extend(live)
+
+    def _flow_of(self, call: C) -> Flow[C]:
+        """The flow that a waiting call is in."""
+        kind = self.kinds[call.signature]
+        return kind.flows[call.terms or Terms(), self._standing(call, kind)]
+
+    def withdraw(self, call: C) -> None:
+        """Take a call out of which no row has left, as if it had not come."""
+        flow = self._flow_of(call)
+        if flow.calls[-1] is call:
+            flow.calls.pop()
+        else:
+            flow.calls.remove(call)
+        self._left(flow, call.rows, fresh=1, finished=1)
+
+    def restore(self, call: C) -> None:
+        """Put a call back that was withdrawn, the last one of its flow."""
+        flow = self._flow_of(call)
+        flow.calls.append(call)
+        self._come(flow, 1, call.rows, 1)
 
     def taken(self, flow: Flow[C], rows: int, fresh: int, finished: int) -> None:
         """Rows of a flow are bound: count them, and charge them to the tenant."""
@@ -369,35 +503,52 @@ class Order(Generic[C]):
 
     def _left(self, flow: Flow[C], rows: int, fresh: int, finished: int) -> None:
         """Count rows that have left a flow."""
-        flow.live -= finished
-        flow.line.live -= finished
-        flow.tenant.live -= finished
         flow.kind.rows -= rows
         self.rows -= rows
         self.fresh -= fresh
         self.live -= finished
-        if flow.line.large:
-            self.large_rows -= rows
+        stake = flow.stake
+        stake.rows -= rows
+        if not stake.rows:
+            stake.load.tenants -= 1
+        if flow.special:
+            self._load(flow, -rows, -finished)
         self._dirty.add(flow.level)
+        if finished:
+            for twin in flow.twins:
+                twin.live -= finished
+                twin.line.live -= finished
+                twin.tenant.live -= finished
+                if not twin.tenant.live:
+                    twin.line.present -= 1
 
     def cut(self, flow: Flow[C]) -> None:
-        """The first call of a flow was cut by the end of a batch. A small one goes on with the next."""
-        if not flow.line.large:
-            flow.line.begun.append(flow)
+        """The first call of a flow was cut by the end of a batch. It goes on with the next, but for a large one's."""
+        if flow.standing != LARGE:
+            flow.twins[0].line.begun.append(flow.twins[0])
 
     def started(self, flow: Flow[C], call: C, now: float) -> None:
-        """A batch has started with rows of a flow's call."""
-        level = flow.level
-        if not flow.line.large:
-            if level.lines[1].live:
-                level.small_starts += 1
-            return
-        level.small_starts = 0
-        if call.bound < call.rows:  # to the end of the line: a large call gives one batch a turn, and waits anew
+        """A batch has started with rows of a flow's call. If it has had a batch, and has more than one left, it goes
+        to the end of the second line, to wait anew.
+        """
+        level, limit = flow.level, flow.kind.limit
+        if flow.line.second:
+            level.starts = 0
+        elif level.lines[1].live:
+            level.starts += 1
+        left = call.rows - call.bound
+        if flow.standing and call.bound >= limit and left > limit:
             call.since = now
             self._sequence = call.sequence = self._sequence + 1
             flow.calls.remove(call)  # it is the first
-            flow.calls.append(call)
+            if flow.standing == LARGE:
+                flow.calls.append(call)
+            else:
+                kind, terms = flow.kind, call.terms or Terms()
+                large = kind.flows.get((terms, LARGE)) or self._new_flow(kind, call.terms, LARGE)
+                large.calls.append(call)
+                self._come(large, 1, left, 0)
+                self._left(flow, left, 0, 1)
 
     # Who is next.
 

@@ -101,7 +101,11 @@ class AsyncDataParallel:
     num_workers: batches that may be in flight, on all cores together; None: two a core. Settable at any time.
     split_size: rows of the pieces that a call is cut into; None: up to `batch_size`, or `max(1, rows // cores)` where
         any number will do. Settable at any time.
-    max_pending: rows that may wait before calls are refused with `QueueFull`; None: no bound.
+    max_pending: rows that may wait before calls are refused with `QueueFull`; None: no bound. A call takes room for the
+        rows of its next batch; what large calls have beyond that has as much room again, and one call larger than this
+        may wait beside. Where there is none, a tenant that has less than its share of it takes it from the newest call
+        of the largest, and a call of a higher level from the newest of the lowest: that is refused instead, unless it
+        has begun. Elements of `map` wait for room, and give way to calls. Settable at any time.
     max_delay: seconds that a batch which is not full may be held back for company, from its oldest row on, and only
         while another core works. None: one core's share of the service time, where so many rows come that it pays.
     buckets: the lengths that the model was compiled for, see `Buckets`; calls of any length are padded to the smallest
@@ -257,8 +261,10 @@ class AsyncDataParallel:
         """Run the model on each element of a source; `Map` says what `async for` and `async with` do with it.
 
         source: an iterable or async iterable; an element is a tensor, a tuple of positional inputs or a dict of keyword
-            inputs, with its batch dimension, and one call.
+            inputs, with its batch dimension, and one call. A list is taken for a tuple.
         limit: elements outstanding; None: as many as keep every core busy if each is one row.
+
+        With `max_pending` elements wait for room, in order, instead of being refused, and give theirs to calls.
 
             >>> import asyncio, torch, aneuron
             >>> async def main():
@@ -267,15 +273,31 @@ class AsyncDataParallel:
             >>> asyncio.run(main())
             [0.0, 0.0, 1.0]
         """
+        return self._map(source, None, None, ordered, limit, return_exceptions)
+
+    def _map(
+        self,
+        source: Any,
+        terms: Terms | None,
+        timeout: float | None,
+        ordered: bool,
+        limit: int | None,
+        return_exceptions: bool,
+    ) -> Map[Any]:
+        terms = (terms or Terms())._replace(yields=True)
+
+        def call(*inputs: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+            return self._run(inputs, kwargs, terms, timeout)
+
         bound = self._outstanding if limit is None else limit
-        return Map(self, source, ordered=ordered, limit=bound, return_exceptions=return_exceptions)
+        return Map(call, source, ordered=ordered, limit=bound, return_exceptions=return_exceptions)
 
     async def _outstanding(self) -> int:
-        """One-row calls that keep every core busy: two batches for each."""
+        """One-row calls that keep every core busy: two batches for each, as far as the second has room to wait."""
         rules = (await self._started()).rules
         kinds = len(self._buckets.sizes) if self._buckets is not None else 1  # each fills batches of its own
-        busy = 2 * (rules.batch_size or rules.preferred) * kinds * rules.cores
-        return min(busy, self._max_pending or busy)
+        busy = (rules.batch_size or rules.preferred) * kinds * rules.cores
+        return busy + min(busy, self._max_pending or busy)
 
     def options(self, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None) -> View:
         """The model on other terms: a cheap object to be called like this one, with `timed` and `map`.
@@ -301,8 +323,9 @@ class AsyncDataParallel:
         """Raise what a call of so many rows would be refused with now: `QueueFull`, `NoHealthyCores`, `Closed`.
 
         For servers: a request can be refused before its body is read, which costs a fraction (`shed` of
-        `aneuron.web`). It counts as a refused call. Says nothing of a model that is not started, and reserves nothing.
-        To be called on the loop of the model, `RuntimeError` elsewhere.
+        `aneuron.web`). It counts as a refused call. Asked is for a call of priority 0; where tenants wait, for one of a
+        tenant that does not, so that nobody is refused here who would find room. Says nothing of a model that is not
+        started, and reserves nothing. To be called on the loop of the model, `RuntimeError` elsewhere.
         """
         self._check_loop()
         if self._lanes is not None:
@@ -446,6 +469,17 @@ class AsyncDataParallel:
         self._split_size = _count("split_size", value)
         if self._lanes is not None:
             self._lanes.change(split_size=self._split_size)
+
+    @property
+    def max_pending(self) -> int | None:
+        """Rows that may wait, see the class; those that wait already are left alone. None: no bound."""
+        return self._max_pending
+
+    @max_pending.setter
+    def max_pending(self, value: int | None) -> None:
+        self._max_pending = _count("max_pending", value)
+        if self._lanes is not None:
+            self._lanes.change(max_pending=self._max_pending)
 
     @property
     def ready(self) -> bool:
@@ -620,7 +654,8 @@ class AsyncDataParallel:
         """Serve with lanes that are loaded, from the next call on."""
         try:
             packing = lanes.rules.packing and self._packing
-            lanes.change(split_size=self._split_size, packing=packing)  # as set while it loaded
+            # As set while it loaded.
+            lanes.change(split_size=self._split_size, max_pending=self._max_pending, packing=packing)
             lanes.resize(num_workers)
         except BaseException:  # no threads to be had
             lanes.stop()

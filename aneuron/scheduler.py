@@ -18,6 +18,7 @@ from typing import Any, Generic, Protocol
 from aneuron.batches import Batch, Filling
 from aneuron.holding import Hold
 from aneuron.order import Flow, Kind, Order
+from aneuron.room import Room
 from aneuron.slots import Estimate, Slots
 from aneuron.waiting import ANYWHERE, NEVER, C, Chunk, Cut
 
@@ -87,6 +88,8 @@ class Scheduler(Slots, Generic[C]):
         self._sizes = sizes or {}
         self._buckets = sorted(self._sizes, reverse=True)
         self._preferred = rules.batch_size or rules.preferred  # as compiled: no setting changes it
+        self._room: Room[C] = Room(self._order, self._limit)
+        self.outside = self._room.outside  # calls of maps that wait for room, and some that have left
         self._again: deque[Batch[C]] = deque()
 
     # Calls in, calls out.
@@ -99,26 +102,29 @@ class Scheduler(Slots, Generic[C]):
     @property
     def waiting_calls(self) -> int:
         """Calls of which no row belongs to a batch."""
-        return self._order.fresh
-
-    def room(self, rows: int, bucket: int = 0) -> bool:
-        """Whether `max_pending` admits a call of `rows` rows now.
-
-        Calls of at most one batch and larger ones have that much room each, so that neither shuts the other out;
-        a call larger than the room is admitted when none of its kind waits.
-        """
-        waiting = self._ahead(rows, bucket)
-        return self.rules.max_pending is None or not waiting or waiting + rows <= self.rules.max_pending
+        outside = sum([call.bound < call.rows for call in self.outside]) if self.outside else 0
+        return self._order.fresh + outside
 
     def excess(self, rows: int, bucket: int = 0) -> int:
-        """Rows that must leave before `room(rows)` holds."""
-        ahead = self._ahead(rows, bucket)
-        return min(ahead, ahead + rows - (self.rules.max_pending or 0))
+        """Rows that must leave before `max_pending` admits a call of `rows` rows; 0: it does."""
+        return self._room.excess(rows, bucket, self.rules.max_pending)
 
-    def _ahead(self, rows: int, bucket: int) -> int:
-        """Waiting rows that count for a call of `rows` rows."""
-        large = self._order.large_rows
-        return large if rows > self._limit(bucket) else self._order.rows - large
+    def make_room(self, call: C, now: float) -> list[C] | None:
+        """Make room for a call that is to be admitted: the calls to refuse for it, None if it is the one."""
+        return self._room.make(call, self.rules.max_pending, now)
+
+    def lets_in(self, rows: int, bucket: int, now: float) -> bool:
+        """Whether a call would be admitted, of which no more is known."""
+        return self._room.lets_in(rows, bucket, self.rules.max_pending, now)
+
+    def has_room(self, call: C) -> bool:
+        """Whether a map's call may be admitted; else it is to be put `outside`, and is when there is room."""
+        return self._room.enter(call, self.rules.max_pending)
+
+    def _refill(self) -> None:
+        """Queue the calls of maps that have found room."""
+        while (call := self._room.next(self.rules.max_pending)) is not None:
+            self.admit([call])
 
     def _limit(self, bucket: int) -> int:
         """Rows that a batch may hold."""
@@ -163,8 +169,9 @@ class Scheduler(Slots, Generic[C]):
         self._again.appendleft(batch)
 
     def calls(self) -> list[C]:
-        """The calls that have rows here: waiting, or to be run again."""
-        return [*self._order.calls(), *(call for batch in self._again for call, _, _ in batch.chunks)]
+        """The calls that have rows here: waiting, also for room, or to be run again."""
+        again = (call for batch in self._again for call, _, _ in batch.chunks)
+        return [*self._order.calls(), *again, *self.outside]
 
     # The decision.
 
@@ -176,7 +183,7 @@ class Scheduler(Slots, Generic[C]):
     @property
     def has_work(self) -> bool:
         """Whether anything waits for a lane."""
-        return self._order.rows > 0 or bool(self._again)
+        return self._order.rows > 0 or bool(self._again) or bool(self.outside)
 
     def bind(self, now: float) -> tuple[int, Batch[C]] | None:
         """The next batch and the lane that gets it, or None if none can start anywhere: ask again when a call comes, a
@@ -187,6 +194,8 @@ class Scheduler(Slots, Generic[C]):
         rows wait in the queue, not behind a lane. Of several the one that should end first.
         """
         self.due = None
+        if self.outside:
+            self._refill()
         if not self._order.rows and not self._again:
             return None
         lane = self._idlest() if self.timed or self._again else next(iter(self._idle), None)
@@ -237,6 +246,8 @@ class Scheduler(Slots, Generic[C]):
 
     def pull(self, lane: int, now: float) -> Batch[C] | None:
         """The next batch of a lane that has a free slot, by the rules of `bind`."""
+        if self.outside:
+            self._refill()
         bound = len(self._bound[lane])
         busy = bound > 0
         if not (self._order.rows or self._again) or bound >= self._slots[lane] or (busy and self._too_early(lane, now)):
@@ -245,6 +256,8 @@ class Scheduler(Slots, Generic[C]):
         batch = self._again.popleft() if again else self._form(lane, busy, now)
         if batch is not None:
             self._occupy(lane, batch, now)
+        elif self.outside and not self._order.rows:  # all were late
+            return self.pull(lane, now)
         return batch
 
     def _avoids(self, lane: int) -> bool:

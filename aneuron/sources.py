@@ -11,6 +11,7 @@ neither.
 import asyncio
 import contextvars
 import logging
+import traceback
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from contextlib import aclosing, nullcontext
@@ -76,7 +77,8 @@ class LoopSource:
 
     async def _read(self, source: Any) -> None:
         elements = aiter(source)
-        async with aclosing(elements) if isinstance(elements, AsyncGenerator) else nullcontext():
+        closes = isinstance(elements, AsyncGenerator) or (elements is not source and hasattr(elements, "aclose"))
+        async with aclosing(elements) if closes else nullcontext():
             while True:
                 if not self._room:
                     self._more.clear()
@@ -95,7 +97,7 @@ class LoopSource:
         (_unheard if self._closed else self._end)(error)
 
     def close(self) -> None:
-        """Read no more, and close a generator, within the task."""
+        """Read no more, and close the iterator if it is ours or a generator, within the task."""
         self._closed = True
         self.tasks[0].cancel()
 
@@ -117,6 +119,7 @@ class ThreadSource:
         self._posted = False  # a wake-up is under way
         self._closed = False
         self._error: BaseException | None = None
+        self._over = False  # it has ended, or raised: it is not asked again
         self._loop = asyncio.get_running_loop()
         # The caller's, once for each side: a context is entered by one thread at a time.
         self._context, self._loops_context = contextvars.copy_context(), contextvars.copy_context()
@@ -132,7 +135,7 @@ class ThreadSource:
 
     def _read(self, room: int) -> None:
         """In the thread."""
-        if self._closed:
+        if self._closed or self._over:
             return
         read = 0
         try:
@@ -146,6 +149,7 @@ class ThreadSource:
         except BaseException as error:  # or a closed loop's, which nobody will see
             self._error = error
         if read < room:
+            self._over = True
             self._arrive(self._END)
 
     def _die(self, error: BaseException) -> None:
@@ -168,25 +172,36 @@ class ThreadSource:
                 if element is not self._END:
                     self._start(*element)
                 else:
+                    error = self._error
                     self.close()
-                    self._end(self._error)
+                    self._end(error)
         except Exception as error:  # nobody else would tell the consumer
             self.close()
             self._end(error)
 
     def close(self) -> None:
-        """Read no more, and close a generator: in the thread, after the element that it is at work on."""
+        """Read no more, and let the source go: in the thread, after the element that it is at work on."""
         if not self._closed:
             self._closed = True
             self._workers.submit(self._context.run, self._close)
             self._workers.stop()
 
     def _close(self) -> None:
+        """Close the iterator if it is ours or a generator, and drop it here, where it was made.
+
+        A DataLoader's has worker processes, which it ends when nothing refers to it any more; so might the frames of
+        what it has raised, for as long as somebody keeps the error.
+        """
+        source, elements, error = self._source, self._elements, self._error
+        self._source = self._elements = self._error = None
+        ours = elements is not None and elements is not source
         try:
-            if isinstance(self._elements, Generator):
-                self._elements.close()
-        except BaseException as error:
-            _unheard(error)
+            if isinstance(elements, Generator) or (ours and callable(getattr(elements, "close", None))):
+                elements.close()
+        except BaseException as raised:
+            _unheard(raised)
+        if ours and error is not None:
+            traceback.clear_frames(error.__traceback__)
 
 
 def _unheard(error: BaseException | None) -> None:

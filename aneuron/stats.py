@@ -27,6 +27,8 @@ class Histogram:
 class CallStatistics:
     """Calls by fate; `accepted == completed + failed + cancelled + waiting + running`, and refused ones beside.
 
+    A call that was accepted and has given its room to another (`QueueFull`) has failed. An element of a map is accepted
+    when it is read, and waits for room as a waiting call, although its rows are none of `waiting_rows` until it has it.
     A call is waiting until its first row belongs to a batch, and running from then on.
     """
 

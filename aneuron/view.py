@@ -24,7 +24,15 @@ class Model(Protocol):
         self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None, timeout: float | None
     ) -> tuple[Any, Timing]: ...
 
-    async def _outstanding(self) -> int: ...
+    def _map(
+        self,
+        source: Any,
+        terms: Terms | None,
+        timeout: float | None,
+        ordered: bool,
+        limit: int | None,
+        return_exceptions: bool,
+    ) -> Map[Any]: ...
 
 
 class View:
@@ -57,11 +65,10 @@ class View:
         self, source: Any, *, ordered: bool = True, limit: int | None = None, return_exceptions: bool = False
     ) -> Map[Any]:
         """Run the model on each element of a source; see `AsyncDataParallel.map`. The timeout is each element's."""
-        bound = self._model._outstanding if limit is None else limit
-        return Map(self, source, ordered=ordered, limit=bound, return_exceptions=return_exceptions)
+        return self._model._map(source, self._terms, self._timeout, ordered, limit, return_exceptions)
 
     def __repr__(self) -> str:
-        priority, tenant = self._terms or Terms()
+        priority, tenant, _ = self._terms or Terms()
         return f"{self._model!r}.options(timeout={self._timeout}, priority={priority:g}, tenant={tenant!r})"
 
 

@@ -12,6 +12,7 @@ class Terms(NamedTuple):
 
     priority: float = 0.0
     tenant: Hashable = None
+    yields: bool = False  # whether it gives its room to others, and waits for room again: an element of a map
 
 
 class Cut(NamedTuple):

@@ -41,12 +41,12 @@ ERRORS = {
 
 # Design § 13: a file may import those above it.
 ORDER = [
-    "errors", "waiting", "order", "batches", "slots", "holding", "scheduler", "health", "buckets", "marked", "nested",
-    "quantized", "lengths", "outputs", "verdicts", "evidence", "rows", "measure", "backends", "backends.files",
-    "backends.torchscript", "backends.cpu", "backends.simulated", "backends.neuron.faults", "backends.neuron.machine",
-    "backends.neuron.cores", "backends.neuron.placement", "backends.neuron.native", "backends.neuron", "backends.cuda",
-    "models", "stats", "observing", "workers", "lane", "futures", "recovery", "lanes", "sources", "bulk", "view",
-    "parallel", "testing", "web", "cli", "__main__",
+    "errors", "waiting", "order", "room", "batches", "slots", "holding", "scheduler", "health", "buckets", "marked",
+    "nested", "quantized", "lengths", "outputs", "verdicts", "evidence", "rows", "measure", "backends",
+    "backends.files", "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu", "backends.simulated",
+    "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores", "backends.neuron.placement",
+    "backends.neuron.native", "backends.neuron", "backends.cuda", "models", "stats", "observing", "workers", "lane",
+    "futures", "recovery", "lanes", "sources", "bulk", "view", "parallel", "testing", "web", "cli", "__main__",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.
@@ -211,7 +211,7 @@ def test_the_properties_are_those_of_the_design():
     settable = {
         name: value.fset is not None for name, value in vars(AsyncDataParallel).items() if isinstance(value, property)
     }
-    assert settable == {"num_workers": True, "split_size": True, "ready": False}
+    assert settable == {"num_workers": True, "split_size": True, "max_pending": True, "ready": False}
 
 
 # Imports.

@@ -4,6 +4,7 @@ import heapq
 import random
 import sys
 from collections import Counter
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -202,10 +203,9 @@ class History(Cores):
         for kind in order.kinds.values():
             for flow in kind.flows.values():
                 call = next((call for call in flow.calls if call.bound < call.rows), None)
-                if call is not None:
-                    heads.setdefault((flow.level.priority, flow.line.large), []).append(
-                        (flow.tenant.tag, call.sequence, call)
-                    )
+                for twin in flow.twins if call is not None else ():
+                    key = flow.level.priority, twin.line.second
+                    heads.setdefault(key, []).append((twin.tenant.tag, call.sequence, call))
         firsts = {}
         for key, entries in heads.items():
             begun = [entry for entry in entries if not key[1] and entry[2].bound]  # cut by the end of a batch: goes on
@@ -293,6 +293,8 @@ def test_the_histories_reach_everything():
 class Bounds(Cores):
     """Counts for each call the batches from its coming to its last row, and what was ahead of it."""
 
+    medium = BATCH  # rows that a call of the first line has at most there
+
     def __init__(self, seed, tenants=(None,), large_signatures="a", small=(1, 1, 1, 1, 2, 5, 8)):
         self.random = pick = random.Random(seed)
         super().__init__(scheduler(pick.choice([1, 2, 4])))
@@ -305,8 +307,8 @@ class Bounds(Cores):
 
     def come(self):
         rows = self.random.choice([*self.small, 40, 100])
-        large = rows > BATCH
-        ahead = sum(call.rows - call.bound for call, *_ in self.waiting if call.rows <= BATCH)
+        large = rows > self.medium
+        ahead = sum(call.rows - call.bound for call, *_ in self.waiting if call.rows <= self.medium)
         call = admit(
             self.scheduler,
             rows,
@@ -314,7 +316,7 @@ class Bounds(Cores):
             self.now,
             tenant=self.random.choice(self.tenants) if self.tenants else object(),
         )
-        others = {other for other, *_ in self.waiting if other.rows > BATCH} | ({call} if large else set())
+        others = {other for other, *_ in self.waiting if other.rows > self.medium} | ({call} if large else set())
         for *_, meanwhile in self.waiting:
             meanwhile |= others
         self.waiting.append((call, ahead, len(self.batches), set(others)))
@@ -323,7 +325,7 @@ class Bounds(Cores):
         super().begin(lane, batch)
         for call, ahead, before, meanwhile in self.waiting:
             taken = len(self.batches) - before
-            if call.rows <= BATCH:
+            if call.rows <= self.medium:
                 rows = ahead + max(0, call.bound - 1)  # of its own rows those that have gone ahead of the last
                 assert taken <= 2 * (rows / BATCH + 1), f"a small call with {ahead} rows ahead waits {taken} batches"
             else:
@@ -425,6 +427,77 @@ def test_a_rare_signature_beside_a_saturating_one_waits_no_longer_than_its_turn(
     for call, before, ahead in rare:
         at = next(i for i, (_, _, batch) in enumerate(cores.batches) if call in (chunk[0] for chunk in batch.chunks))
         assert at - before + 1 <= 2 * (ahead / BATCH + 1)
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_medium_calls_take_no_more_from_small_ones_than_their_first_batches(seed):
+    bounds = Bounds(seed, small=(1, 1, 5, 8, 9, 12, 16))  # the last ones keep the bound of the small ones
+    bounds.medium = 2 * BATCH
+    bounds.run()
+    assert not bounds.waiting
+
+
+# No step at a batch and one row.
+
+
+class Callers(Cores):
+    """Callers that call again as soon as they have an answer; the waits of each size. A tuple: calls made at once."""
+
+    def __init__(self, sizes, callers, cores=4, huge=()):
+        super().__init__(scheduler(cores))
+        self.waits = {size: [] for size in sizes}
+        self.open = {}  # by call: when it came, its size, and what else of it has not ended
+        for size in [*sizes] * callers:
+            self.at(0.0, lambda size=size: self.come(size))
+        for rows, tenant in huge:
+            self.at(0.0, lambda rows=rows, tenant=tenant: self.come(rows, tenant))
+
+    def come(self, size, tenant=None):
+        together = set()
+        for rows in size if isinstance(size, tuple) else (size,):
+            call = admit(self.scheduler, rows, now=self.now, tenant=tenant)
+            together.add(call)
+            self.open[call] = self.now, size, together, tenant
+
+    def ended(self, batch):
+        for call, _, stop in batch.chunks:
+            if stop == call.rows:
+                came, size, together, tenant = self.open.pop(call)
+                together.discard(call)
+                if not together:
+                    self.waits.setdefault(size, []).append(self.now - came)
+                    self.come(size, tenant)
+
+    def median(self, size):
+        return sorted(self.waits[size])[len(self.waits[size]) // 2]
+
+
+@pytest.mark.parametrize(
+    "huge", [(), [(2000, None)], [(2000, "bulk")], [(256, None)] * 8, [(256, n) for n in range(8)]]
+)
+@pytest.mark.parametrize(("large", "pair"), [(9, (8, 1)), (16, (8, 8)), (17, (8, 8, 1))])
+@pytest.mark.parametrize("small", [1, 8])
+@pytest.mark.parametrize("callers", [4, 64])
+def test_a_call_a_little_over_a_batch_waits_no_longer_than_two_calls(small, large, pair, callers, huge):
+    if large == 17 and len(huge) > 1:
+        return  # the batch in its middle waits among the huge ones
+    one, two = (Callers([small, size], callers, huge=huge) for size in (large, pair))
+    one.run(until=5.0)
+    two.run(until=5.0)
+    assert one.median(large) <= 2 * two.median(pair)
+    both = Callers([small, large, pair], callers, huge=huge)  # in one scene
+    both.run(until=5.0)
+    assert both.median(large) <= 2 * both.median(pair)
+
+
+@pytest.mark.parametrize("many", [8, 100])
+def test_one_row_calls_beside_huge_ones_are_served_within_four_service_times(many):
+    cores = Callers([1], 16, huge=[(256, None)] * many)
+    cores.run(until=5.0)
+    assert sorted(cores.waits[1])[int(0.99 * len(cores.waits[1]))] <= 4 * SERVICE
+    rows = sum(batch.rows for _, _, batch in cores.batches)
+    assert rows >= 0.97 * BATCH * len(cores.batches)
 
 
 # Tenants.
@@ -640,6 +713,152 @@ def test_a_lane_that_takes_over_is_charged_for_it():
     assert bound[2][1].due == 2.0
 
 
+# Room.
+
+
+def full(most=64, cores=4):
+    s = scheduler(cores)
+    s.rules = replace(s.rules, max_pending=most)
+    return s
+
+
+def knock(s, rows=1, now=0.0, **terms):
+    """A call that comes: it, and who is refused for it; or None twice."""
+    call = Waiting(rows, "a", s.rules.cut(rows), Terms(**terms), now)
+    gone = s.make_room(call, now)
+    if gone is None:
+        return None, None
+    s.admit([call])
+    return call, gone
+
+
+def test_a_poorer_tenant_takes_room_from_the_newest_call_of_the_richest():
+    s = full(8)
+    rich = [knock(s, tenant="a")[0] for _ in range(5)]
+    less = [knock(s, tenant="b")[0] for _ in range(3)]
+    assert None not in rich + less
+    assert knock(s, tenant="a") == (None, None)
+    one, gone = knock(s, tenant="b")
+    assert gone == [rich[-1]]
+    assert knock(s, tenant="b") == (None, None)  # it has its share
+    assert knock(s, tenant="c")[1] == [one]  # of two that have as much, the newest
+    assert knock(s, tenant="c")[1] == [rich[-2]]
+    assert knock(s, tenant="c") == (None, None)  # as much as the others
+    assert s.waiting_rows == 8
+    assert rich[-1].bound == rich[-1].rows
+
+
+def test_a_higher_level_takes_room_from_the_newest_call_of_the_lowest():
+    s = full(4)
+    calls = [knock(s, now=float(n), priority=p)[0] for n, p in enumerate((0, -5, -5, 2))]
+    assert knock(s, now=4.0, priority=-4) == (None, None)  # the lowest has waited for two seconds, and is at -3
+    assert knock(s, now=4.0)[1] == [calls[2]]
+    assert knock(s, now=4.0, priority=1)[1] == [calls[1]]
+    assert knock(s, now=4.0, priority=100, rows=3)[1] is not None
+    assert s.waiting_rows <= 4
+
+
+def test_who_takes_room_gets_all_of_it_or_harms_nobody():
+    s = full(8)
+    for _ in range(6):
+        knock(s, tenant="a")
+    begun = knock(s, 2, tenant="a")[0]
+    before = list(s.calls())
+    assert knock(s, 8, tenant="b") == (None, None)  # it would have more than the richest has
+    assert list(s.calls()) == before
+    assert (s.waiting_rows, s.waiting_calls) == (8, 7)
+    assert knock(s, 3, tenant="b")[1] == [begun, before[5]]
+    order = [call for batch in batches(s, 1) for call, _, _ in batch.chunks]
+    assert [call for call in order if call.terms.tenant == "a"] == before[:5]
+
+
+def test_what_has_begun_is_never_refused():
+    s = full(16, cores=1)
+    large = knock(s, 24, tenant="a")[0]
+    assert next_batch(s).chunks[0][0] is large
+    while knock(s, tenant="a")[0] is not None:
+        pass
+    for _ in range(40):
+        _, gone = knock(s, priority=100, tenant="b")
+        assert gone is None or large not in gone
+    assert 0 < large.bound < large.rows
+
+
+class Crowd(Cores):
+    """Tenants that keep calling, however often they are refused, under `max_pending`; the rows that each is given."""
+
+    def __init__(self, seed):
+        self.random = pick = random.Random(seed)
+        self.most = pick.choice([16, 64, 256])
+        self.target = full(self.most, pick.choice([1, 4]))
+        super().__init__(self.target)
+        self.tenants = range(pick.randrange(2, 7))
+        self.answers = Counter()
+        self.open = Counter()
+        self.known = []
+        self.sizes = {tenant: pick.choice([(1,), (1,), (1, 8), (9,), (1, 40), (2000,)]) for tenant in self.tenants}
+        self.callers = {tenant: pick.choice([4 * self.most, 4 * self.most, 800]) for tenant in self.tenants}
+        self.sizes[0], self.callers[0] = (1,), self.most  # who has demand, and is to get half of its share
+        for step in range(1200):
+            self.at(step * SERVICE / 4, self.come)
+
+    def come(self):
+        pick = self.random
+        for tenant in pick.sample(self.tenants, len(self.tenants)):
+            for _ in range(40 if tenant else 8):
+                if self.open[tenant] >= self.callers[tenant]:
+                    break
+                call, gone = knock(self.scheduler, pick.choice(self.sizes[tenant]), self.now, tenant=tenant)
+                if call is None:
+                    break
+                self.known.append(call)
+                self.open[tenant] += 1
+                for each in gone:
+                    assert not self.begun(each), "what has begun is lost"
+                    self.open[each.terms.tenant] -= 1
+        rest = sorted((call.rows - call.bound for call in self.scheduler.calls()), reverse=True)
+        assert sum(rest[1:]) <= 2 * self.most, "one call may be larger than the room, and no more"
+
+    def begun(self, call):
+        return any(each is call for _, _, batch in self.batches[-8:] for each, _, _ in batch.chunks)
+
+    def ended(self, batch):
+        for call, start, stop in batch.chunks:
+            self.answers[call.terms.tenant] += stop - start
+            self.open[call.terms.tenant] -= stop == call.rows
+
+
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_tenant_gets_half_of_its_share_under_max_pending_whatever_the_others_send(seed):
+    crowd = Crowd(seed)
+    crowd.run()
+    share = sum(crowd.answers.values()) / len(crowd.tenants)
+    assert crowd.answers[0] >= share / 2
+
+
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 2**32))
+def test_a_level_higher_by_100_is_never_refused_while_lower_ones_wait(seed):
+    pick = random.Random(seed)
+    s, now, here = full(pick.choice([1, 8, 40]), cores=pick.choice([1, 2])), 0.0, []
+    for _ in range(300):
+        now += pick.choice([0.0, 0.01, 0.2])
+        if pick.random() < 0.15:
+            bound = s.bind(now)
+            if bound is not None:
+                s.release(bound[0], now)
+        high = pick.random() < 0.3
+        here = [call for call in here if call.bound < call.rows]
+        lower = [call for call in here if call.terms.priority == 0 and not call.bound]
+        call, gone = knock(s, 1, now, priority=100.0 * high, tenant=pick.choice("ab"))
+        assert call is not None or not (high and lower), "refused while lower ones wait"
+        assert not any(each.terms.priority for each in gone or ()) or high
+        if call is not None:
+            here.append(call)
+        assert s.waiting_rows <= s.rules.max_pending
+
+
 # Holding back.
 
 
@@ -672,7 +891,8 @@ def test_full_batches_pass_a_head_that_is_held_on_idle_lanes_only():
     admit(s, 1)
     s.bind(0.0)
     head = admit(s, 1, "held")
-    admit(s, 16, "full")
+    for _ in range(2):
+        admit(s, 8, "full")
     lane, batch = s.bind(0.0)
     assert (lane, batch.chunks[0][0].signature) == (1, "full")
     assert s.bind(0.0) is None  # the lanes execute, and get the head's only

@@ -17,9 +17,20 @@ import anyio
 import numpy as np
 import pytest
 import torch
-from puppets import row, scenario
+from puppets import call, check_sum, release_all, row, scenario
 
-from aneuron import AsyncDataParallel, Closed, QueueFull, ShapeError, SimulatedBackend
+from aneuron import (
+    AsyncDataParallel,
+    Closed,
+    CoreFailed,
+    CpuBackend,
+    Fault,
+    NoHealthyCores,
+    QueueFull,
+    Rows,
+    ShapeError,
+    SimulatedBackend,
+)
 from aneuron.bulk import Map
 from aneuron.testing import PuppetBackend, settle
 
@@ -147,6 +158,8 @@ async def test_ordered_a_result_waits_for_those_before_it():
         (row(1), 1.0),
         (np.ones((1, 2), dtype=np.float32), 1.0),
         ((row(1), row(2)), 3.0),
+        ([row(1), row(2)], 3.0),  # as a DataLoader makes
+        ([row(2)], 2.0),
         ({"x": row(1), "y": row(3)}, 4.0),
         ((row(1), torch.ones(1, 2, dtype=torch.int64)), 2.0),
     ],
@@ -384,7 +397,7 @@ def test_an_exit_is_never_a_result():
         asyncio.run(main())
 
 
-@pytest.mark.parametrize("element", [None, "text", [row(1)], 3, b"", {1, 2}, lambda: 0])
+@pytest.mark.parametrize("element", [None, "text", 3, b"", {1, 2}, lambda: 0])
 @pytest.mark.parametrize("later", [True, False])
 async def test_a_wrong_element_is_an_error_in_its_place(element, later):
     async def source():
@@ -796,20 +809,323 @@ async def test_iterators_that_are_not_generators_are_left_open(caplog):
     assert not caplog.records
 
 
-# Others.
+# Room.
 
 
-async def test_the_model_s_refusals_are_the_element_s():
-    backend = PuppetBackend(cores=1)
-    async with AsyncDataParallel(torch.neg, backend=backend, batch_size=1, max_pending=1, num_workers=1) as model:
-        results = Map(model, rows_later(4), limit=4, return_exceptions=True)
+def crowded(service_time=None, cores=1, batch_size=1, max_pending=1, **settings):
+    backend = PuppetBackend(cores, service_time)
+    model = AsyncDataParallel(
+        torch.neg, backend=backend, batch_size=batch_size, max_pending=max_pending, num_workers=cores, **settings
+    )
+    return backend, model
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+@pytest.mark.parametrize(("rows_each", "max_pending"), [(1, 1), (1, 3), (3, 2), (2, 5), (9, 4), (40, 4)])
+@scenario
+async def test_a_map_waits_for_room_and_is_never_refused(ordered, rows_each, max_pending):
+    _, model = crowded(0.01, batch_size=4, max_pending=max_pending)
+    async with model:
+
+        async def source():
+            for n in range(30):
+                yield row(n, rows_each)
+
+        seen = [y if ordered else y[1] async for y in model.map(source(), limit=20, ordered=ordered)]
+        assert sorted(-value(y) for y in seen) == list(range(30))
+        assert not ordered or [-value(y) for y in seen] == list(range(30))
+        calls = check_sum(model)
+    assert (calls.accepted, calls.completed, calls.refused) == (30, 30, 0)
+
+
+@scenario
+async def test_what_waits_for_room_is_not_in_the_queue_and_costs_no_wake_ups():
+    backend, model = crowded(max_pending=2)
+    async with model:
+        results = model.map(rows_later(6), limit=6)
         first = asyncio.ensure_future(anext(results))
         await settle()
-        backend[0].release()
+        stats = model.statistics()
+        assert (stats.waiting_rows, stats.calls.waiting, stats.calls.running) == (2, 5, 1)
+        with pytest.raises(RuntimeError, match="a deadlock in virtual time"):
+            asyncio.get_running_loop()._run_once()  # nothing is due, ever
+        for left in (4, 3, 2, 1, 0, 0):
+            backend[0].release()
+            await settle()
+            assert check_sum(model).waiting == left
+        assert [-value(await first)] + [-value(y) async for y in results] == list(range(6))
+
+
+@scenario
+async def test_a_map_is_never_the_reason_that_a_call_is_refused():
+    backend, model = crowded(max_pending=4)
+    async with model:
+        results = model.options(priority=5).map(rows_later(8), limit=8)
+        first = asyncio.ensure_future(anext(results))
         await settle()
-        backend[0].release()
-        await first
-        assert [type(y) async for y in results] == [torch.Tensor, QueueFull, QueueFull]
+        assert model.statistics().waiting_rows == 4  # the map's
+        model.check_admission(4)
+        calls = [call(model, 100 + n) for n in range(4)]
+        await settle()
+        assert model.statistics().waiting_rows == 4  # theirs
+        assert not any(each.done() for each in calls)
+        with pytest.raises(QueueFull):
+            await model(row(0))
+        with pytest.raises(QueueFull):
+            model.check_admission()
+        while not all(each.done() for each in calls):
+            backend[0].release()
+            await settle()
+        await release_all(backend, first)
+        rest = asyncio.ensure_future(anext(results))
+        await release_all(backend, rest)
+        assert [-value(first.result()), -value(rest.result())] == [
+            0,
+            1,
+        ]  # what gave way was not lost, and kept its place
+        await results.aclose()
+        assert check_sum(model).refused == 2
+
+
+@scenario
+async def test_rows_of_a_map_that_have_begun_shut_nobody_out_either():
+    backend, model = crowded(batch_size=4, max_pending=4)
+    async with model:
+        results = model.map(aiter_of([row(1, 100), row(2, 100)]), limit=2)
+        first = asyncio.ensure_future(anext(results))
+        await settle()
+        calls = [call(model, n) for n in range(4)]
+        large = call(model, 5, rows=8)
+        await settle()
+        assert isinstance(large.exception(), QueueFull)  # the calls have taken the room
+        assert not any(each.done() for each in calls)
+        await release_all(backend, first, *calls)
+        await results.aclose()
+
+
+async def aiter_of(elements):
+    for element in elements:
+        yield element
+
+
+@pytest.mark.parametrize("how", ["aclose", "abort", "leave", "cancel", "swap", "no cores", "more room", "no bound"])
+@pytest.mark.parametrize("later", [True, False])
+@scenario
+async def test_whatever_ends_while_a_map_waits_for_room_ends_once(how, later):
+    if not later and how not in ("aclose", "abort"):
+        how = "leave"  # the same for calls that gave way
+    backend, model = crowded(max_pending=2)
+    backend._faults = {OSError: Fault.CORE}
+    backend.recoverable = False
+    closed = []
+
+    async def source():
+        try:
+            for n in range(6):
+                yield row(n)
+            await asyncio.sleep(1000)
+        finally:
+            closed.append(True)
+
+    async with model:
+        results = model.map(source(), limit=6, return_exceptions=True)
+        first = asyncio.ensure_future(anext(results))
+        await settle()
+        online = [call(model, 100 + n) for n in range(2)] if not later else []
+        await settle()
+        assert check_sum(model).waiting == 5 + len(online)
+        if how in ("aclose", "swap"):
+            core = backend[0]
+            ending = asyncio.ensure_future(model.aclose() if how == "aclose" else model.swap(torch.neg))
+            while not ending.done():  # the old core finishes what it was given
+                if core.executing is not None:
+                    core.release()
+                await settle()
+            expected = [float] * 6
+        elif how == "abort":
+            await model.abort()
+            await release_all(backend, first)
+            expected = [float] + [Closed] * 5
+        elif how in ("leave", "cancel"):
+            if how == "cancel":
+                first.cancel()
+                await settle()
+            await results.aclose()
+            await settle()
+            assert closed == [True]
+            assert check_sum(model).waiting == len(online)
+            await release_all(backend, *online)
+            if backend[0].executing is not None:
+                backend[0].release()
+            expected = []
+        elif how == "no cores":
+            backend[0].release(OSError("the core"))
+            await settle()
+            expected = [CoreFailed] + [NoHealthyCores] * 5
+        else:
+            model.max_pending = 5 if how == "more room" else None
+            assert model.max_pending == (5 if how == "more room" else None)
+            await settle()
+            assert model.statistics().waiting_rows == 5
+            await release_all(backend, *[each for each in asyncio.all_tasks() if each is first])
+            expected = [float] * 6
+        if expected:
+            rest = asyncio.ensure_future(take(results, 5))
+            if how not in ("aclose", "abort", "no cores"):
+                await release_all(backend, rest)
+            outcomes = [await first, *await rest]
+            kinds = [float if isinstance(y, torch.Tensor) else type(y) for y in outcomes]
+            assert kinds == expected
+            await results.aclose()
+    calls = check_sum(model)
+    assert (calls.waiting, calls.running) == (0, 0)
+    assert all(each.done() for each in online)
+
+
+async def take(results, count):
+    return [await anext(results) for _ in range(count)]
+
+
+@pytest.mark.parametrize("later", [True, False])
+async def test_what_a_source_raises_while_its_calls_wait_for_room_comes_after_them(later):
+    def breaks():
+        yield from rows(20)
+        raise OSError("the disk is gone")
+
+    async def breaks_later():
+        for x in rows(20):
+            yield x
+        raise OSError("the disk is gone")
+
+    backend = SimulatedBackend(cores=1, service_time=0.001)
+    async with AsyncDataParallel(torch.neg, backend=backend, batch_size=2, max_pending=2) as model:
+        results = model.map(breaks_later() if later else breaks(), limit=100)
+        assert [-value(await anext(results)) for _ in range(20)] == list(range(20))
+        with pytest.raises(OSError, match="disk"):
+            await anext(results)
+        calls = check_sum(model)
+        assert (calls.accepted, calls.completed, calls.waiting) == (20, 20, 0)
+
+
+@scenario
+async def test_two_maps_and_callers_share_a_full_model():
+    _, model = crowded(0.01, cores=2, batch_size=4, max_pending=8)
+    async with model:
+
+        async def consume(view, count):
+            return [-value(y) async for y in view.map(rows_later(count))]
+
+        async def online(n):
+            try:
+                return -value(await model(row(n)))
+            except QueueFull:
+                return None
+
+        maps = [asyncio.ensure_future(consume(model.options(tenant=tenant), 60)) for tenant in "ab"]
+        answers = []
+        for n in range(40):
+            answers.append(asyncio.ensure_future(online(n)))
+            await asyncio.sleep(0.003)
+        assert [await each for each in maps] == [list(range(60))] * 2
+        assert [await each for each in answers] == list(range(40))
+        assert check_sum(model).refused == 0
+
+
+# Sources that hold something.
+
+
+def test_the_workers_of_a_data_loader_end_with_the_map():
+    program = """
+        import asyncio, multiprocessing, sys, time, torch
+        from torch.utils.data import DataLoader, Dataset, TensorDataset
+        from aneuron import AsyncDataParallel
+
+        class Breaks(Dataset):
+            def __len__(self):
+                return 1000
+            def __getitem__(self, n):
+                if n > 4:
+                    raise OSError("the disk is gone")
+                return torch.full((2,), float(n))
+
+        def gone():
+            for _ in range(1000):
+                if not multiprocessing.active_children():
+                    return True
+                time.sleep(0.01)
+            return False
+
+        async def main():
+            async with AsyncDataParallel(lambda x, y=0: x + y, backend="cpu") as model:
+                pairs = TensorDataset(torch.ones(100, 2), torch.ones(100, 2))
+                loader = DataLoader(pairs, batch_size=2, num_workers=2)
+                async with model.map(loader) as results:
+                    assert (await anext(results)).tolist() == [[2.0, 2.0]] * 2  # elements are lists
+                    assert multiprocessing.active_children()
+                assert gone(), "left by async with"
+                async for _ in model.map(loader):
+                    break
+                assert gone(), "left by break"
+                assert len([y async for y in model.map(loader)]) == 50
+                assert gone(), "read to the end"
+                results = model.map(DataLoader(Breaks(), batch_size=1, num_workers=2))
+                try:
+                    async for _ in results:
+                        pass
+                except OSError as error:
+                    kept = error
+                assert gone(), "it has raised, and the error is kept"
+                print("disk is gone" in str(kept))
+
+        asyncio.run(main())
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120
+    )
+    assert (ended.returncode, ended.stdout) == (0, "True\n"), ended.stderr
+
+
+@pytest.mark.parametrize("later", [True, False])
+async def test_an_iterator_that_the_map_has_made_is_closed_and_let_go(later):
+    closed, made = [], []
+
+    class Rows:  # what holds something, a connection say
+        def __init__(self):
+            made.append(weakref.ref(self))
+
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            return row(0)
+
+        def close(self):
+            closed.append(threading.current_thread().name)
+
+    class LaterRows(Rows):
+        __aiter__ = Rows.__iter__
+
+        async def __anext__(self):
+            return row(0)
+
+        async def aclose(self):
+            closed.append("aneuron-map")
+
+    class Source:
+        def __iter__(self):
+            return Rows()
+
+    class LaterSource:
+        def __aiter__(self):
+            return LaterRows()
+
+    async for _ in Map(negate, LaterSource() if later else Source(), limit=1):
+        break
+    await until(lambda: closed and (gc.collect(), made[0]())[1] is None)
+    assert closed[0].startswith("aneuron-map")
+
+
+# Others.
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -901,3 +1217,28 @@ async def test_a_map_whose_model_does_not_start_is_over():
         await anext(results)
     with pytest.raises(Closed):
         await anext(results)
+
+
+async def test_a_source_that_has_raised_is_not_asked_again():
+    asked = []
+
+    class Breaks:
+        def __iter__(self):
+            return self
+
+        def __next__(self):
+            asked.append(len(asked))
+            if len(asked) > 2:
+                raise OSError(f"the disk is gone, {len(asked)}")
+            return row(0)
+
+    async with Map(negate, Breaks(), limit=2) as results:
+        await take(results, 2)  # there is room for another, each time
+        with pytest.raises(OSError, match="gone, 3"):
+            await anext(results)
+    assert asked == [0, 1, 2]
+
+
+async def test_an_element_may_be_objects_one_a_row():
+    async with AsyncDataParallel(lambda texts: [text.upper() for text in texts], backend=CpuBackend(cores=1)) as model:
+        assert [y async for y in model.map([Rows(["a", "b"]), Rows(["c"])])] == [["A", "B"], ["C"]]

@@ -235,17 +235,26 @@ def test_small_calls_behind_a_long_one_in_pieces_do_not_pile_up():
         ([], 17, True),  # larger than the room, but nobody of its kind waits
         ([8, 8], 1, False),
         ([8, 7], 1, True),
-        ([8, 8], 100, True),  # the two lines have that much room each
-        ([100], 100, False),
-        ([100], 16, False),
+        ([8, 8], 9, False),
+        ([8], 9, True),  # a call takes room for its next batch; the row behind it has room of its own
+        ([24], 8, True),  # so that a large call shuts out nobody
+        ([24], 9, False),  # until this is full too
+        ([20], 12, True),
+        ([100], 100, False),  # one call may be larger than the room
+        ([100], 16, True),
+        ([100, 24], 9, False),
         ([100], 8, True),
+        ([8, 8], 100, False),
     ],
 )
 def test_room(waiting, rows, room):
     s = scheduler(slots=(1,), max_pending=16)
     for n in waiting:
-        admit(s, n)
-    assert s.room(rows) is room
+        call = Waiting(n, "a")
+        assert s.make_room(call, 0.0) == []
+        s.admit([call])
+    assert (s.make_room(Waiting(rows, "a"), 0.0) == []) is room
+    assert (s.excess(rows) == 0) is room
 
 
 def test_parts_of_a_failed_batch_run_next_and_alone():

@@ -433,6 +433,86 @@ async def test_under_overload_without_deadlines_the_bound_refuses():
 
 
 @scenario
+async def test_a_tenant_has_its_share_also_when_another_fills_the_room():
+    _, model = puppets(4, service_time=0.05, max_pending=64)
+    loop, fates = asyncio.get_running_loop(), Counter()
+
+    async def caller(tenant):
+        while loop.time() < 1.0:
+            try:
+                await model.options(tenant=tenant)(row())
+                fates[tenant, "answer"] += 1
+            except QueueFull as error:
+                fates[tenant, "refused"] += 1
+                await asyncio.sleep(error.retry_after or 0.017)
+
+    async with model:
+        await asyncio.gather(*[caller("many") for _ in range(200)], caller("few"), caller("few"))
+        calls = check_sum(model)
+    assert fates["few", "refused"] == 0
+    assert fates["few", "answer"] >= 2 * 8  # each waits for a batch at most, and for its own
+    assert calls.failed + calls.refused == fates["many", "refused"]  # those that gave way had been accepted
+    assert calls.failed > 0
+
+
+@scenario
+async def test_who_gives_way_is_told_so_and_when_to_come_back():
+    backend, model = puppets(num_workers=1, max_pending=2)
+    async with model:
+        tasks = [call(model, 0)]
+        await settle()
+        tasks += [call(model, n) for n in range(1, 3)]
+        await settle()
+        high = asyncio.ensure_future(model.options(priority=100)(row(7)))
+        await settle()
+        error = tasks[2].exception()
+        assert isinstance(error, QueueFull)
+        assert "has given its room to another tenant with less, or to a higher level" in str(error)
+        await release_all(backend, high, *tasks[:2])
+        calls = check_sum(model)
+        assert (calls.accepted, calls.completed, calls.failed, calls.refused) == (4, 3, 1, 0)
+
+
+@scenario
+async def test_the_door_refuses_nobody_who_might_find_room():
+    backend, model = puppets(num_workers=1, max_pending=2)
+    async with model:
+        tasks = []
+        for n in range(3):
+            tasks.append(asyncio.ensure_future(model.options(tenant="many")(row(n))))
+            await settle()
+        model.check_admission()  # it may be another tenant's
+        tasks += [asyncio.ensure_future(model.options(tenant="few")(row(3)))]
+        await settle()
+        assert isinstance(tasks[2].exception(), QueueFull)
+        with pytest.raises(QueueFull):
+            model.check_admission()  # both have their share, and a third would find none
+        await release_all(backend, *tasks)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, True, "8"])
+@scenario
+async def test_max_pending_is_set_at_run_time_and_checked(value):
+    backend, model = puppets(num_workers=1, max_pending=1)
+    async with model:
+        tasks = [call(model, n, rows=1) for n in range(2)]
+        await settle()
+        with pytest.raises(ValueError, match=r"max_pending=.*: expected an int of at least 1, or None"):
+            model.max_pending = value
+        assert model.max_pending == 1
+        with pytest.raises(QueueFull):
+            await model(row(0))
+        model.max_pending = 3
+        tasks += [call(model, n, rows=1) for n in range(2)]
+        await settle()
+        model.max_pending = 1  # those that wait are left alone
+        with pytest.raises(QueueFull):
+            await model(row(0))
+        await release_all(backend, *tasks)
+        assert check_sum(model).completed == 4
+
+
+@scenario
 async def test_a_call_that_finds_no_room_is_refused_not_late():
     backend, model = puppets(num_workers=1, max_pending=1)
     async with model:

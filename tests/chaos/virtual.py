@@ -179,6 +179,12 @@ class Schedule:
     async def resize(self):
         self.model.num_workers = self.pick.randrange(1, 9)
 
+    async def bound(self):
+        self.model.max_pending = self.pick.choice([None, 1, 10, 40])
+
+    async def map(self):
+        self.callers.add_map()
+
     async def split(self):
         if self.backend.turns is None:
             self.model.split_size = self.pick.choice([None, 1, 3])
@@ -234,7 +240,7 @@ class Schedule:
 
     EVENTS = {
         call: 30, burst: 3, cancel: 10, release: 30, sicken: 4, core_fault: 4, fatal: 0.4, hang: 3, wake: 2,
-        resize: 3, split: 1, unloadable: 1, pass_time: 12, probe: 6, restart: 1, swap: 2,
+        resize: 3, bound: 1, map: 1, split: 1, unloadable: 1, pass_time: 12, probe: 6, restart: 1, swap: 2,
     }  # fmt: skip
 
     # From the start to the end.

@@ -1,0 +1,150 @@
+"""Room for waiting calls (`max_pending`): who finds it, who gives way, and which calls of maps wait for it outside.
+
+Must not be here: who goes first (order.py), batches, lanes, callers' futures: what is decided comes back as data.
+
+A waiting call takes room for the rows of its next batch: a small call for all, a large one for a batch, so that it
+shuts out nobody by its size. What large calls have beyond that has as much room again, and one call that is larger than
+this may wait beside. Where there is no room, a tenant that has less than its share takes it from the largest, and a
+higher level from the lowest: the newest calls go, and none that has begun. Calls of maps take what is left over.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Generic
+
+from aneuron.order import SMALL, Flow, Load, Order
+from aneuron.waiting import C, Terms
+
+
+class Room(Generic[C]):
+    """The room of one order; `most`: the rows that may wait, None: no bound."""
+
+    def __init__(self, order: Order[C], limit: Callable[[int], int]) -> None:
+        self.outside: deque[C] = deque()  # calls of maps that wait for room, and some that have left
+        self._inside: deque[C] = deque()  # calls of maps that have found it, and some that have begun or left
+        self._order = order
+        self._limit = limit  # rows that a batch of a bucket may hold
+        self._callers = order.loads[0]
+        self._huge: dict[Load, C] = {}  # the call of a load that is larger than the room
+
+    def excess(self, rows: int, bucket: int, most: int | None, yields: bool = False) -> int:
+        """Rows that must leave before a call of `rows` rows finds room; 0: it does. Calls of maps count for maps."""
+        if most is None:
+            return 0
+        loads = self._order.loads if yields else (self._callers,)
+        limit = self._limit(bucket)
+        there = self._order.next_rows(yields)
+        excess = min(there, there + min(rows, limit) - most)
+        rest = rows - limit
+        if rest > 0:
+            huge = sum([self._huge_rest(load) for load in loads])
+            there = sum([load.rest for load in loads]) - huge
+            excess = max(excess, huge if rest > most else min(there, there + rest - most))
+        return max(0, excess)
+
+    def _huge_rest(self, load: Load) -> int:
+        call = self._huge.get(load)
+        return 0 if call is None else max(0, call.rows - call.bound - self._limit(call.bucket))
+
+    # Callers.
+
+    def make(self, call: C, most: int | None, now: float) -> list[C] | None:
+        """Make room for a caller's call: the calls that are to be refused for it; None if it is to be itself."""
+        gone: list[C] = []
+        terms = call.terms or Terms()
+        while self.excess(call.rows, call.bucket, most):
+            victim = self._victim(call.rows, call.bucket, terms, most or 0, now)
+            if victim is None:
+                for each in reversed(gone):
+                    each.bound = 0
+                    self._order.restore(each)
+                return None
+            self._order.withdraw(victim)
+            victim.bound = victim.rows
+            gone.append(victim)
+        self._note(call, most, self._callers)
+        while self._inside and self.excess(call.rows, call.bucket, most, yields=True):
+            self._give_way(self._inside.pop())
+        return gone
+
+    def lets_in(self, rows: int, bucket: int, most: int | None, now: float) -> bool:
+        """Whether a call on the usual terms would be let in; where tenants wait, one of a tenant that does not."""
+        if not self.excess(rows, bucket, most):
+            return True
+        named = any(stake.rows and tenant is not None for tenant, stake in self._callers.stakes.items())
+        terms = Terms(tenant=object() if named else None)
+        return self._victim(rows, bucket, terms, most or 0, now) is not None
+
+    def _victim(self, rows: int, bucket: int, terms: Terms, most: int, now: float) -> C | None:
+        """The call that is to give way to one of `rows` rows."""
+        load = self._callers
+        lower = self._order.lowest() < terms.priority
+        own = load.stakes.get(terms.tenant)
+        held = own.rows if own is not None else 0
+        poor = held * (load.tenants + (not held)) < most  # it has less than its share
+        if not lower and not poor:
+            return None
+        calls = [(call, flow) for flow in self._in_the_way(rows, bucket, most) if (call := flow.newest()) is not None]
+        if lower and calls:
+            levels = [(flow.level.priority + now - call.admitted, -call.sequence, call) for call, flow in calls]
+            level, _, call = min(levels)
+            if level < terms.priority:
+                return call
+        if poor:
+            richer = [each for each in calls if each[1].stake.rows > held + rows]
+            richer = [each for each in richer if each[1].level.priority <= terms.priority]
+            if richer:
+                return max(richer, key=lambda each: (each[1].stake.rows, each[0].sequence))[0]
+        return None
+
+    def _in_the_way(self, rows: int, bucket: int, most: int) -> Iterable[Flow[C]]:
+        """The flows whose calls have the room that one of `rows` rows lacks."""
+        flows = [flow for flow in self._order.flows() if not flow.stake.load.yields]
+        limit = self._limit(bucket)
+        if self._order.next_rows(False) + min(rows, limit) > most:
+            return flows
+        if rows - limit <= most:
+            return [flow for flow in flows if flow.standing != SMALL]
+        return [flow for flow in flows if flow.newest() is self._huge.get(self._callers)]
+
+    def _note(self, call: C, most: int | None, load: Load) -> None:
+        """A call is let in."""
+        if most is not None and call.rows - self._limit(call.bucket) > most:
+            self._huge[load] = call
+
+    # Calls of maps.
+
+    def enter(self, call: C, most: int | None) -> bool:
+        """Whether a map's call finds room now, and nobody waits outside before it; else it is to be put there."""
+        return not self.outside and self._let_in(call, most)
+
+    def next(self, most: int | None) -> C | None:
+        """The first call outside, if it has found room."""
+        while self.outside:
+            call = self.outside[0]
+            left = call.bound == call.rows
+            if not left and not self._let_in(call, most):
+                return None
+            self.outside.popleft()
+            if not left:
+                return call
+        return None
+
+    def _let_in(self, call: C, most: int | None) -> bool:
+        if self.excess(call.rows, call.bucket, most, yields=True):
+            return False
+        while self._inside and self._inside[0].bound:
+            self._inside.popleft()
+        self._inside.append(call)
+        self._note(call, most, self._order.loads[1])
+        return True
+
+    def _give_way(self, call: C) -> None:
+        """A map's call waits outside again, first of all, if it has not begun."""
+        if not call.bound:
+            self._order.withdraw(call)
+            call.sequence = 0
+            load = self._order.loads[1]
+            if self._huge.get(load) is call:
+                del self._huge[load]
+            self.outside.appendleft(call)
