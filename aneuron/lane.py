@@ -6,7 +6,7 @@ Must not be here: callers' futures (futures.py), decisions (scheduler.py), how a
 import asyncio
 import logging
 from collections.abc import Callable, Hashable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from aneuron.outputs import Output, Unpad, kind
 from aneuron.rows import Call
 from aneuron.scheduler import rounded
 from aneuron.stats import CoreCounters, Recent
-from aneuron.workers import Execution, Take, Workers, warm_up
+from aneuron.workers import Execution, Take, Within, Workers, warm_up
 
 logger = logging.getLogger("aneuron")
 
@@ -36,6 +36,7 @@ class Load:
     packing: bool  # whether calls share batches
     dynamic: bool  # whether cores may cut batches, where that is what they do
     unpad: Unpad | None = None  # which outputs carry the length of their bucket
+    context: Callable[[], AbstractContextManager[Any]] | None = None  # around each execution
 
 
 class Lane:
@@ -70,7 +71,7 @@ class Lane:
         for (size, bucket), model in load.models.items():
             try:
                 key = (id(model), size)
-                core = loaded.get(key) or self._load_one(model, size, load.dynamic)
+                core = loaded.get(key) or self._load_one(model, size, load)
                 loaded[key] = self._cores[size, bucket] = core
             except Exception as error:
                 _name(error, size, bucket, len(load.models))
@@ -88,11 +89,10 @@ class Lane:
         if self.counters.owner is self.run:
             self.counters.state = state
 
-    def _load_one(self, model: Any, size: int | None, dynamic: bool) -> Core:
-        if getattr(self._backend, "cuts_batches", False):
-            load: Callable[..., Core] = self._backend.load
-            return load(model, self.core_id, size, dynamic_batching=dynamic)
-        return self._backend.load(model, self.core_id, size)
+    def _load_one(self, model: Any, size: int | None, load: Load) -> Core:
+        cuts = {"dynamic_batching": load.dynamic} if getattr(self._backend, "cuts_batches", False) else {}
+        core = self._backend.load(model, self.core_id, size, **cuts)
+        return core if load.context is None else Within(core, load.context)
 
     def _warm_up(self, load: Load, compiled: Compiled) -> None:
         outputs: dict[int | None, tuple[Output, int]] = {}  # by size, that of the first bucket

@@ -9,6 +9,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -100,6 +101,13 @@ class AsyncDataParallel:
     min_cores: how many of the cores must load the model to start; None: all. Below it the start fails, with the error
         of the first, and what was loaded is freed; else those that failed stay out, with a warning in the log. `ready`
         asks for as many, or for one where it is None.
+    context: a function that makes a context manager, which is entered around each execution, those of the warm-up too,
+        in the thread that executes: `lambda: torch.autocast("cpu")`, `lambda: sdpa_kernel(SDPBackend.MATH)`. What it
+        raises is like an error of the model.
+
+    Threads that execute start in a copy of the context (`contextvars`) of `start()`, or of the call that started the
+    model. After each execution the thread's modes are put back, whatever the model has left on: gradients, inference
+    mode, autocast, default device; and the default dtype, which is the process's: change it while nothing executes.
 
     Raises, from the call: `ShapeError` for inputs that do not fit, `QueueFull`, `Closed`, `CoreFailed`, `OutputError`
     for outputs that cannot be handed out, `RuntimeError` when used from a second event loop, and whatever the model
@@ -140,6 +148,7 @@ class AsyncDataParallel:
         buckets: Buckets | None = None,
         exec_timeout: float | None = None,
         min_cores: int | None = None,
+        context: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self._lanes: Lanes | None = None
         self._starting: _Start | None = None
@@ -165,6 +174,12 @@ class AsyncDataParallel:
         if self._exec_timeout == 0:
             raise ValueError("exec_timeout=0: expected seconds, more than the longest execution takes, or None")
         self._min_cores = _count("min_cores", min_cores)
+        if context is not None and (not callable(context) or hasattr(context, "__enter__")):
+            raise TypeError(
+                f"context={context!r:.80}: expected a function that makes a context manager for each execution, such "
+                "as lambda: torch.autocast('cpu'), or None"
+            )
+        self._context = context
         self._packing = bool(set_dynamic_batching) and dim == 0
         self._example = self._read_example(example_inputs)
         self._compiled = self._example if self._models.compiled else None
@@ -534,7 +549,8 @@ class AsyncDataParallel:
             max_delay=self._max_delay,
         )
         unpad = Unpad(self._buckets) if self._buckets is not None else None
-        load = Load(models.by_shape(self._dim), self._dim, self._example, packing, self._packing, unpad)
+        shapes = models.by_shape(self._dim)
+        load = Load(shapes, self._dim, self._example, packing, self._packing, unpad, self._context)
         sizes = models.sizes(self._dim)
         return Lanes(backend, ids, rules, load, sizes, self._counters, self._exec_timeout, beside)
 
@@ -612,7 +628,8 @@ class AsyncDataParallel:
                 f"the new model is compiled for {sorted(models.by_shape(self._dim), key=str)} (rows, bucket), the one "
                 f"that serves for {sorted(self._models.by_shape(self._dim), key=str)}; they must be the same"
             )
-        new = self._make_lanes(backend, [lane.core_id for lane in old.lanes], models, beside=True)
+        ids = [lane.core_id for lane in old.lanes]
+        new = old.context.copy().run(self._make_lanes, backend, ids, models, beside=True)
         try:
             await new.start(max(1, old.recovery.in_service))
         except Exception as error:

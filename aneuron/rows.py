@@ -262,7 +262,7 @@ def _cut(leaf: torch.Tensor, call: Call, dims: tuple[int, ...]) -> torch.Tensor:
 def _room(part: torch.Tensor, rows: int, dim: int) -> torch.Tensor:
     shape = list(part.shape)
     shape[dim] = rows
-    return torch.empty(shape, dtype=part.dtype)
+    return torch.empty(shape, dtype=part.dtype, device="cpu")
 
 
 def _check_alike(pieces: list[list[torch.Tensor]], dim: int) -> None:

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -24,6 +25,7 @@ from aneuron import rows
 from aneuron.backends import Backend, Core, Fault
 from aneuron.batches import Batch
 from aneuron.measure import Compiled
+from aneuron.modes import Modes
 from aneuron.outputs import Carried, Output, Unpad
 from aneuron.rows import Call, Finished
 from aneuron.waiting import Chunk
@@ -224,10 +226,36 @@ def warm_up(
     of a compiled model can show in the second. The output, and the seconds that the second run took.
     """
     args, kwargs = compiled.example(size, bucket)
-    core.execute(args, kwargs)
-    begin = clock()
-    output = core.execute(args, kwargs)
-    return output, clock() - begin
+    modes: Modes | None = getattr(_local, "modes", None)  # puppets have none
+    for _ in range(2):
+        if modes is not None:
+            modes.note()
+        begin = clock()
+        try:
+            output = core.execute(args, kwargs)
+            seconds = clock() - begin
+        finally:
+            if modes is not None:
+                modes.restore()
+    return output, seconds
+
+
+_local = threading.local()  # a worker thread's modes
+
+
+class Within:
+    """A core each of whose executions is in a context that the user makes."""
+
+    def __init__(self, core: Core, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.concurrent = core.concurrent
+        self.close = core.close
+        self._core, self._context = core, context
+
+    def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model in the context. What entering and leaving it raise is like an error of the model."""
+        with self._context():
+            return self._core.execute(args, kwargs)
+        raise RuntimeError("what context= has made suppressed an exception of the model: there is no result")
 
 
 class Workers(Executor):
@@ -235,12 +263,15 @@ class Workers(Executor):
 
     The standard pool never lets the process end behind a hung run. Daemon threads that are inside torch when the
     interpreter ends would abort it: at exit they are told to stop and joined for a second at most.
+
+    Each thread starts in a copy of `context`, None: that of the caller.
     """
 
     clock = staticmethod(time.monotonic)
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, context: Context | None = None) -> None:
         self._name = name
+        self._context = context or copy_context()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._take: Take | None = None
         self._job: Callable[[], None] | None = None
@@ -260,7 +291,9 @@ class Workers(Executor):
     def grow(self, threads: int) -> None:
         """Have `threads` threads at least."""
         while self._alive < threads and not self._stopping:
-            thread = threading.Thread(target=self._work, name=f"{self._name}/{self._alive + 1}", daemon=True)
+            # A copy for each: two threads cannot be in one context.
+            run, name = self._context.copy().run, f"{self._name}/{self._alive + 1}"
+            thread = threading.Thread(target=run, args=(self._work,), name=name, daemon=True)
             thread.start()  # may fail, and then nothing has changed
             self._alive += 1
             self._threads.append(thread)
@@ -308,8 +341,8 @@ class Workers(Executor):
         self._threads, self._alive, self._stopping, self._lock = [], 0, True, threading.Lock()
 
     def _work(self) -> None:
-        torch.set_grad_enabled(False)  # of this thread only
         try:
+            _local.modes = Modes()
             while (job := self._inbox.get()) is not None:
                 job()
                 del job
@@ -324,7 +357,7 @@ class Workers(Executor):
                 self._last_words()
 
     def _serve(self, take: Take) -> None:
-        clock = self.clock
+        clock, modes = self.clock, _local.modes
         execution = take(None)
         while execution is not None:
             execution.prepare(clock)
@@ -335,9 +368,9 @@ class Workers(Executor):
             with self._turn:
                 mine = staged is None or staged.claim()
                 if mine and execution.begin(clock):
+                    modes.note()
                     execution.execute(clock)
-            if torch.is_grad_enabled():  # the model has left them on
-                torch.set_grad_enabled(False)
+                    modes.restore()
             if mine:
                 execution.finish(clock)
             execution = take(execution if mine else None)
