@@ -6,21 +6,21 @@ Lives here: which modes there are, and how one is put back. Must not be here: wh
 import torch
 
 _length = torch._C._len_torch_function_stack  # of the modes, of which a default device is one
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
 _kept: list[object] = []  # guards that would undo themselves if they were let go
 
 
 class Modes:
-    """The modes of the calling thread as they are to be before each execution: gradients off, all else as it is now.
+    """The modes of the calling thread as they are to be before each execution: gradients and autocast off, all else as it is now.
 
     The default dtype is the process's: it is put back if it has changed while an execution ran, whoever has done it.
     """
 
-    __slots__ = ("_autocasts", "_cache", "_depth", "_dtype")
+    __slots__ = ("_autocast", "_cache", "_depth", "_dtype")
 
     def __init__(self) -> None:
         torch.set_grad_enabled(False)
-        kinds = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-        self._autocasts = [(kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in kinds]
+        self._autocast = torch.get_autocast_dtype("cpu")
         self._cache = torch.is_autocast_cache_enabled()
         self._depth = _length()
         self._dtype = torch.get_default_dtype()
@@ -41,9 +41,8 @@ class Modes:
             guard = torch.inference_mode(False)
             guard.__enter__()
             _kept.append(guard)
-        for kind, enabled, dtype in self._autocasts:
-            if torch.is_autocast_enabled(kind) is not enabled or torch.get_autocast_dtype(kind) is not dtype:
-                self._leave_autocast(kind, enabled, dtype)
+        if _is_any_autocast_enabled() or torch.get_autocast_dtype("cpu") is not self._autocast:
+            self._leave_autocast()
         if torch.is_autocast_cache_enabled() is not self._cache:
             torch.set_autocast_cache_enabled(self._cache)
 
@@ -53,9 +52,10 @@ class Modes:
         while _length() > self._depth:
             torch.overrides._pop_mode()  # type: ignore[no-untyped-call]
 
-    def _leave_autocast(self, kind: str, enabled: bool, dtype: torch.dtype) -> None:
-        torch.set_autocast_enabled(kind, enabled)
-        torch.set_autocast_dtype(kind, dtype)
+    def _leave_autocast(self) -> None:
+        for kind in ("cpu", "cuda"):
+            torch.set_autocast_enabled(kind, False)
+        torch.set_autocast_dtype("cpu", self._autocast)
         torch.clear_autocast_cache()  # of weights: nobody else would, where a context was never left
         for _ in range(torch.autocast_increment_nesting()):
             torch.autocast_decrement_nesting()
