@@ -11,7 +11,8 @@ _kept: list[object] = []  # guards that would undo themselves if they were let g
 
 
 class Modes:
-    """The modes of the calling thread as they are to be before each execution: gradients and autocast off, all else as it is now.
+    """The modes of the calling thread as they are to be before each execution: gradients and autocast off, the rest as
+    it is now.
 
     The default dtype is the process's: it is put back if it has changed while an execution ran, whoever has done it.
     """

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from opentelemetry.context import Context
+from opentelemetry.context import Context, attach, detach
 from opentelemetry.trace import Link, Span, Tracer, TracerProvider, get_tracer
 
 from aneuron import AsyncDataParallel, Timing
@@ -86,10 +86,17 @@ class _Spans:
 
     @contextmanager
     def _execution(self, links: list[Link], where: dict[str, str | int]) -> Iterator[None]:
-        # The thread's own context is no parent: it may have been inherited from whoever started the thread.
-        span = self._tracer.start_as_current_span(
-            self._batch, Context(), attributes={**self._attributes, **where}, links=links
-        )
+        # The thread's own context is that of whoever started the model: no parent, and its baggage is no caller's.
+        token = attach(Context())
+        try:
+            with self._span(links, where):
+                yield
+        finally:
+            detach(token)
+
+    @contextmanager
+    def _span(self, links: list[Link], where: dict[str, str | int]) -> Iterator[None]:
+        span = self._tracer.start_as_current_span(self._batch, attributes={**self._attributes, **where}, links=links)
         with span as current:
             self._link_the_rest(links, getattr(current, "links", links))
             try:
