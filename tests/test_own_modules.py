@@ -50,6 +50,11 @@ def _function(net):
     return lambda x: net(x)
 
 
+def _compiled_in_place(net):
+    net.compile(backend="eager")
+    return net
+
+
 def _with_default(net):
     return lambda x, net=net: net(x)
 
@@ -111,9 +116,10 @@ def test_what_forward_keeps_on_itself_is_the_cores_own(make, backend):
         ),
         (lambda: _function(_function(Tapped().eval())), "list holds .*<lambda>, which reaches the Tapped"),
         (lambda: Pipeline(_function(Tapped().eval())), "Pipeline holds .*<lambda>, which reaches the Tapped"),
+        (lambda: _compiled_in_place(Tapped().eval()), r"Tapped.compile\(\) is lost in a copy"),
         (lambda: _with_default(Tapped().eval()), "reaches a module by a global name or a default"),
     ],
-    ids=["lock", "hook", "function in a function", "function in an object", "default"],
+    ids=["lock", "hook", "function in a function", "function in an object", "compile()", "default"],
 )
 def test_what_cannot_be_copied_runs_one_execution_at_a_time(make, why):
     with pytest.warns(UserWarning, match=why) as warned:
@@ -179,6 +185,7 @@ MODULES = {
     "transformer": (lambda: nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.ones(2, 3, 8)),
     "traced": (lambda: _script(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), torch.ones(2, 3)), torch.ones(2, 3)),
     "holds traced": (lambda: nn.Sequential(_script(nn.Linear(3, 3), torch.ones(2, 3)), nn.ReLU()), torch.ones(2, 3)),
+    "compiled": (lambda: torch.compile(nn.Linear(3, 3), backend="eager"), torch.ones(2, 3)),
     "exported": (lambda: torch.export.export(nn.Linear(3, 3).eval(), (torch.ones(2, 3),)).module(), torch.ones(2, 3)),
 }
 

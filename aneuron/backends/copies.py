@@ -50,14 +50,19 @@ def _copied(model: Any) -> Any:
             if torch.nn.parameter.is_lazy(parameter):
                 raise ValueError(f"{name} of {type(module).__name__} is not initialised; call the module once before")
             memo[id(parameter)] = parameter
+        if module._compiled_call_impl is not None:
+            raise ValueError(f"{type(module).__name__}.compile() is lost in a copy; pass torch.compile(module)")
         for value in () if isinstance(module, torch.jit.ScriptModule) else vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:  # as `nn.utils.weight_norm` leaves
                 memo[id(value)] = value.detach().clone()
     made = copy.deepcopy(model, memo)
-    _check_functions(model, type(model).__name__, memo)
-    for module in modules:
+    originals = set(map(id, modules))
+    theirs = {id(module): module for module in _modules(made) if id(module) not in originals}
+    _check_functions(made, type(made).__name__, memo, theirs)
+    for module in theirs.values():
         for name, value in () if isinstance(module, torch.jit.ScriptModule) else vars(module).items():
-            _check_functions(value, f"{type(module).__name__}.{name}", memo)
+            _check_functions(value, f"{type(module).__name__}.{name}", memo, theirs)
+    for module in modules:
         if isinstance(module, torch.jit.ScriptModule) and id(module) in memo:
             _share(module, memo[id(module)])
     if isinstance(model, torch.jit.ScriptModule):
@@ -95,12 +100,14 @@ def _share(script: torch.jit.ScriptModule, made: torch.jit.ScriptModule) -> None
             to._c.setattr(name, parameter)
 
 
-def _check_functions(value: Any, where: str, memo: dict[int, Any]) -> None:
+def _check_functions(value: Any, where: str, memo: dict[int, Any], theirs: dict[int, Any]) -> None:
     """Raise for a function on a module, a hook say, that reaches what has been copied: it would reach the original."""
     for function in _walk(value, objects=True):
         if not isinstance(function, types.FunctionType):
             continue
         for reached in _reached(function):
+            if id(reached) in theirs:
+                continue
             if isinstance(reached, nn.Module) or memo.get(id(reached), reached) is not reached:
                 raise ValueError(
                     f"{where} holds {function.__qualname__}, which reaches the {type(reached).__name__} of the original"
