@@ -6,7 +6,7 @@ Must not be here: callers' futures (futures.py), decisions (scheduler.py), how a
 import asyncio
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from aneuron.rows import Call
 from aneuron.scheduler import rounded
 from aneuron.stats import CoreCounters, Recent
 from aneuron.verdicts import Seen
-from aneuron.workers import Execution, Take, Workers, warm_up
+from aneuron.workers import Execution, Take, Within, Workers, in_own_modes, warm_up
 
 logger = logging.getLogger("aneuron")
 
@@ -39,6 +39,7 @@ class Load:
     dynamic: bool  # whether cores may cut batches, where that is what they do
     evidence: Evidence  # what of the outputs has rows
     unpad: Unpad | None = None  # which outputs carry the length of their bucket
+    context: Callable[[], AbstractContextManager[Any]] | None = None  # around each execution
 
 
 class Lane:
@@ -73,7 +74,7 @@ class Lane:
         for (size, bucket), model in load.models.items():
             with _naming(size, bucket, len(load.models)):
                 key = (id(model), size)
-                core = loaded.get(key) or self._load_one(model, size, load.dynamic)
+                core = loaded.get(key) or self._load_one(model, size, load)
                 loaded[key] = self._cores[size, bucket] = core
         self.concurrent = all(core.concurrent for core in loaded.values())
         if self.concurrent:
@@ -88,11 +89,10 @@ class Lane:
         if self.counters.owner is self.run:
             self.counters.state = state
 
-    def _load_one(self, model: Any, size: int | None, dynamic: bool) -> Core:
-        if getattr(self._backend, "cuts_batches", False):
-            load: Callable[..., Core] = self._backend.load
-            return load(model, self.core_id, size, dynamic_batching=dynamic)
-        return self._backend.load(model, self.core_id, size)
+    def _load_one(self, model: Any, size: int | None, load: Load) -> Core:
+        cuts = {"dynamic_batching": load.dynamic} if getattr(self._backend, "cuts_batches", False) else {}
+        core = self._backend.load(model, self.core_id, size, **cuts)
+        return core if load.context is None else Within(core, load.context)
 
     def _warm_up(self, load: Load, compiled: Compiled) -> None:
         clock, asked = self.workers.clock, compiled.structure
@@ -119,8 +119,8 @@ class Lane:
         compiled_sizes = [size for size, of in load.models if of == bucket and size is not None]
 
         def execute(columns: list[Any], count: int) -> Any:
-            args, kwargs = compiled.arguments(columns)
-            return self._cores[count if compiled_sizes else None, bucket].execute(args, kwargs)
+            core = self._cores[count if compiled_sizes else None, bucket]
+            return in_own_modes(core, *compiled.arguments(columns))
 
         return Trials(compiled.columns(bucket), load.dim, compiled_sizes or None, execute, lambda: True)
 

@@ -16,6 +16,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
+from contextvars import copy_context
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -83,7 +84,9 @@ class Lanes:
         by_bucket = {bucket: each.sizes for bucket, each in sizes.items()}
         self._common = Common(backend, load.dim, load.unpad, load.evidence, by_bucket, threading.Lock(), self._post)
         self._closed = self.loop.create_future()  # done when the last core is closed
-        self._make_workers = getattr(backend, "workers", Workers)  # aneuron.testing has threadless ones
+        self.context = copy_context()  # that of the start, for all threads there will be
+        workers = partial(Workers, context=self.context)
+        self._make_workers = getattr(backend, "workers", workers)  # aneuron.testing has threadless ones
         self.slots = 0  # batches that may be in flight, on all lanes
         number = getattr(backend, "global_id", lambda core_id: core_id)
         for core_id in core_ids:

@@ -11,6 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from threading import get_ident
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -122,6 +123,13 @@ class AsyncDataParallel:
         equal numbers: by at most two executions more of other rows, at warm-up from `example_inputs`, else when the
         first two different rows share a batch. It also warns, in the log, of rows that influence one another. False:
         shapes decide.
+    context: a function that makes a context manager, which is entered around each execution, those of the warm-up too,
+        in the thread that executes: `lambda: torch.autocast("cpu")`, `lambda: sdpa_kernel(SDPBackend.MATH)`. What it
+        raises is like an error of the model.
+
+    Threads that execute start in a copy of the context (`contextvars`) of `start()`, or of the call that started the
+    model. After each execution the thread's modes are put back, whatever the model has left on: gradients, inference
+    mode, autocast, default device; and the default dtype, which is the process's: change it while nothing executes.
 
     Raises, from the call: `ShapeError` for inputs that do not fit, `InputModified` for those that were changed while it
     waited, `QueueFull`, `Closed`, `CoreFailed`, `OutputError` for outputs that cannot be handed out, `RuntimeError`
@@ -164,6 +172,7 @@ class AsyncDataParallel:
         min_cores: int | None = None,
         outputs: Mapping[str | int, str] | None = None,
         check_rows: bool = True,
+        context: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
         self._lanes: Lanes | None = None
         self._starting: _Start | None = None
@@ -176,6 +185,7 @@ class AsyncDataParallel:
             "device_ids": device_ids, "dim": dim, "backend": backend, "batch_size": batch_size,
             "example_inputs": example_inputs, "max_delay": max_delay, "buckets": buckets,
             "exec_timeout": exec_timeout, "min_cores": min_cores, "outputs": outputs, "check_rows": check_rows,
+            "context": context,
         }  # fmt: skip  # what no setter changes, as it was given
         self._ids = parse_device_ids(device_ids)
         if isinstance(dim, bool) or not isinstance(dim, int):
@@ -198,6 +208,12 @@ class AsyncDataParallel:
             raise ValueError("exec_timeout=0: expected seconds, more than the longest execution takes, or None")
         self._min_cores = _count("min_cores", min_cores)
         self._outputs, self._check_rows = check_declared(outputs), bool(check_rows)
+        if context is not None and (not callable(context) or hasattr(context, "__enter__")):
+            raise TypeError(
+                f"context={context!r:.80}: expected a function that makes a context manager for each execution, such "
+                "as lambda: torch.autocast('cpu'), or None"
+            )
+        self._context = context
         self._packing = bool(set_dynamic_batching) and dim == 0
         self._example = self._read_example(example_inputs)
         self._compiled = self._example if self._models.compiled else None
@@ -646,7 +662,8 @@ class AsyncDataParallel:
         )
         unpad = Unpad(self._buckets) if self._buckets is not None else None
         evidence = Evidence(self._dim, self._outputs, self._check_rows and getattr(backend, "probes", True))
-        load = Load(models.by_shape(self._dim), self._dim, self._example, packing, self._packing, evidence, unpad)
+        shapes = models.by_shape(self._dim)
+        load = Load(shapes, self._dim, self._example, packing, self._packing, evidence, unpad, self._context)
         sizes = models.sizes(self._dim)
         return Lanes(backend, ids, rules, load, sizes, self._counters, self._exec_timeout, beside)
 
@@ -727,7 +744,8 @@ class AsyncDataParallel:
                 f"the new model is compiled for {sorted(models.by_shape(self._dim), key=str)} (rows, bucket), the one "
                 f"that serves for {sorted(self._models.by_shape(self._dim), key=str)}; they must be the same"
             )
-        new = self._make_lanes(backend, [lane.core_id for lane in old.lanes], models, beside=True)
+        ids = [lane.core_id for lane in old.lanes]
+        new = old.context.copy().run(self._make_lanes, backend, ids, models, beside=True)
         try:
             await new.start(max(1, old.recovery.in_service))
         except Exception as error:

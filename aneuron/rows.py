@@ -388,7 +388,9 @@ def _room(part: Any, rows: int, dim: int) -> Any:
         return [None] * rows
     shape = list(part.shape)
     shape[dim] = rows
-    return torch.empty_quantized(shape, part) if part.is_quantized else torch.empty(shape, dtype=part.dtype)
+    if part.is_quantized:
+        return torch.empty_quantized(shape, part)
+    return torch.empty(shape, dtype=part.dtype, device="cpu")
 
 
 def _check_alike(pieces: list[list[Any]], dim: int) -> None:

@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError, Executor, Future
 from contextlib import AbstractContextManager, nullcontext
+from contextvars import Context, copy_context
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ParamSpec, Protocol, TypeVar
@@ -25,6 +26,7 @@ from aneuron.backends import Backend, Core, Fault
 from aneuron.batches import Batch
 from aneuron.evidence import Evidence, Trials, identities, snapshot
 from aneuron.measure import Compiled
+from aneuron.modes import Modes
 from aneuron.outputs import Carried, Output, Unpad
 from aneuron.rows import Call, Finished
 from aneuron.verdicts import Seen
@@ -208,8 +210,7 @@ class Execution:
 
         def execute(columns: list[Any], count: int) -> Any:
             core = self.core if sizes is None or count == size else self.lane.core(count, bucket)
-            args, kwargs = rows.arguments(again[1], columns)
-            return core.execute(args, kwargs)
+            return in_own_modes(core, *rows.arguments(again[1], columns))
 
         def alive() -> bool:
             self.since = clock()
@@ -229,7 +230,7 @@ class Execution:
             return unpad.learn(output, bucket)
         core, other = self.other
         args, kwargs = rows.collate(self.chunks, self._inputs, self._template, size, dim, other)
-        value = core.execute(args, kwargs)
+        value = in_own_modes(core, args, kwargs)
         return unpad.learn(output, bucket, self.common.evidence.marked(value, call.structure, size, packing), other)
 
     def finish(self, clock: Callable[[], float]) -> None:
@@ -270,11 +271,41 @@ def warm_up(
     run took.
     """
     args, kwargs = compiled.example(size, bucket)
-    first = snapshot(core.execute(args, kwargs))
+    first = snapshot(in_own_modes(core, args, kwargs))
     begin = clock()
-    output = core.execute(args, kwargs)
+    output = in_own_modes(core, args, kwargs)
     seconds = clock() - begin
     return first, snapshot(output), seconds
+
+
+_local = threading.local()  # a worker thread's modes
+
+
+def in_own_modes(core: Core, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Execute, and put the thread's modes back."""
+    modes: Modes | None = getattr(_local, "modes", None)  # puppets have none
+    if modes is None:
+        return core.execute(args, kwargs)
+    modes.note()
+    try:
+        return core.execute(args, kwargs)
+    finally:
+        modes.restore()
+
+
+class Within:
+    """A core each of whose executions is in a context that the user makes."""
+
+    def __init__(self, core: Core, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.concurrent = core.concurrent
+        self.close = core.close
+        self._core, self._context = core, context
+
+    def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model in the context. What entering and leaving it raise is like an error of the model."""
+        with self._context():
+            return self._core.execute(args, kwargs)
+        raise RuntimeError("what context= has made suppressed an exception of the model: there is no result")
 
 
 class Workers(Executor):
@@ -282,12 +313,15 @@ class Workers(Executor):
 
     The standard pool never lets the process end behind a hung run. Daemon threads that are inside torch when the
     interpreter ends would abort it: at exit they are told to stop and joined for a second at most.
+
+    Each thread starts in a copy of `context`, None: that of the caller.
     """
 
     clock = staticmethod(time.monotonic)
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, context: Context | None = None) -> None:
         self._name = name
+        self._context = context or copy_context()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._take: Take | None = None
         self._job: Callable[[], None] | None = None
@@ -307,7 +341,9 @@ class Workers(Executor):
     def grow(self, threads: int) -> None:
         """Have `threads` threads at least."""
         while self._alive < threads and not self._stopping:
-            thread = threading.Thread(target=self._work, name=f"{self._name}/{self._alive + 1}", daemon=True)
+            # A copy for each: two threads cannot be in one context.
+            run, name = self._context.copy().run, f"{self._name}/{self._alive + 1}"
+            thread = threading.Thread(target=run, args=(self._work,), name=name, daemon=True)
             thread.start()  # may fail, and then nothing has changed
             self._alive += 1
             self._threads.append(thread)
@@ -355,8 +391,8 @@ class Workers(Executor):
         self._threads, self._alive, self._stopping, self._lock = [], 0, True, threading.Lock()
 
     def _work(self) -> None:
-        torch.set_grad_enabled(False)  # of this thread only
         try:
+            _local.modes = Modes()
             while (job := self._inbox.get()) is not None:
                 job()
                 del job
@@ -371,7 +407,7 @@ class Workers(Executor):
                 self._last_words()
 
     def _serve(self, take: Take) -> None:
-        clock = self.clock
+        clock, modes = self.clock, _local.modes
         execution = take(None)
         while execution is not None:
             execution.prepare(clock)
@@ -382,9 +418,9 @@ class Workers(Executor):
             with self._turn:
                 mine = staged is None or staged.claim()
                 if mine and execution.begin(clock):
+                    modes.note()
                     execution.execute(clock)
-            if torch.is_grad_enabled():  # the model has left them on
-                torch.set_grad_enabled(False)
+                    modes.restore()
             if mine:
                 execution.finish(clock)
             execution = take(execution if mine else None)

@@ -45,8 +45,8 @@ ORDER = [
     "nested", "quantized", "lengths", "outputs", "verdicts", "evidence", "rows", "measure", "backends",
     "backends.files", "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu", "backends.simulated",
     "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores", "backends.neuron.placement",
-    "backends.neuron.native", "backends.neuron", "backends.cuda", "models", "stats", "observing", "workers", "lane",
-    "futures", "recovery", "lanes", "sources", "bulk", "view", "parallel", "testing", "web", "cli", "__main__",
+    "backends.neuron.native", "backends.neuron", "backends.cuda", "models", "stats", "observing", "modes", "workers",
+    "lane", "futures", "recovery", "lanes", "sources", "bulk", "view", "parallel", "testing", "web", "cli", "__main__",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.
@@ -67,6 +67,7 @@ PARAMETERS = {
     "min_cores": None,
     "outputs": None,
     "check_rows": True,
+    "context": None,
 }
 FROM_THE_FIRST = list(PARAMETERS)[:10]
 

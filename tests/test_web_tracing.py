@@ -377,3 +377,38 @@ async def test_a_model_that_is_not_instrumented_makes_no_spans():
         async with AsyncDataParallel(torch.neg, backend=backend) as model:
             await release_all(backend, call(model))
     assert [span.name for span in traced.spans()] == ["request"]
+
+
+def _three_hundred(limits):
+    from opentelemetry.sdk.trace import SpanLimits
+
+    traced = Traced()
+    exporter = traced._exporter
+    traced.provider = TracerProvider(span_limits=SpanLimits(max_links=limits))
+    traced.provider.add_span_processor(SimpleSpanProcessor(exporter))
+
+    async def main():
+        backend = CpuBackend(cores=1)
+        async with AsyncDataParallel(torch.neg, backend=backend, batch_size=300) as model:
+            instrument(traced.provider, net=model)
+            await asyncio.gather(*[model(torch.ones(1, 1)) for _ in range(300)])
+
+    asyncio.run(main())
+    return traced
+
+
+@pytest.mark.parametrize("limit", [None, 7, 128, 300, 1000])
+def test_a_batch_of_more_calls_than_a_span_may_have_links_is_linked_to_all(limit):
+    traced = _three_hundred(limit)
+    batches = {span.context.span_id: span for span in traced.spans("batch net")}
+    further = traced.spans("batch net links")
+    assert all(span.parent.span_id in batches for span in further)
+    calls = {span.context.span_id for span in traced.spans("call net")}
+    found = [link.context.span_id for span in (*batches.values(), *further) for link in span.links]
+    assert len(calls) == len(found) == 300
+    assert set(found) == calls
+    assert not any(span.dropped_links for span in further)
+
+
+def test_where_links_are_switched_off_there_are_no_further_spans():
+    assert not _three_hundred(0).spans("batch net links")

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from aneuron.backends import Fault
+from aneuron.backends import Fault, cpus
+from aneuron.backends.copies import own
 from aneuron.backends.files import check_script
 from aneuron.backends.torchscript import load_script
 
@@ -37,15 +38,26 @@ def open_model(model: Any, device: torch.device | str = "cpu") -> Any:
 
 
 class CpuBackend:
-    """Runs the model on virtual cores, all in this process and sharing one copy of the weights.
+    """Runs the model on virtual cores, all in this process: a copy of its modules and buffers on each, one copy of the
+    weights.
 
-    `cores`: how many; None means as many as there are CPUs available to the process. `threads_per_core`: threads
+    `cores`: how many; None means as many as there are CPUs available to the process, by its affinity, PYTHON_CPU_COUNT
+    (from Python 3.13 on) and the quotas of its cgroups, rounded up: `aneuron info` says why. `threads_per_core`: those
     within one operation; None divides torch's number of threads (`torch.get_num_threads()`) among the cores. It holds
     in the worker threads only; the rest of the process keeps its setting. Many one-thread cores favour throughput,
     `CpuBackend(cores=1)` the latency of a lone call.
 
-    The model runs under `torch.inference_mode()`. Several cores run it at once, so its `forward` must not write to
-    itself. Where each virtual core has one thread, the rows of a batch do not see how many neighbours they have.
+    The model runs under `torch.inference_mode()`. What its `forward` keeps on itself is the core's own; the user's
+    module is not run, and its buffers and attributes can change without being noticed. Its parameters are those that
+    serve: a `load_state_dict()` into it shows at once, in the middle of executions too, and so does what is copied over
+    a file that weights were mapped from (`torch.load(mmap=True)`, safetensors). Use `swap` for new weights, and write
+    a new file under another name.
+
+    A bound method, a partial, an object and a closure that hold a module are copied like one. What cannot be copied (it
+    holds a lock, or a hook whose closure reaches it, or reaches a module by a global name) runs one execution at a
+    time, on all cores together; a warning says why. Any other callable is called by several cores at once.
+
+    Where each virtual core has one thread, the rows of a batch do not see how many neighbours they have.
 
         >>> import torch, asyncio, aneuron
         >>> model = aneuron.AsyncDataParallel(torch.nn.ReLU().eval(), backend=aneuron.CpuBackend(cores=2))
@@ -65,7 +77,7 @@ class CpuBackend:
         for name, value in (("cores", cores), ("threads_per_core", threads_per_core)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected an int of at least 1, or None to choose")
-        self._cores = cores or _cpus()
+        self._cores = cores or cpus.available().number
         self._threads_per_core = threads_per_core
 
     def __repr__(self) -> str:
@@ -77,24 +89,22 @@ class CpuBackend:
 
     def report(self) -> dict[str, object]:
         """What there is, why, and what is missing."""
-        cpus = _cpus()
-        why = f"this process may use {cpus} CPU{'s' * (cpus != 1)}"
-        return {"found": True, "cores": self._cores, "why": why, "lacks": []}
+        return {"found": True, "cores": self._cores, "why": cpus.available().why, "lacks": []}
 
     def load(self, model: Any, core_id: int, batch_size: int | None) -> "CpuCore":
-        """Nothing to load but a file, once for all cores."""
+        """A copy of what is to be loaded, a file once for all cores."""
         with _lock:
-            threads = self._threads_per_core or max(1, _in_a_new_thread(torch.get_num_threads) // self._cores)
+            threads = self._threads_per_core or max(1, self._threads() // self._cores)
         return CpuCore(open_model(model), threads)
+
+    def _threads(self) -> int:
+        """Threads for all cores together: torch counts CPUs, and knows nothing of a quota."""
+        threads, here = _in_a_new_thread(torch.get_num_threads), cpus.available()
+        return min(threads, here.number) if here.limited else threads
 
     def classify(self, error: BaseException) -> Fault:
         """A CPU does not fail alone: whatever the model raises is about its input."""
         return Fault.INPUT
-
-
-def _cpus() -> int:
-    """The CPUs available to the process."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class CpuCore:
@@ -103,7 +113,8 @@ class CpuCore:
     concurrent = False
 
     def __init__(self, model: Any, threads: int) -> None:
-        self._model = model
+        self._given = model  # of a file: what the next core is to share
+        self._model: Any = own(model)
         self._threads = threads
         self._local = threading.local()
 
@@ -117,7 +128,7 @@ class CpuCore:
 
     def close(self) -> None:
         """Let the weights go."""
-        self._model = None
+        self._model = self._given = None
 
 
 def limit_threads(threads: int) -> None:

@@ -204,7 +204,7 @@ class _Slot:
             self.wait()
             return leaf.cpu()
         # What is left to do on the host after a copy would be done before its end: see that there is nothing.
-        host = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=True)
+        host = torch.empty(leaf.shape, dtype=leaf.dtype, device="cpu", pin_memory=True)
         return host.copy_(leaf.resolve_conj().resolve_neg(), non_blocking=True)
 
     def _fits(self, leaf: torch.Tensor) -> bool:

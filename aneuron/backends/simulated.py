@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from aneuron.backends import Fault
+from aneuron.backends.copies import own
 from aneuron.backends.cpu import open_model
 from aneuron.nested import walk
 
@@ -125,7 +126,8 @@ class SimulatedCore:
     ) -> None:
         self.concurrent = backend.copy_time + backend.service_time + backend.per_row > 0  # else there is no queue
         self._backend = backend
-        self._model = model
+        self._given = model  # of a file: what the next core is to share
+        self._model: Any = own(model)
         self._core_id = core_id
         self._batch_size = batch_size
         self._device = threading.Lock()
@@ -166,7 +168,7 @@ class SimulatedCore:
 
     def close(self) -> None:
         """Let the model go."""
-        self._model = None
+        self._model = self._given = None
 
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
-from opentelemetry.context import Context
+from opentelemetry.context import Context, attach, detach
 from opentelemetry.trace import Link, Span, Tracer, TracerProvider, get_tracer
 
 from aneuron import AsyncDataParallel, Timing
@@ -30,7 +30,8 @@ def instrument(tracer_provider: TracerProvider | None = None, /, **models: Async
 
     A batch none of whose calls is sampled has no span. Others are sampled anew, as any root: where few requests are
     sampled, let the provider's sampler take roots that have links, all of which are to sampled calls. The SDK keeps 128
-    links of a span unless told otherwise (OTEL_SPAN_LINK_COUNT_LIMIT).
+    links of a span unless told otherwise (OTEL_SPAN_LINK_COUNT_LIMIT): a batch of more calls has the others' links on
+    spans "batch NAME links" below it.
 
     tracer_provider: None: the global one, which may be set later.
     models: by the names that they have in spans. `model.observe(None)` takes it back.
@@ -85,16 +86,35 @@ class _Spans:
 
     @contextmanager
     def _execution(self, links: list[Link], where: dict[str, str | int]) -> Iterator[None]:
-        # The thread's own context is no parent: it may have been inherited from whoever started the thread.
-        span = self._tracer.start_as_current_span(
-            self._batch, Context(), attributes={**self._attributes, **where}, links=links
-        )
+        # The thread's own context is that of whoever started the model: no parent, and its baggage is no caller's.
+        token = attach(Context())
+        try:
+            with self._span(links, where):
+                yield
+        finally:
+            detach(token)
+
+    @contextmanager
+    def _span(self, links: list[Link], where: dict[str, str | int]) -> Iterator[None]:
+        span = self._tracer.start_as_current_span(self._batch, attributes={**self._attributes, **where}, links=links)
         with span as current:
+            self._link_the_rest(links, getattr(current, "links", links))
             try:
                 yield
             except Exception as error:
                 current.set_attribute("error.type", _name(error))
                 raise
+
+    def _link_the_rest(self, links: list[Link], kept: Sequence[Link]) -> None:
+        """Further spans, below the current one, for the links that the SDK has dropped; none where it keeps none."""
+        step = len(kept)
+        if not 0 < step < len(links):
+            return
+        dropped = links[: len(links) - step]  # it keeps the last
+        for start in range(0, len(dropped), step):
+            self._tracer.start_span(
+                f"{self._batch} links", attributes=self._attributes, links=dropped[start:][:step]
+            ).end()
 
 
 def _where(core: int, rows: int, padded_rows: int, why: str) -> dict[str, str | int]:

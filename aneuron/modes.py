@@ -1,0 +1,62 @@
+"""What of torch's state belongs to a worker thread, and is put back when a model has left it changed.
+
+Lives here: which modes there are, and how one is put back. Must not be here: what runs when.
+"""
+
+import torch
+
+_length = torch._C._len_torch_function_stack  # of the modes, of which a default device is one
+_is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_kept: list[object] = []  # guards that would undo themselves if they were let go
+
+
+class Modes:
+    """The modes of the calling thread as they are to be before each execution: gradients and autocast off, the rest as
+    it is now.
+
+    The default dtype is the process's: it is put back if it has changed while an execution ran, whoever has done it.
+    """
+
+    __slots__ = ("_autocast", "_cache", "_depth", "_dtype")
+
+    def __init__(self) -> None:
+        torch.set_grad_enabled(False)
+        self._autocast = torch.get_autocast_dtype("cpu")
+        self._cache = torch.is_autocast_cache_enabled()
+        self._depth = _length()
+        self._dtype = torch.get_default_dtype()
+
+    def note(self) -> None:
+        """An execution begins."""
+        self._dtype = torch.get_default_dtype()
+
+    def restore(self) -> None:
+        """An execution has ended. Costs a microsecond or two where nothing has changed."""
+        if torch.is_grad_enabled():
+            torch.set_grad_enabled(False)
+        if torch.get_default_dtype() is not self._dtype:
+            torch.set_default_dtype(self._dtype)
+        if _length() > self._depth:
+            self._leave_functions()
+        if torch.is_inference_mode_enabled():
+            guard = torch.inference_mode(False)
+            guard.__enter__()
+            _kept.append(guard)
+        if _is_any_autocast_enabled() or torch.get_autocast_dtype("cpu") is not self._autocast:
+            self._leave_autocast()
+        if torch.is_autocast_cache_enabled() is not self._cache:
+            torch.set_autocast_cache_enabled(self._cache)
+
+    def _leave_functions(self) -> None:
+        """Take away the default device, and other modes that are around functions of torch."""
+        torch.set_default_device(None)
+        while _length() > self._depth:
+            torch.overrides._pop_mode()  # type: ignore[no-untyped-call]
+
+    def _leave_autocast(self) -> None:
+        for kind in ("cpu", "cuda"):
+            torch.set_autocast_enabled(kind, False)
+        torch.set_autocast_dtype("cpu", self._autocast)
+        torch.clear_autocast_cache()  # of weights: nobody else would, where a context was never left
+        for _ in range(torch.autocast_increment_nesting()):
+            torch.autocast_decrement_nesting()
