@@ -24,6 +24,7 @@ import torch
 from aneuron import rows
 from aneuron.backends import Backend, Core, Fault
 from aneuron.batches import Batch
+from aneuron.errors import InputModified
 from aneuron.evidence import Evidence, Trials, identities, snapshot
 from aneuron.measure import Compiled
 from aneuron.modes import Modes
@@ -193,9 +194,14 @@ class Execution:
             self.output = self._evidenced(call, clock)
 
     def _evidenced(self, call: Call, clock: Callable[[], float]) -> Output:
+        put_modes_back()
         common, size = self.common, self.size or self.rows
         if not call.cut.shared and call.cut.count(call.rows) == 1:
             return Output(self.output, None, common.dim, call.base)  # all of it is the call's
+        try:
+            rows.check_unmodified(self.chunks, self._inputs, self._template)
+        except InputModified:  # it has been read, and may be: what was executed cannot be executed anew
+            return common.evidence.marked(self.output, call.structure, size, call.cut.shared)
         first = partial(self._as_evidence, clock)
         return common.evidence.look(self.output, call.structure, size, call.cut.shared, first)
 
@@ -204,7 +210,6 @@ class Execution:
         common, bucket, sizes = self.common, self.batch.bucket, self.common.sizes.get(self.batch.bucket)
         size = self.size or self.rows
         inputs = rows.columns(self.chunks, self._inputs, self.rows, common.dim, bucket)
-        rows.check_unmodified(self.chunks, self._inputs, self._template)
         numbers = identities(inputs, common.dim)
         again = self._inputs, self._template
 
@@ -279,6 +284,13 @@ def warm_up(
 
 
 _local = threading.local()  # a worker thread's modes
+
+
+def put_modes_back() -> None:
+    """Put the calling thread's modes back, where it has any: a model may have left them changed."""
+    modes: Modes | None = getattr(_local, "modes", None)
+    if modes is not None:
+        modes.restore()
 
 
 def in_own_modes(core: Core, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

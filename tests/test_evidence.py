@@ -65,9 +65,16 @@ async def test_nobody_gets_the_hidden_state_of_others(kind):
 
 
 async def test_nor_where_inputs_are_integers_and_a_lone_call_is_padded():
-    table = torch.nn.Embedding(9, 3).eval()
-    net = lstm(4)
-    async with one_core(lambda x: net(table(x)), batch_size=4) as model:
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.lstm = torch.nn.Embedding(9, 3), torch.nn.LSTM(3, 3, 4, batch_first=True)
+
+        def forward(self, x):
+            y, (hidden, _) = self.lstm(self.table(x))
+            return y, hidden
+
+    async with one_core(Net().eval(), batch_size=4) as model:
         with pytest.raises(OutputError, match=r"output\[1\]"):
             await model(TEXT[:1])
 

@@ -206,7 +206,7 @@ async def test_batches_are_told_of_in_the_threads_that_execute_them():
         seen.append(current.calls)
         return x
 
-    async with AsyncDataParallel(net, backend=CpuBackend(cores=2), batch_size=4) as model:
+    async with AsyncDataParallel(net, backend=CpuBackend(cores=2), batch_size=4, check_rows=False) as model:
         model.observe(diary)
         await asyncio.gather(*(model(row(n)) for n in range(20)))
     assert diary.open == 0

@@ -110,6 +110,7 @@ class Machine:
 def test_the_first_sample_has_numbers_but_no_rates():
     machine = Machine()
     machine.execute(0, batches=3, rows=8, padded=0, seconds=0.1)
+    machine.counters.accepted += 7
     curves, rest = machine.look(100.0, waiting=7)
     assert curves == {"calls_per_second": None, "waiting": 7, "p50": None, "p99": None, "utilisation": [None, None]}
     assert rest["calls"]["completed"] == 24

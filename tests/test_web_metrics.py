@@ -221,9 +221,9 @@ def test_a_model_may_start_while_another_thread_scrapes():
     counters = Counters()
 
     class Core(CoreCounters):
-        def snapshot(self):
+        def snapshot(self, in_flight):
             counters.cores.setdefault(1, CoreCounters(1, 1))  # as a start does
-            return super().snapshot()
+            return super().snapshot(in_flight)
 
     counters.cores[0] = Core(0, 0)
     assert value(page(net=a_model(counters.snapshot(0, 0))), "core_state", core="0", state="loading") == 1

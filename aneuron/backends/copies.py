@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from aneuron.backends.unwarned import unwarned
+
 # What need not be looked into for modules.
 _LEAVES = (nn.Module, type, types.ModuleType, types.FunctionType, torch.Tensor, threading.Thread)
 _lock = threading.Lock()  # around copies: two cores may load at once, and `deepcopy` of some modules writes to them
@@ -55,7 +57,8 @@ def _copied(model: Any) -> Any:
         for value in () if isinstance(module, torch.jit.ScriptModule) else vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:  # as `nn.utils.weight_norm` leaves
                 memo[id(value)] = value.detach().clone()
-    made = copy.deepcopy(model, memo)
+    with unwarned():
+        made = copy.deepcopy(model, memo)
     originals = set(map(id, modules))
     theirs = {id(module): module for module in _modules(made) if id(module) not in originals}
     _check_functions(made, type(made).__name__, memo, theirs)
