@@ -43,10 +43,11 @@ ERRORS = {
 ORDER = [
     "errors", "waiting", "order", "room", "batches", "slots", "holding", "scheduler", "health", "buckets", "marked",
     "nested", "quantized", "lengths", "outputs", "verdicts", "evidence", "rows", "measure", "backends",
-    "backends.files", "backends.unwarned", "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu", "backends.simulated",
-    "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores", "backends.neuron.placement",
-    "backends.neuron.native", "backends.neuron", "backends.cuda", "models", "stats", "observing", "modes", "workers",
-    "lane", "futures", "recovery", "lanes", "sources", "bulk", "view", "parallel", "testing", "web", "cli", "__main__",
+    "backends.files", "backends.unwarned", "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu",
+    "backends.simulated", "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores",
+    "backends.neuron.placement", "backends.neuron.native", "backends.neuron", "backends.cuda", "models", "stats",
+    "observing", "modes", "workers", "lane", "futures", "recovery", "lanes", "sources", "bulk", "view", "parallel",
+    "testing", "web", "cli", "__main__",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.

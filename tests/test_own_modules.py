@@ -58,8 +58,9 @@ def _compiled_in_place(net):
 
 
 def ran_elsewhere(request):
-    """Whether a test of torch.compile was run in a process of its own: dynamo fails where another test has given torch's
-    place for devices of others a name (tests/doubles), which cannot be taken back.
+    """Whether a test of torch.compile was run in a process of its own.
+
+    Dynamo fails where another test has given torch's place for others' devices a name (tests/doubles), and that stays.
     """
     if "compile" not in request.node.name or torch._C._get_privateuse1_backend_name() == "privateuseone":
         return False
