@@ -28,6 +28,7 @@ class Call(Waiting):
     template: Any = None  # (args, kwargs); None for a single tensor
     parts: "Parts | None" = None
     timer: Any = None  # that ends a call with a deadline
+    limit: Any = None  # whose deadline that is
     trace: Any = None  # where the lanes note how the call was run, if anybody asks
 
     # Without buckets; see `BucketCall`.
