@@ -169,6 +169,7 @@ async def test_equal_names_are_one_tenant_however_they_are_made():
 
 
 def test_one_that_compares_wrongly_is_not_taken_for_another():
+    gc.collect()  # what other tests have left
     evil = Incomparable()
     kept = tenant_of(evil)
     assert tenant_of(evil) is kept
@@ -245,15 +246,18 @@ async def test_a_timeout_that_the_start_has_eaten_into_is_named_whole():
 async def test_the_elements_of_a_map_share_the_time_of_the_request():
     model, backend = puppet()
     loop = asyncio.get_running_loop()
+
+    async def source():  # not one that is read in a thread: that has no virtual time
+        for n in range(2):
+            yield row(n)
+
     async with model:
         net = RequestView("net", model, loop.time() + 3.0)
         loop.call_later(2.0, backend[0].release)
-        results = net.map([row(1), row(2)], limit=1)
+        results = net.map(source(), limit=1)
         await anext(results)
-        with pytest.raises(DeadlineExceeded, match=r"the request's deadline \(1 s were left\)"):
+        with pytest.raises(DeadlineExceeded, match=r"the request's deadline \(1 s were left\) cannot be met"):
             await anext(results)
-        assert loop.time() == pytest.approx(3.0)
-        backend[0].release()
 
 
 @scenario
