@@ -153,8 +153,11 @@ async def talked(app, path):
     """What a websocket is sent, until the end."""
     sent, received = [], asyncio.Queue()
     received.put_nowait({"type": "websocket.connect"})
-    scope = {"type": "websocket", "path": path, "raw_path": path.encode(), "root_path": "", "headers": [(b"host", b"test")],
-             "query_string": b"", "subprotocols": [], "scheme": "ws", "server": ("test", 80), "client": ("test", 1)}  # fmt: skip
+    scope = {
+        "type": "websocket", "path": path, "raw_path": path.encode(), "root_path": "", "query_string": b"",
+        "headers": [(b"host", b"test")], "subprotocols": [], "scheme": "ws", "server": ("test", 80),
+        "client": ("test", 1),
+    }  # fmt: skip
 
     async def send(message):
         sent.append(message)
