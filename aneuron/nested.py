@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from aneuron.names import name_of
+
 
 class _Opened(NamedTuple):
     """What is in a container: items under their index or key, attributes under their name."""
@@ -79,7 +81,8 @@ def walk(value: Any, leaves: list[Any], key: list[Any], constants: list[Any], by
     kind: Any = type(value)
     if by_name and hasattr(kind, "_fields"):
         kind = (kind.__name__, kind._fields)
-    key.append((kind, *(name for name, _ in opened.items), "", *(name for name, _ in opened.attributes)))
+    names = [name if type(name) is str or type(name) is int else name_of(name) for name, _ in opened.items]
+    key.append((kind, *names, "", *(name for name, _ in opened.attributes)))
     for children in opened:
         for _, child in children:
             walk(child, leaves, key, constants, by_name)

@@ -10,8 +10,8 @@ from numbers import Real
 from typing import Any, NamedTuple, Protocol, Self
 
 from aneuron.bulk import Map
+from aneuron.names import Name, name_of
 from aneuron.stats import Timing
-from aneuron.tenants import Tenant, tenant_of
 from aneuron.waiting import Limit, Terms
 
 
@@ -44,7 +44,7 @@ class Options(NamedTuple):
 
     timeout: Limit | None = None
     priority: float = 0.0
-    tenant: Tenant | None = None
+    tenant: Name | None = None
 
     def changed(self, timeout: float | None, priority: float, tenant: Hashable) -> "Options":
         """With what is said now; the rest as before."""
@@ -57,7 +57,7 @@ class Options(NamedTuple):
         return Options(
             None if timeout is None else Limit(seconds("timeout", timeout)),
             float(priority),
-            self.tenant if tenant is AS_BEFORE else tenant_of(tenant),
+            self.tenant if tenant is AS_BEFORE else _tenant(tenant),
         )
 
     def terms(self) -> Terms | None:
@@ -106,6 +106,13 @@ class View:
     def __repr__(self) -> str:
         timeout, priority, tenant = self._options
         return f"{self._model!r}.options(timeout={timeout!r}, priority={priority:g}, tenant={tenant!r})"
+
+
+def _tenant(tenant: Hashable) -> Name | None:
+    try:
+        return None if tenant is None else name_of(tenant)
+    except TypeError:
+        raise TypeError(f"tenant={tenant!r:.80} is not hashable; pass a name, a number or a tuple") from None
 
 
 def seconds(name: str, value: float) -> float:

@@ -10,7 +10,7 @@ from puppets import check_sum, row, scenario
 
 import aneuron
 from aneuron import AsyncDataParallel, DeadlineExceeded
-from aneuron.tenants import _known, tenant_of
+from aneuron.names import _known, name_of
 from aneuron.testing import PuppetBackend, settle
 from aneuron.web.views import RequestView
 
@@ -156,28 +156,61 @@ async def test_a_tenant_that_cannot_be_compared_fails_its_own_call(make):
         check_sum(model)
 
 
+@pytest.mark.parametrize("make", [Incomparable, *(lambda good=good: Fickle(good) for good in range(2, 14))])
+@pytest.mark.parametrize("wrap", [lambda key: {key: row(2)}, lambda key: ({(1, key): row(2)}, 3)])
+@scenario
+async def test_a_key_of_the_inputs_that_cannot_be_compared_fails_its_own_call(make, wrap):
+    """The inputs' keys tell which calls may share a batch; that they do is found out with everybody's lock held."""
+    backend = PuppetBackend(cores=1)
+
+    def model(given):
+        given = given[0] if isinstance(given, tuple) else given
+        return next(iter(given.values())) if isinstance(given, dict) else given
+
+    async with AsyncDataParallel(model, backend=backend, num_workers=1) as net:
+        first = asyncio.ensure_future(net(row(1)))
+        await settle()
+        tasks = []
+        for _ in range(6):
+            try:
+                given = wrap(make())
+            except Evil:
+                continue
+            tasks.append(asyncio.ensure_future(net(given)))
+        tasks.append(asyncio.ensure_future(net(row(3))))
+        await settle()
+        for _ in range(40):
+            if backend[0].executing:
+                backend[0].release()
+            await settle()
+        assert (await first).shape == (1, 2)
+        assert (await asyncio.gather(*tasks[:-1], return_exceptions=True)) is not None
+        assert all(task.done() for task in tasks)
+        assert (tasks[-1].exception(), net.ready) == (None, True)
+        check_sum(net)
+
+
 @scenario
 async def test_equal_names_are_one_tenant_however_they_are_made():
     class Name(str):
         __slots__ = ()
 
-    assert tenant_of("acme") is tenant_of(Name("acme"))
-    kept = tenant_of((1, "a"))
-    assert tenant_of((1.0, "a")) is kept
-    assert tenant_of((2, "a")) is not kept
-    assert tenant_of(None) is None
+    assert name_of("acme") is name_of(Name("acme"))
+    kept = name_of((1, "a"))
+    assert name_of((1.0, "a")) is kept
+    assert name_of((2, "a")) is not kept
 
 
 def test_one_that_compares_wrongly_is_not_taken_for_another():
     gc.collect()  # what other tests have left
     evil = Incomparable()
-    kept = tenant_of(evil)
-    assert tenant_of(evil) is kept
-    five = tenant_of(5)  # has its hash; that the other cannot be compared is not this one's fault
+    kept = name_of(evil)
+    assert name_of(evil) is kept
+    five = name_of(5)  # has its hash; that the other cannot be compared is not this one's fault
     assert five is not kept
-    assert tenant_of(5.0) is five
+    assert name_of(5.0) is five
     with pytest.raises(Evil, match="eq"):
-        tenant_of(Incomparable())
+        name_of(Incomparable())
 
 
 @scenario
