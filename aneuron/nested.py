@@ -81,8 +81,7 @@ def walk(value: Any, leaves: list[Any], key: list[Any], constants: list[Any], by
     kind: Any = type(value)
     if by_name and hasattr(kind, "_fields"):
         kind = (kind.__name__, kind._fields)
-    names = [name if type(name) is str or type(name) is int else name_of(name) for name, _ in opened.items]
-    key.append((kind, *names, "", *(name for name, _ in opened.attributes)))
+    key.append((kind, *(name_of(name) for name, _ in opened.items), "", *(name for name, _ in opened.attributes)))
     for children in opened:
         for _, child in children:
             walk(child, leaves, key, constants, by_name)

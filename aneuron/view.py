@@ -10,7 +10,7 @@ from numbers import Real
 from typing import Any, NamedTuple, Protocol, Self
 
 from aneuron.bulk import Map
-from aneuron.names import Name, name_of
+from aneuron.names import name_of
 from aneuron.stats import Timing
 from aneuron.waiting import Limit, Terms
 
@@ -44,7 +44,7 @@ class Options(NamedTuple):
 
     timeout: Limit | None = None
     priority: float = 0.0
-    tenant: Name | None = None
+    tenant: Hashable = None
 
     def changed(self, timeout: float | None, priority: float, tenant: Hashable) -> "Options":
         """With what is said now; the rest as before."""
@@ -108,7 +108,7 @@ class View:
         return f"{self._model!r}.options(timeout={timeout!r}, priority={priority:g}, tenant={tenant!r})"
 
 
-def _tenant(tenant: Hashable) -> Name | None:
+def _tenant(tenant: Hashable) -> Hashable:
     try:
         return None if tenant is None else name_of(tenant)
     except TypeError:

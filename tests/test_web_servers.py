@@ -268,6 +268,7 @@ async def test_what_the_model_says_is_in_the_log(server):
     assert answer.status_code == 500
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.json() == {"type": "about:blank", "title": "Internal Server Error", "status": 500}
+    await server.serves()  # what the handler raised is logged after it has answered
     assert "a secret of the model" in server.log.read_text()
 
 
