@@ -9,6 +9,7 @@ from aneuron.backends.cuda import CudaBackend
 from aneuron.backends.neuron import NeuronBackend
 from aneuron.backends.simulated import SimulatedBackend
 from aneuron.buckets import Buckets
+from aneuron.bulk import Map
 from aneuron.errors import (
     AneuronError,
     Closed,
@@ -24,22 +25,27 @@ from aneuron.errors import (
 from aneuron.marked import Rows, Shared
 from aneuron.observing import Observer
 from aneuron.parallel import AsyncDataParallel
-from aneuron.stats import Statistics, Timing
+from aneuron.stats import CallStatistics, CoreStatistics, Histogram, Statistics, Timing
+from aneuron.view import View
 
 __all__ = [
     "AneuronError",
     "AsyncDataParallel",
     "Backend",
     "Buckets",
+    "CallStatistics",
     "Closed",
     "Core",
     "CoreFailed",
+    "CoreStatistics",
     "CpuBackend",
     "CudaBackend",
     "DeadlineExceeded",
     "DeviceError",
     "Fault",
+    "Histogram",
     "InputModified",
+    "Map",
     "NeuronBackend",
     "NoHealthyCores",
     "Observer",
@@ -51,6 +57,7 @@ __all__ = [
     "SimulatedBackend",
     "Statistics",
     "Timing",
+    "View",
 ]
 
 for _name in __all__:

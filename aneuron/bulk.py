@@ -57,7 +57,7 @@ class Map(AsyncIterator[T]):
     of at least 1; from the iteration, besides the above, `TypeError` in place of an element that is none, `Closed`
     after the map was closed or has raised, `RuntimeError` when a second consumer waits.
 
-        >>> import torch
+        >>> import asyncio, torch
         >>> async def double(x):
         ...     return 2 * x
         >>> async def main():

@@ -13,6 +13,7 @@ from typing import Any
 from aneuron.errors import DeadlineExceeded
 from aneuron.rows import Call
 from aneuron.stats import Counters
+from aneuron.waiting import Limit
 
 
 class Futures:
@@ -42,17 +43,17 @@ class Futures:
         self._counters.accepted += 1
         return future
 
-    def time(self, call: Call, timeout: float) -> None:
+    def time(self, call: Call, timeout: Limit) -> None:
         """Give a call its deadline."""
-        call.deadline = call.admitted + timeout
+        call.deadline, call.limit = call.admitted + timeout, timeout
         call.timer = self._loop.call_later(timeout, self._guard, partial(self.expire, call))
 
     def expire(self, call: Call) -> None:
         """A call's deadline has passed, or cannot be met."""
-        now, timeout = self._clock(), call.deadline - call.admitted
-        why = f"timeout={timeout:g} s has passed"
+        now = self._clock()
+        why = f"{call.limit!s} has passed"
         if now < call.deadline:
-            why = f"timeout={timeout:g} s cannot be met: {now - call.admitted:.3g} s have passed, and the cores need "
+            why = f"{call.limit!s} cannot be met: {now - call.admitted:.3g} s have passed, and the cores need "
             why += "more than the rest"
         self.end([(call, DeadlineExceeded(f"{why}; allow more time, or send less"))], failed=True)
 

@@ -32,7 +32,7 @@ from aneuron.rows import Call
 from aneuron.scheduler import Rules, Scheduler, Sizes, rounded
 from aneuron.slots import spread
 from aneuron.stats import CoreCounters, Counters, Recent, Statistics
-from aneuron.waiting import Chunk
+from aneuron.waiting import Chunk, Limit
 from aneuron.workers import Common, Execution, Workers, text
 
 logger = logging.getLogger("aneuron")
@@ -264,7 +264,7 @@ class Lanes:
 
     # Calls in.
 
-    def admit(self, call: Call, timeout: float | None = None) -> "asyncio.Future[Any]":
+    def admit(self, call: Call, timeout: Limit | None = None) -> "asyncio.Future[Any]":
         """Admit a call; its future. Who stops waiting for that before the call is settled must `withdraw` it."""
         self._check_open()
         outside = self.rules.max_pending is not None and not self._find_room(call)
@@ -304,7 +304,7 @@ class Lanes:
         if self._down:
             raise self.recovery.none_left()
 
-    def _is_hopeless(self, call: Call, timeout: float) -> bool:
+    def _is_hopeless(self, call: Call, timeout: Limit) -> bool:
         """Give a call its deadline, and end it if that cannot be met."""
         self._scheduler.timed = True
         if self._late_by.is_stale(call.admitted):

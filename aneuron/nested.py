@@ -20,6 +20,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 from aneuron.marked import Rows, Shared, is_mark
+from aneuron.names import name_of
 
 
 class Sealed(TypeError):
@@ -265,7 +266,7 @@ def _name_key(name: Any) -> Hashable:
     """Equal for keys of a dict that are the same to a model, as in `_constant_key`."""
     if type(name) is tuple:
         return (tuple, *map(_name_key, name))
-    return (type(name), repr(name) if isinstance(name, (float, complex)) else name)
+    return (type(name), repr(name) if isinstance(name, (float, complex)) else name_of(name))
 
 
 def _constant_key(value: Any) -> Hashable:

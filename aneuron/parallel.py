@@ -38,8 +38,8 @@ from aneuron.outputs import Unpad
 from aneuron.rows import Call
 from aneuron.scheduler import Rules, Sizes
 from aneuron.stats import Counters, Statistics, Timing
-from aneuron.view import View, seconds
-from aneuron.waiting import Cut, Terms
+from aneuron.view import Options, View, seconds
+from aneuron.waiting import Cut, Limit, Rest, Terms
 from aneuron.workers import Workers
 
 logger = logging.getLogger("aneuron")
@@ -289,13 +289,13 @@ class AsyncDataParallel:
             >>> asyncio.run(main())
             [0.0, 0.0, 1.0]
         """
-        return self._map(source, None, None, ordered, limit, return_exceptions)
+        return self._map(source, None, lambda: None, ordered, limit, return_exceptions)
 
     def _map(
         self,
         source: Any,
         terms: Terms | None,
-        timeout: float | None,
+        timeout: Callable[[], Limit | None],
         ordered: bool,
         limit: int | None,
         return_exceptions: bool,
@@ -303,7 +303,7 @@ class AsyncDataParallel:
         terms = (terms or Terms())._replace(yields=True)
 
         def call(*inputs: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
-            return self._run(inputs, kwargs, terms, timeout)
+            return self._run(inputs, kwargs, terms, timeout())
 
         bound = self._outstanding if limit is None else limit
         return Map(call, source, ordered=ordered, limit=bound, return_exceptions=return_exceptions)
@@ -316,15 +316,17 @@ class AsyncDataParallel:
         return busy + min(busy, self._max_pending or busy)
 
     def options(self, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None) -> View:
-        """The model on other terms: a cheap object to be called like this one, with `timed` and `map`.
+        """The model on other terms: a cheap object to be called like this one, with `timed`, `map` and `options`.
+
+        Further `options` of what this returns change what they name, and leave the rest as it is.
 
         timeout: seconds, 0 or more, from the call to its result; None: no bound. Then `DeadlineExceeded`, at once if
             what is known of the cores says that it cannot be met; a call that becomes hopeless while it waits is
             dropped before it costs a core anything. It does not change the order.
         priority: any finite number. Batches start with the call of the highest level: its priority plus one for each
             second that it has waited.
-        tenant: who asks; anything hashable. Tenants take turns, row by row, however many calls one of them makes.
-            Calls without one are one tenant.
+        tenant: who asks; anything hashable, compared here and not later. Tenants take turns, row by row, however many
+            calls one of them makes. Calls without one are one tenant.
 
             >>> import asyncio, torch, aneuron
             >>> async def main():
@@ -333,7 +335,7 @@ class AsyncDataParallel:
             >>> asyncio.run(main())
             tensor([[0., 2.]])
         """
-        return View(self, timeout, priority, tenant)
+        return View(self, Options().changed(timeout, priority, tenant))
 
     def check_admission(self, rows: int = 1) -> None:
         """Raise what a call of so many rows would be refused with now: `QueueFull`, `NoHealthyCores`, `Closed`.
@@ -348,7 +350,7 @@ class AsyncDataParallel:
             self._lanes.check(_count("rows", rows) or 1)
 
     async def _timed(
-        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None = None, timeout: float | None = None
+        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None = None, timeout: Limit | None = None
     ) -> tuple[Any, Timing]:
         trace = Trace()
         result = await self._run(inputs, kwargs, terms, timeout, trace)
@@ -359,7 +361,7 @@ class AsyncDataParallel:
         inputs: tuple[Any, ...],
         kwargs: dict[str, Any],
         terms: Terms | None = None,
-        timeout: float | None = None,
+        timeout: Limit | None = None,
         trace: Trace | None = None,
     ) -> Any:
         if self._observer is not None and (trace is None or trace.observer is None):
@@ -397,7 +399,7 @@ class AsyncDataParallel:
         inputs: tuple[Any, ...],
         kwargs: dict[str, Any],
         terms: Terms | None,
-        timeout: float | None,
+        timeout: Limit | None,
         trace: Trace,
     ) -> Any:
         with observer.call(trace.timing) as trace.token:
@@ -582,7 +584,7 @@ class AsyncDataParallel:
             task.result().abort()
             self._lanes = None
 
-    async def _started_within(self, timeout: float) -> tuple[Lanes, float]:
+    async def _started_within(self, timeout: Limit) -> tuple[Lanes, Limit]:
         """The running lanes, and what is left of the time."""
         loop = asyncio.get_running_loop()
         began = loop.time()
@@ -593,9 +595,9 @@ class AsyncDataParallel:
             if not scope.expired():
                 raise  # the model's own, from loading
             raise DeadlineExceeded(
-                f"timeout={timeout:g} s has passed while the model was being loaded; start() it before it serves"
+                f"{timeout!s} has passed while the model was being loaded; start() it before it serves"
             ) from None
-        return lanes, max(0.0, timeout - (loop.time() - began))
+        return lanes, Rest.of(timeout, gone=loop.time() - began)
 
     def _check_loop(self) -> None:
         """An instance belongs to the loop that started it, until it is closed or that loop is; and to its process."""
@@ -611,8 +613,10 @@ class AsyncDataParallel:
             return
         if not owner.is_closed():
             raise RuntimeError(
-                "this model runs on another event loop, and belongs to it until aclose(); close it there first, or "
-                "make one instance for each loop"
+                "this model runs on another event loop, and belongs to it until aclose(). From a thread that this loop "
+                "has started (a handler without async) call anyio.from_thread.run(model, x), from any other, Flask's "
+                "say, portal.call(model, x) of one anyio.from_thread.start_blocking_portal() in which the model runs "
+                "(README, Recipes); or close it there first, or make one instance for each loop"
             )
         if self._lanes is not None:
             self._lanes.stop()  # its loop has gone without closing it

@@ -33,6 +33,7 @@ class Call(Waiting):
     structure: tuple[Any, ...] = ()  # what is around its tensors; empty for a single one
     parts: "Parts | None" = None
     timer: Any = None  # that ends a call with a deadline
+    limit: Any = None  # whose deadline that is
     trace: Any = None  # where the lanes note how the call was run, if anybody asks
 
     # Without buckets; see `BucketCall`.

@@ -15,6 +15,40 @@ class Terms(NamedTuple):
     yields: bool = False  # whether it gives its room to others, and waits for room again: an element of a map
 
 
+class Limit(float):
+    """The seconds that a call may take. As text: whose they are, in the words that its error begins with.
+
+    >>> str(Limit(2.0))
+    'timeout=2 s'
+    """
+
+    __slots__ = ()
+
+    def __str__(self) -> str:
+        return f"timeout={self:g} s"
+
+
+class Rest(Limit):
+    """What is left of a limit."""
+
+    __slots__ = ("whole",)
+    whole: Limit
+
+    def __str__(self) -> str:
+        return str(self.whole)
+
+    @classmethod
+    def of(cls, whole: Limit, gone: float) -> "Rest":
+        """The rest, when so many seconds of it have gone.
+
+        >>> Rest.of(Limit(2.0), gone=0.5) == 1.5, str(Rest.of(Limit(2.0), gone=0.5))
+        (True, 'timeout=2 s')
+        """
+        rest = cls(max(0.0, whole - gone))
+        rest.whole = whole
+        return rest
+
+
 class Cut(NamedTuple):
     """How a call may be cut: in pieces of `piece` rows, the pieces within the first `longer` rows one row longer.
 

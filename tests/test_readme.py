@@ -2,6 +2,9 @@
 
 import contextlib
 import re
+import subprocess
+import sys
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -32,8 +35,13 @@ def machine_of(name, monkeypatch):
         yield
 
 
+OPTIONAL = {"flask", "django"}  # which nothing else here needs
+
+
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_the_program(name, monkeypatch, tmp_path):
+    if name in OPTIONAL:
+        pytest.skip("has a test of its own")
     monkeypatch.chdir(tmp_path)
     with machine_of(name, monkeypatch):
         exec(compile(PROGRAMS[name], f"README.md: {name}", "exec"), {"__name__": "readme"})
@@ -48,8 +56,63 @@ def test_the_web_handler_answers():
     for _ in range(2):  # two test clients, one module-level model
         with TestClient(names["app"]) as client:
             answer = client.post("/predict", json=[1.0, 2.0, 3.0, 4.0])
+            wrong = client.post("/predict", json=[1.0, 2.0, 3.0, 4.0, 5.0])
         assert answer.status_code == 200
         assert len(answer.json()) == 2
+        assert (wrong.status_code, wrong.json()["error"]) == (422, "ShapeError")
+
+
+def test_a_handler_without_async_answers():
+    with client("sync handler") as asker:
+        assert len(asker.post("/predict", json=[1.0, 2.0, 3.0, 4.0]).json()) == 2
+
+
+def run_alone(name: str, then: str) -> None:
+    """Run a program and what comes after it in a process of its own: frameworks are set up once in each."""
+    pytest.importorskip(name)
+    program = PROGRAMS[name].split("\nif __name__")[0] + textwrap.dedent(then)
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_flask_answers_and_refuses():
+    run_alone(
+        "flask",
+        """
+        from concurrent.futures import ThreadPoolExecutor
+
+        def ask(row):
+            answer = app.test_client().post("/predict", json=row)
+            return answer.status_code, len(answer.get_json())
+
+        def check():
+            with ThreadPoolExecutor(8) as threads:
+                assert list(threads.map(ask, [[1.0, 2.0, 3.0, 4.0]] * 8)) == [(200, 2)] * 8
+            answer = app.test_client().post("/predict", json=[1.0])
+            assert (answer.status_code, answer.get_json()["error"]) == (422, "ShapeError")
+
+        serve(check)
+        """,
+    )
+
+
+def test_django_answers_and_refuses():
+    run_alone(
+        "django",
+        """
+        from starlette.testclient import TestClient
+
+        with TestClient(app) as client:
+            assert client.get("/readyz").status_code == 200
+            assert len(client.post("/predict", json=[1.0, 2.0, 3.0, 4.0]).json()) == 2
+            answer = client.post("/predict", json=[1.0])
+            assert (answer.status_code, answer.json()["error"]) == (422, "ShapeError")
+            late = client.post("/predict", json=[1.0] * 4, headers={"X-Request-Timeout-Ms": "0"})
+            assert (late.status_code, late.json()["error"]) == (504, "DeadlineExceeded")
+        """,
+    )
 
 
 def client(name: str):

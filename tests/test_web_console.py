@@ -282,7 +282,7 @@ async def test_viewers_are_bounded(monkeypatch):
 def test_what_is_no_model_is_refused_when_it_is_mounted(make):
     with pytest.raises(ValueError, match="a console of no models"):
         make()
-    with pytest.raises(TypeError, match=r"net=<built-in method neg.*expected an AsyncDataParallel"):
+    with pytest.raises(TypeError, match=r"net=<built-in method neg.*expected an aneuron.AsyncDataParallel"):
         make(net=torch.neg)
 
 

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import httpx
 import prometheus_client
@@ -206,7 +205,13 @@ async def test_models_stand_side_by_side():
 
 
 def a_model(statistics):
-    return SimpleNamespace(ready=True, statistics=lambda: statistics)
+    class Fixed(AsyncDataParallel):
+        ready = True
+
+        def statistics(self):
+            return statistics
+
+    return Fixed(torch.neg)
 
 
 def test_histograms_are_cumulative():

@@ -163,6 +163,28 @@ async def test_clients_that_leave_while_queued_cost_nothing(server):
     assert "Traceback" not in server.log.read_text()
 
 
+async def test_a_client_that_is_half_closed_has_left(server):
+    """It goes on reading, which no server can tell; README has the table."""
+    before = await server.state()
+    await server.switch("closed")
+    first = await server.connect()
+    first[1].write(post(0))
+    await server.state(executed=[0.0])  # the only core is taken
+    reader, writer = await server.connect()
+    writer.write(post(1))
+    await server.state(outstanding=2)
+    writer.write_eof()
+    await server.state(cancelled=before["cancelled"] + 1, outstanding=1)
+    await server.switch("open")
+    answer = await reader.read()
+    assert answer.startswith(b"HTTP/1.1 499") if server.kind == "hypercorn" else not answer
+    assert (await status(first[0]))[0] == 200
+    assert (await server.state(outstanding=0, tasks=0))["executed"] == [0.0]
+    for each in (writer, first[1]):
+        each.close()
+    await server.serves()
+
+
 @pytest.mark.parametrize("stage", ["connected", "head", "body", "executing", "answered"])
 async def test_a_client_may_leave_at_every_stage(server, stage):
     before = await server.state()

@@ -10,16 +10,19 @@ Lives here: what is aiohttp's. Must not be here: what another framework needs as
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from aiohttp import web
+from yarl import URL
 
 from aneuron import AsyncDataParallel
+from aneuron.web.checks import check_flags, check_models, drain_time, guarded, nowhere, time_allowed
 from aneuron.web.deadlines import MalformedTimeout, deadline
 from aneuron.web.health import Health
 from aneuron.web.lifecycle import frozen, serving
 from aneuron.web.problems import Problem, logger, problem, problem_of
-from aneuron.web.views import RequestView, Timings, guarded, view_of
+from aneuron.web.views import RequestView, Timings, view_of
 from aneuron.web.views import server_timing as timing_header
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -53,16 +56,28 @@ def setup(
     shed: paths, and the name of the model that their requests need: `shed={"/predict": "net"}`. While that model has no
         room for another row (`max_pending`), they get their 503 before their handlers are called and their bodies read:
         a flood leaves the server time for those that it has accepted. Paths are compared with `request.path`, as they
-        are; `OPTIONS` passes.
+        are; `OPTIONS` passes. That some route answers each of them is checked when the application starts:
+        `LookupError`.
 
     Errors of aneuron become problem details (RFC 9457) by the table in `aneuron.web.problems`, every other exception
     but aiohttp's own answers a 500 that says nothing; its text is in the log. How large a body may be is aiohttp's
-    `client_max_size`, 1 MiB by default.
+    `client_max_size`, 1 MiB by default. All of it holds for sub-applications too. Raises at once TypeError and
+    ValueError for what is no model and for options that cannot be meant, `RuntimeError` for a second `setup`.
     """
-    health = app[_HEALTH] = Health(models)
+    if not isinstance(app, web.Application):
+        raise TypeError(f"setup({app!r:.80}): expected an aiohttp.web.Application, then models by name")
+    check_models(setup, models)
+    check_flags(server_timing=server_timing, freeze=freeze)
+    most, drain_timeout = time_allowed("max_timeout", max_timeout), drain_time(drain_timeout)
     doors = guarded(shed, models)
+    if _HEALTH in app:
+        raise RuntimeError("models are in this application already; name all of them in one setup()")
+    health = app[_HEALTH] = Health(models)
 
     async def live(app: web.Application) -> AsyncIterator[None]:
+        for path in doors:
+            if not await _has_route(app, path):
+                raise nowhere(path)
         async with serving(models, drain_timeout):
             with frozen(freeze):
                 yield
@@ -76,8 +91,9 @@ def setup(
         try:
             if request.path in doors and request.method != "OPTIONS":
                 doors[request.path].check_admission()
-            until = deadline(request.headers, asyncio.get_running_loop().time(), max_timeout)
-            request[_TERMS] = until, timings
+            outer, _ = request.get(_TERMS, (None, None))  # of an application around this one
+            until = deadline(request.headers, asyncio.get_running_loop().time(), most)
+            request[_TERMS] = until if outer is None else outer if until is None else min(until, outer), timings
             response = await handler(request)
         except MalformedTimeout as error:
             response = _response(problem(400, str(error)))
@@ -94,6 +110,17 @@ def setup(
     app.middlewares.append(middleware)
     app.router.add_get("/livez", _livez)
     app.router.add_get("/readyz", _readyz)
+
+
+async def _has_route(app: web.Application, path: str) -> bool:
+    """Whether a path leads anywhere, by some method."""
+    asked: Any = SimpleNamespace(method="POST", path=path, rel_url=URL(path), headers={})
+    found = await app.router.resolve(asked)
+    if not isinstance(found.http_exception, web.HTTPNotFound):
+        return True
+    below: list[Any] = [resource.get_info() for resource in app.router.resources()]
+    of_domains = [info["app"] for info in below if "app" in info and "prefix" not in info]
+    return any([await _has_route(each, path) for each in of_domains])
 
 
 def get(request: web.Request, name: str) -> RequestView:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from anyio import move_on_after
 
 from aneuron import AsyncDataParallel, Statistics
+from aneuron.web.checks import check_models
 
 if TYPE_CHECKING:
     from aiohttp import web
@@ -72,6 +73,7 @@ def app(**models: AsyncDataParallel) -> "Starlette":
     from starlette.responses import Response, StreamingResponse
     from starlette.routing import Route
 
+    check_models(app, models)
     feed, page = Feed(models), _page()
 
     class Stream(StreamingResponse):
@@ -107,6 +109,7 @@ def routes(path: str, /, **models: AsyncDataParallel) -> "list[web.RouteDef]":
     """
     from aiohttp import web
 
+    check_models(routes, models)
     feed, page = Feed(models), _page()
 
     async def show(request: web.Request) -> web.Response:
@@ -255,9 +258,6 @@ class Feed:
     def __init__(self, models: Mapping[str, AsyncDataParallel]) -> None:
         if not models:
             raise ValueError("a console of no models; name them: console.app(net=model)")
-        for name, model in models.items():
-            if not isinstance(model, AsyncDataParallel):
-                raise TypeError(f"{name}={model!r:.80}: expected an AsyncDataParallel")
         self._models = {name: (model, History()) for name, model in models.items()}
         self._run = token_hex(4)  # numbers of another process mean nothing here
         self._past: deque[Event] = deque()

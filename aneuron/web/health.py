@@ -15,6 +15,8 @@ class Health:
     """The health of the models of one application."""
 
     models: Mapping[str, AsyncDataParallel]
+    advice: str = "it has to be started before it serves"  # what starts a model, if nothing has
+    begun: bool = False  # the application has started, or been asked
     draining: bool = False  # no new requests, please; those that come are served all the same
 
     def live(self) -> tuple[int, bytes]:
@@ -23,8 +25,18 @@ class Health:
 
     def ready(self) -> tuple[int, bytes]:
         """Status and body: 503 until every model has started, from when one closes, and while draining."""
-        states = {name: "ready" if model.ready else "not ready" for name, model in self.models.items()}
-        return _answer(dict.fromkeys(states, "draining") if self.draining else states, "ready")
+        if self.draining:
+            return _answer(dict.fromkeys(self.models, "draining"), "ready")
+        asleep = self.asleep()
+        states = {
+            name: "ready" if model.ready else "never started" if name in asleep else "not ready"
+            for name, model in self.models.items()
+        }
+        return _answer(states, "ready", self.advice if asleep else None)
+
+    def asleep(self) -> list[str]:
+        """The models that nothing has ever started."""
+        return [name for name, model in self.models.items() if not model.ready and not model.statistics().cores]
 
 
 def _is_lost(model: AsyncDataParallel) -> bool:
@@ -32,6 +44,7 @@ def _is_lost(model: AsyncDataParallel) -> bool:
     return bool(cores) and all(core.state == "failed" for core in cores)
 
 
-def _answer(states: Mapping[str, str], good: str) -> tuple[int, bytes]:
+def _answer(states: Mapping[str, str], good: str, detail: str | None = None) -> tuple[int, bytes]:
     bad = [state for state in states.values() if state != good]
-    return 503 if bad else 200, json.dumps({"status": bad[0] if bad else good, "models": states}).encode()
+    members = {"status": bad[0] if bad else good, "models": states} | ({"detail": detail} if detail else {})
+    return 503 if bad else 200, json.dumps(members).encode()

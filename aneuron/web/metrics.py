@@ -18,6 +18,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector as _Collector
 
 from aneuron import AsyncDataParallel, Statistics
+from aneuron.web.checks import check_models
 
 _COMMON = ("model", "pid")  # labels of every sample
 _OUTCOMES = ("completed", "failed", "cancelled", "refused")
@@ -101,6 +102,7 @@ class Collector(_Collector):
     """
 
     def __init__(self, **models: AsyncDataParallel) -> None:
+        check_models(Collector, models)
         self._models = models
 
     def collect(self) -> Iterator[Metric]:

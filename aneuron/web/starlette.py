@@ -12,7 +12,7 @@ Lives here: ASGI. Must not be here: what another framework needs as well (the fi
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -22,20 +22,32 @@ from starlette.applications import Starlette
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Host, Match, Mount
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from aneuron import AneuronError, AsyncDataParallel
+from aneuron.web.checks import (
+    check_body,
+    check_flags,
+    check_models,
+    check_same,
+    drain_time,
+    guarded,
+    nowhere,
+    time_allowed,
+)
 from aneuron.web.deadlines import MalformedTimeout, deadline
 from aneuron.web.health import Health
 from aneuron.web.lifecycle import frozen, serving
-from aneuron.web.problems import Problem, log, problem, problem_of
-from aneuron.web.views import RequestView, Timings, guarded, server_timing, view_of
+from aneuron.web.problems import Problem, log, logger, problem, problem_of
+from aneuron.web.views import RequestView, Timings, server_timing, view_of
 
 T = TypeVar("T")
 AppLifespan = Callable[[Any], AbstractAsyncContextManager[Any]]
 
-_MODELS, _DEADLINE, _TIMINGS = "aneuron.models", "aneuron.deadline", "aneuron.timings"  # in the scope of a request
+# In the scope of a request, and of those of mounted applications.
+_MODELS, _DEADLINE, _TIMINGS, _MOST = "aneuron.models", "aneuron.deadline", "aneuron.timings", "aneuron.most"
 _ASKS = (b"x-request-timeout-ms", b"grpc-timeout")
 
 
@@ -57,11 +69,23 @@ def lifespan(
         the modules that were imported and the models again and again, which makes the slowest answers of a busy
         process faster. Choose False if the application frees much of what it has at the start.
 
-    A model that fails to start fails the start of the application; those started before it are closed.
+    A model that fails to start fails the start of the application; those started before it are closed. Raises at once
+    TypeError and ValueError for what is no model and for options that cannot be meant, and when the application starts
+    ValueError where the same model has another name in `install`, or the same name another model.
     """
+    check_models(lifespan, models)
+    check_flags(freeze=freeze)
+    drain_timeout = drain_time(drain_timeout)
+    if app_lifespan is not None and (isinstance(app_lifespan, AsyncDataParallel) or not callable(app_lifespan)):
+        raise TypeError(
+            f"lifespan({app_lifespan!r:.80}): expected the application's own lifespan, or models by name: "
+            "lifespan(net=model)"
+        )
 
     @asynccontextmanager
     async def manager(app: Any) -> AsyncIterator[Any]:
+        for each in _applications(app):
+            check_same(models, each.state.aneuron.models if _is_installed(each) else {})
         async with serving(models, drain_timeout):
             if app_lifespan is None:
                 with frozen(freeze):
@@ -86,31 +110,93 @@ def install(
     """Put models into an application, before it starts: `get(name)`, answers to errors, `/livez`, `/readyz`, deadlines.
 
     server_timing: whether answers say in a `Server-Timing` header how their calls were run.
-    max_timeout: seconds that a request may have for its calls; see `deadline_middleware`.
+    max_timeout: seconds that a request may have for its calls, and each call of a websocket; see
+        `deadline_middleware`.
     max_body: bytes that a request's body may have; longer ones get 413. It is the application's own `max_body_size`,
         which None leaves as it is; a route may have another.
     shed: paths, and the name of the model that their requests need: `shed={"/predict": "net"}`. While that model has no
         room for another row (`max_pending`), they get their 503 before the application sees them and before their
         bodies are read, for half the cost: a flood leaves the server time for those that it has accepted. Paths are
-        compared as they are, without parameters; `OPTIONS` passes.
+        compared as they are, without parameters; `OPTIONS` passes. That some route answers each of them is checked
+        when the application starts, since routes may be added until then: `LookupError`.
 
     Middleware that is added before it sees neither what is shed nor `/livez` and `/readyz`: add it (CORS, say) after.
 
     Errors of aneuron become problem details (RFC 9457) by the table in `aneuron.web.problems`. Every other exception
     that nobody handles becomes a 500 that says nothing; its text is in the server's log. A handler of `Exception`
-    that the application has already is left alone.
+    that the application has already is left alone. Mounted applications find the models, the table and the deadlines
+    too; servers do not run their lifespans, so that what they need is started by the outermost.
+
+    A model that nothing has started when the application has, is started by its first call; a warning in the log says
+    so, as does `/readyz`. Raises at once, also `RuntimeError` for a second `install`: what can be known by then.
     """
-    health = app.state.aneuron = Health(models)
-    app.add_exception_handler(AneuronError, _on_error)  # type: ignore[arg-type]  # of requests and websockets
-    own = app.exception_handlers
-    if Exception not in own and 500 not in own:
-        app.add_exception_handler(Exception, _on_fault)
-    own.setdefault(ClientDisconnect, _on_left)
+    if not isinstance(app, Starlette):
+        raise TypeError(f"install({app!r:.80}): expected a Starlette or FastAPI application, then models by name")
+    check_models(install, models)
+    check_flags(server_timing=server_timing)
+    check_body(max_body)
+    most, doors = time_allowed("max_timeout", max_timeout), guarded(shed, models)
+    if _is_installed(app):
+        raise RuntimeError("models are installed in this application already; name all of them in one install()")
+    if max_body is not None and not hasattr(app, "max_body_size"):
+        raise RuntimeError(f"max_body={max_body} needs Starlette 1.6 or newer, which bounds bodies")
+    health = Health(models, "no lifespan has started it; make the application with lifespan=lifespan(name=model)")
+    app.add_middleware(_middleware(health, most, doors, server_timing))  # raises if it has started
+    app.state.aneuron = health
     if max_body is not None:
-        if not hasattr(app, "max_body_size"):
-            raise RuntimeError(f"max_body={max_body} needs Starlette 1.6 or newer, which bounds bodies")
         app.max_body_size = max_body
-    app.add_middleware(_middleware(health, max_timeout, guarded(shed, models), server_timing))
+    _answer_by_the_table(app)
+    serve = app.router.lifespan_context
+
+    @asynccontextmanager
+    async def start(app: Starlette) -> AsyncIterator[Any]:
+        async with serve(app) as state:
+            _begin(app, health, doors)
+            yield state
+
+    app.router.lifespan_context = start
+
+
+def _answer_by_the_table(app: Starlette) -> None:
+    """Handlers for the errors that the application has none for. They take effect until its first request."""
+    own = app.exception_handlers
+    own.setdefault(AneuronError, _on_error)
+    own.setdefault(ClientDisconnect, _on_left)
+    if 500 not in own:
+        own.setdefault(Exception, _on_fault)
+
+
+def _begin(app: Starlette, health: Health, shed: Mapping[str, AsyncDataParallel]) -> None:
+    """The application has started, or its first request has come: check what could be no earlier."""
+    for path in shed:
+        if not _has_route(app.routes, {"type": "http", "method": "POST", "path": path, "root_path": "", "headers": []}):
+            raise nowhere(path)
+    for each in _applications(app):
+        _answer_by_the_table(each)
+    if asleep := health.asleep():
+        logger.warning("%s: %s. Until then the first call starts it.", ", ".join(asleep), health.advice)
+    health.begun = True
+
+
+def _applications(app: Any) -> Iterator[Starlette]:
+    """An application and those that are mounted in it, as far as it is known what is."""
+    if isinstance(app, Starlette):
+        yield app
+    for route in getattr(app, "routes", None) or ():
+        inner = getattr(route, "app", None)
+        if isinstance(route, (Host, Mount)):
+            yield from _applications(getattr(route, "_base_app", inner))  # of Mount: without its own middleware
+
+
+def _has_route(routes: Sequence[BaseRoute], scope: Scope) -> bool:
+    """Whether a path leads anywhere; into what is mounted as far as it says which routes it has."""
+    for route in routes:
+        match, child = (Match.FULL, scope) if isinstance(route, Host) else route.matches(dict(scope))
+        if match is not Match.NONE:
+            inner = route.routes if isinstance(route, (Host, Mount)) else None
+            if not inner or _has_route(inner, {**scope, **child}):
+                return True
+    return False
 
 
 def drain(app: Starlette) -> None:
@@ -131,7 +217,9 @@ class Dependency:
     async def __call__(self, connection: HTTPConnection) -> RequestView:
         """The model's view for this request."""
         scope = connection.scope
-        return view_of(self.name, scope.get(_MODELS, {}), scope.get(_DEADLINE), scope.get(_TIMINGS))
+        if (handlers := scope.get("starlette.exception_handlers")) is not None:  # a mounted application's own, maybe
+            handlers[0].setdefault(AneuronError, _on_error)
+        return view_of(self.name, scope.get(_MODELS, {}), scope.get(_DEADLINE), scope.get(_TIMINGS), scope.get(_MOST))
 
 
 def get(name: str) -> Dependency:
@@ -175,12 +263,15 @@ def deadline_middleware(max_seconds: float | None) -> Callable[[ASGIApp], ASGIAp
     The client asks for one with `X-Request-Timeout-Ms: 250` or, as in gRPC, `grpc-timeout: 250m`; malformed ones get
     400. `max_seconds` is the most that a request gets, also one that does not ask; None: no bound. Time counts from
     when the request's headers have arrived. A call that cannot be answered in time raises `DeadlineExceeded` (504).
-    `install` has it built in.
+    A websocket has no deadline: each of its calls gets `max_seconds`. `install` has it built in.
     """
+    time_allowed("max_seconds", max_seconds)
 
     def wrap(app: ASGIApp) -> ASGIApp:
         async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
             refusal = _give_time(scope, max_seconds) if scope["type"] == "http" else None
+            if scope["type"] == "websocket":
+                _bound_calls(scope, max_seconds)
             await (refusal or app)(scope, receive, send)
 
         return middleware
@@ -200,6 +291,12 @@ def _give_time(scope: Scope, max_seconds: float | None) -> Response | None:
         return _response(problem(400, str(error)))
     scope[_DEADLINE] = until if outer is None else outer if until is None else min(until, outer)
     return None
+
+
+def _bound_calls(scope: Scope, max_seconds: float | None) -> None:
+    """Note in a websocket's scope what each of its calls may take."""
+    bounds = [most for most in (scope.get(_MOST), max_seconds) if most is not None]
+    scope[_MOST] = min(bounds, default=None)
 
 
 def _middleware(
@@ -222,9 +319,13 @@ def _middleware(
 
     def wrap(app: ASGIApp) -> ASGIApp:
         async def middleware(scope: Scope, receive: Receive, send: Send) -> None:
+            if not health.begun and scope["type"] != "lifespan":  # the server, or an outer application, runs none
+                _begin(scope["app"], health, shed)
             scope[_MODELS] = health.models
             answer = None
-            if scope["type"] == "http":
+            if scope["type"] == "websocket":
+                _bound_calls(scope, max_timeout)
+            elif scope["type"] == "http":
                 answer = at_once(scope)
                 if timing:
                     send = _timed(scope, send)
@@ -249,10 +350,14 @@ def _timed(scope: Scope, send: Send) -> Send:
     return send_timed
 
 
-def _health(app: Any) -> Health:
-    health = getattr(app.state, "aneuron", None)
-    if not isinstance(health, Health):
+def _is_installed(app: Starlette) -> bool:
+    return isinstance(getattr(app.state, "aneuron", None), Health)
+
+
+def _health(app: Starlette) -> Health:
+    if not _is_installed(app):
         raise RuntimeError("no models are in this app; call aneuron.web.starlette.install(app, ...) first")
+    health: Health = app.state.aneuron
     return health
 
 

@@ -14,6 +14,7 @@ from opentelemetry.context import Context, attach, detach
 from opentelemetry.trace import Link, Span, Tracer, TracerProvider, get_tracer
 
 from aneuron import AsyncDataParallel, Timing
+from aneuron.web.checks import check_models
 
 
 def instrument(tracer_provider: TracerProvider | None = None, /, **models: AsyncDataParallel) -> None:
@@ -44,6 +45,7 @@ def instrument(tracer_provider: TracerProvider | None = None, /, **models: Async
         >>> asyncio.run(main())
         tensor([[-1.]])
     """
+    check_models(instrument, models)
     tracer = get_tracer("aneuron", tracer_provider=tracer_provider)
     for name, model in models.items():
         model.observe(_Spans(tracer, name))

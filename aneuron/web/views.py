@@ -4,42 +4,59 @@ Lives here: what a handler awaits, the `Server-Timing` header. Must not be here:
 """
 
 import asyncio
-from collections.abc import Awaitable, Hashable, Iterable, Mapping
-from typing import Any
+from collections.abc import Coroutine, Iterable, Mapping
+from typing import Any, Self
 
-from aneuron import AsyncDataParallel, Timing
+from aneuron import AsyncDataParallel, Timing, View
+from aneuron.view import Model, Options
+from aneuron.waiting import Limit
 
 Timings = list[tuple[str, Timing]]
 
 _NOTED = 10  # calls that an answer tells of: a header has its limits
 
 
-class RequestView:
+class _OfRequest(Limit):
+    """What a request's deadline leaves to a call."""
+
+    __slots__ = ("own",)
+    own: Limit | None  # the call's own timeout, which is later
+
+    def __str__(self) -> str:
+        own = "" if self.own is None else f"; the call's own {self.own} is longer"
+        return f"the request's deadline ({float(self):.3g} s were left{own})"
+
+
+class RequestView(View):
     """A model on the terms of one request; what `get` hands to a handler. To be called like the model.
 
     Its calls have what is left of the request's time, if that is bounded, and raise `DeadlineExceeded`. They are for
-    the time of the request, on its event loop.
+    the time of the request, on its event loop. Of a `timeout` in `options` and the request's deadline, the earlier
+    holds.
     """
 
-    __slots__ = ("_deadline", "_model", "_name", "_priority", "_tenant", "_timeout", "_timings")
+    __slots__ = ("_deadline", "_most", "_name", "_timings")
 
     def __init__(
-        self, name: str, model: AsyncDataParallel, deadline: float | None = None, timings: Timings | None = None
+        self,
+        name: str,
+        model: Model,
+        deadline: float | None = None,
+        timings: Timings | None = None,
+        options: Options = Options(),  # noqa: B008  # it is frozen
+        most: float | None = None,
     ) -> None:
+        super().__init__(model, options)
         self._name = name
-        self._model = model
         self._deadline = deadline  # in the loop's time
+        self._most = most  # seconds for each call, where there is no deadline for all: a websocket has no end
         self._timings = timings
-        self._timeout: float | None = None
-        self._priority = 0.0
-        self._tenant: Hashable = None
 
-    def __call__(self, *inputs: Any, **kwargs: Any) -> Awaitable[Any]:
+    def __call__(self, *inputs: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
         """Run the model on the inputs' rows. To be awaited."""
         if self._timings is not None:
             return self._result(inputs, kwargs)
-        result: Awaitable[Any] = self._bound()(*inputs, **kwargs)
-        return result
+        return self._model._run(inputs, kwargs, self._terms, self._limit())
 
     async def _result(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result, _ = await self.timed(*inputs, **kwargs)
@@ -47,39 +64,40 @@ class RequestView:
 
     async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
         """The same, and how the call was run."""
-        result, timing = await self._bound().timed(*inputs, **kwargs)
+        result, timing = await self._model._timed(inputs, kwargs, self._terms, self._limit())
         if self._timings is not None and len(self._timings) < _NOTED:
             self._timings.append((self._name, timing))
         return result, timing
 
-    def map(self, source: Any, **settings: Any) -> Any:
-        """Run the model on each element of a source; see `AsyncDataParallel.map`. Not noted in `Server-Timing`."""
-        return self._bound().map(source, **settings)
+    def _with(self, options: Options) -> Self:
+        return type(self)(self._name, self._model, self._deadline, self._timings, options, self._most)
 
-    def options(self, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None) -> "RequestView":
-        """The view on further terms, see `AsyncDataParallel.options`; of `timeout` and the deadline, the earlier."""
-        view = RequestView(self._name, self._model, self._deadline, self._timings)
-        view._timeout, view._priority, view._tenant = timeout, priority, tenant
-        return view
-
-    def _bound(self) -> Any:  # the model, or a view of it
-        timeout = self._timeout
+    def _limit(self) -> Limit | None:
+        """Of the call's own timeout and what is left of the request's time, the shorter."""
+        own, left = self._options.timeout, self._most
         if self._deadline is not None:
             left = max(0.0, self._deadline - asyncio.get_running_loop().time())
-            timeout = left if timeout is None else min(left, timeout)
-        if timeout is None and not self._priority and self._tenant is None:
-            return self._model
-        return self._model.options(timeout, self._priority, self._tenant)
+        if left is None:
+            return own
+        if own is not None and own <= left:
+            return own
+        limit = _OfRequest(left)
+        limit.own = own
+        return limit
 
     def __repr__(self) -> str:
-        return f"<{self._name} for one request: {self._model!r}>"
+        return f"<{self._name} for one request: {super().__repr__()}>"
 
 
 def view_of(
-    name: str, models: Mapping[str, AsyncDataParallel], deadline: float | None, timings: Timings | None
+    name: str,
+    models: Mapping[str, AsyncDataParallel],
+    deadline: float | None,
+    timings: Timings | None,
+    most: float | None = None,
 ) -> RequestView:
     """The view of the model that was installed under a name."""
-    return RequestView(name, installed(name, models), deadline, timings)
+    return RequestView(name, installed(name, models), deadline, timings, most=most)
 
 
 def installed(name: str, models: Mapping[str, AsyncDataParallel]) -> AsyncDataParallel:
@@ -88,11 +106,6 @@ def installed(name: str, models: Mapping[str, AsyncDataParallel]) -> AsyncDataPa
         there = ", ".join(map(repr, models)) or "none at all"
         raise LookupError(f"no model {name!r} is installed in this app: there is {there}; see install() or setup()")
     return models[name]
-
-
-def guarded(shed: Mapping[str, str] | None, models: Mapping[str, AsyncDataParallel]) -> dict[str, AsyncDataParallel]:
-    """By path, the model without which a request need not come in."""
-    return {path: installed(name, models) for path, name in (shed or {}).items()}
 
 
 def server_timing(timings: Iterable[tuple[str, Timing]]) -> str:
