@@ -5,8 +5,8 @@
 #   contiguous.
 # Happens: the shape is that of the array, the bytes are those that begin where it begins: every transposed, Fortran-
 #   ordered or strided array is silently another one. Byte order is converted.
-# Who meets it: weights, prototypes and answers exported from NumPy (`w.T`, `y[:, 1]`, scikit-learn's and SciPy's Fortran-
-#   ordered results) and loaded by a runtime. `np.ascontiguousarray` first.
+# Who meets it: weights, prototypes and answers exported from NumPy (`w.T`, `y[:, 1]`, a DataFrame's `to_numpy()`, Fortran-
+#   ordered results of SciPy) and loaded by a runtime. `np.ascontiguousarray` first.
 # Seen: saved [[0, 3], [1, 4], [2, 5]] loaded [[0, 1], [2, 3], [4, 5]]; column [0, 3] loaded [0, 1]
 set -euo pipefail
 
