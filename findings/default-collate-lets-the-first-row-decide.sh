@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # DataLoader's default collate takes the dtype of a batch of Python numbers, and the keys of dicts, from the first row.
 # Library: torch 2.13.0, Python 3.11.
-# Guess: one dtype for all batches of floats; a key that one row has and another has not raises.
+# Guess (from memory, noted after a first look): one dtype for all batches of floats; a key that one row has and another has not raises.
 # Happens: [1, 2.7] gives float32, [1.5, 2] float64: the dtype of a batch changes with the order of its rows, and a
 #   float32 model raises for some batches only. A key that the first row lacks is dropped silently (of a row that lacks
 #   one of the first row's keys KeyError). [True, 2] is [1, 2].

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What is too large for float8_e4m3fn becomes 448 in torch and NaN in ml_dtypes; infinity as well.
 # Library: torch 2.13.0, ml_dtypes 0.6.0, numpy 2.4.6, Python 3.11, CPU.
-# Guess: NaN in both, as the format has no infinity.
+# Guess (from memory, noted after a first look): NaN in both, as the format has no infinity.
 # Happens: torch saturates: 500 and even inf become 448, so overflow leaves no trace; ml_dtypes (JAX, ONNX, NumPy files)
 #   gives NaN from 465 on. float8_e5m2 agrees in both and overflows to inf.
 # Who meets it: weights or inputs quantised by one library and compared with, or served by, the other; NaN checks behind

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `remove_parametrizations` on a deep copy breaks the module that it was copied from.
 # Library: torch 2.13.0, Python 3.11.
-# Guess: the copy is independent; at worst the call fails.
+# Guess (from memory, noted after a first look): the copy is independent; at worst the call fails.
 # Happens: parametrize gives the module a class of its own with `weight` as a property; a deep copy shares that class. To
 #   remove the parametrization of the copy deletes the property from the class: the original still says it is
 #   parametrized, and its next call raises AttributeError ('weight').

@@ -2,7 +2,7 @@
 # A float array's buffer as a chunk of a StreamingResponse: hypercorn sends it, granian sends nothing, uvicorn breaks the
 # message off.
 # Library: starlette 1.10.0, uvicorn 0.54.0, hypercorn 0.18.0, granian 2.8.9, numpy 2.4.6, Python 3.11.
-# Guess: 16 bytes from all; Starlette's annotation allows memoryview, and `Response(x.data)` does work everywhere.
+# Guess (from memory, noted after a first look): 16 bytes from all; Starlette's annotation allows memoryview, and `Response(x.data)` does work everywhere.
 # Happens: len() of such a memoryview is 4, its elements, not its 16 bytes. uvicorn announces a chunk of 4 and the client
 #   raises IncompleteRead; granian answers 200 with an empty body, without an error. `x.tobytes()` or
 #   `x.data.cast("B")` are right.

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # `torch.onnx.export` writes a second file, and fixes the batch to the example's rows.
 # Library: torch 2.13.0, onnx 1.23.2, onnxscript 0.7.2, onnxruntime 1.32.0, Python 3.11.
-# Guess: a model of 8 kB is one file (external data is for models above 2 GB).
+# Guess (from memory, noted after a first look): a model of 8 kB is one file (external data is for models above 2 GB).
 # Happens: since the exporter based on torch.export is the default, weights go to `m.onnx.data`, however few they are.
 #   Where only `m.onnx` is uploaded, or its bytes are given to a session, loading fails. `external_data=False` keeps one
 #   file, `dynamic_shapes=` a free batch; without it 3 rows for an example of 2 are refused.

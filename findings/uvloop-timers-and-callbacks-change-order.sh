@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # uvloop runs `call_later(0)` before an earlier-due `call_soon`, and timers of one millisecond in an order of its own.
 # Library: uvloop 0.23.0, Python 3.11, Linux.
-# Guess: the same order as asyncio: ready callbacks first, timers by their time.
+# Guess (from memory, noted after a first look): the same order as asyncio: ready callbacks first, timers by their time.
 # Happens: `call_later(0, ...)` is `call_soon`; of timers for 10.2, 10.1 and 10.0 ms after one another the one set
 #   first runs first, since times are rounded to whole milliseconds. asyncio: by time.
 # Who meets it: batching windows and deadlines that differ by less than a millisecond, and tests of them.
