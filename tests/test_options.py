@@ -215,6 +215,7 @@ def test_one_that_compares_wrongly_is_not_taken_for_another():
 @scenario
 async def test_tenants_that_have_gone_are_forgotten():
     model, backend = puppet()
+    gc.collect()  # what other tests have left
     before = len(_known)
 
     class Name:
