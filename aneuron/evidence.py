@@ -52,7 +52,10 @@ class Trials(NamedTuple):
     dim: int
     sizes: Sequence[int] | None  # compiled ones; None: any number of rows
     execute: Callable[[list[Any], int], Any]  # those columns, so many rows
-    alive: Callable[[], bool]  # to be said now and then: whether the execution has not been given up
+    go_on: Callable[[], None] = lambda: (
+        None
+    )  # said before each execution, and now and then while another's is waited for
+    given_up: Callable[[], bool] = lambda: False  # whether who has these hangs in one
 
 
 class _Known(NamedTuple):
@@ -95,7 +98,10 @@ class Evidence:
             if packing:
                 output.check(rows)
         else:
-            seen, trials = first()
+            try:
+                seen, trials = first()
+            except Exception as error:
+                return self._unseen(error, value, asked, rows, packing)
             with self._turn(trials):
                 output = Output(seen.value, None, self.dim, asked, self._marks.get(kind, {}))
                 if not self._is_known(kind, output, rows):
@@ -111,6 +117,24 @@ class Evidence:
 
         Remembers the verdict, unless there were no two different rows. Raises `OutputError`.
         """
+        last = seen[-1]
+        try:
+            return self._take(seen, asked, packing, trials)
+        except Exception as error:
+            return self._unseen(error, last.value, asked, len(last.rows), packing)
+
+    def _unseen(self, error: Exception, value: Any, asked: Hashable, rows: int, packing: bool) -> Output:
+        """An output by its shape, where evidence could not be taken or understood. Raises `OutputError`."""
+        if isinstance(error, OutputError):
+            raise error
+        self._say(
+            "unseen",
+            f"it could not be found out which outputs have rows ({type(error).__name__}: {error!s:.200}); their shapes "
+            "alone decide. outputs={...: 'rows'} confirms it, check_rows=False silences this",
+        )
+        return self.marked(value, asked, rows, packing)
+
+    def _take(self, seen: list[Seen], asked: Hashable, packing: bool, trials: Trials) -> Output:
         kind, last = (packing, asked_for(asked)), seen[-1]
         verdicts = self._judge(seen, asked)
         refused: BaseException | None = None
@@ -166,9 +190,9 @@ class Evidence:
     def _turn(self, trials: Trials) -> Iterator[None]:
         """One takes evidence at a time; who hangs in it is not waited for."""
         with self._free:
-            while self._taker is not None and self._taker.alive():
+            while self._taker is not None and not self._taker.given_up():
                 self._free.wait(_POLL)
-                trials.alive()
+                trials.go_on()
             self._taker = trials
         try:
             yield
@@ -358,7 +382,7 @@ def _other_rows(seen: Sequence[Seen], trials: Trials, refused: bool) -> tuple[in
 
 
 def _execute(trials: Trials, rows: tuple[int, ...]) -> Seen:
-    trials.alive()
+    trials.go_on()
     return Seen(rows, snapshot(trials.execute(arrange(trials.columns, rows, trials.dim), len(rows))))
 
 

@@ -103,7 +103,7 @@ class Lane:
         numbers = identities(compiled.columns(bucket), load.dim) if wanted else []
         for shape in load.models:
             with _naming(*shape, len(load.models)):
-                first, value, seconds = warm_up(self._cores[shape], compiled, *shape, clock)
+                first, value, seconds = warm_up(self._cores[shape], compiled, *shape, clock, wanted)
                 rows = shape[0] or compiled.rows
                 self.counters.learn((shape[0] or rounded(rows), shape[1]), seconds, clock())
                 values[shape] = value
@@ -122,7 +122,7 @@ class Lane:
             core = self._cores[count if compiled_sizes else None, bucket]
             return in_own_modes(core, *compiled.arguments(columns))
 
-        return Trials(compiled.columns(bucket), load.dim, compiled_sizes or None, execute, lambda: True)
+        return Trials(compiled.columns(bucket), load.dim, compiled_sizes or None, execute)
 
     def _learn(self, load: Load, compiled: Compiled, values: Mapping[Shape, Any]) -> None:
         """Note what the outputs are like, and what in them carries the length."""

@@ -23,6 +23,7 @@ from aneuron.nested import Steps, children, is_leaf, walk
 # How far results of the same row may be apart, as a share of the largest in the output. Kernels for other numbers of
 # rows and places round differently: float32 by 1e-6 to 1e-5 after some layers, 1e-3 with TF32.
 _ROUNDING = {torch.float64: 1e-6, torch.complex128: 1e-6, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_ROUNDING_FLOAT8 = 0.3
 _ROUNDING_ELSE = 1e-3
 _FEW = 1 / 3  # of the entries that may disagree before the whole does: what depends on a threshold may flip
 
@@ -181,6 +182,8 @@ def repeats(seen: Sequence[Seen], leaves: Sequence[Sequence[Any]]) -> bool | Non
 def _tolerance(leaf: Any) -> float:
     if isinstance(leaf, Rows):
         return 0.0
+    if leaf.is_floating_point() and leaf.dtype.itemsize == 1:
+        return _ROUNDING_FLOAT8
     return _ROUNDING.get(leaf.dtype, _ROUNDING_ELSE if leaf.is_floating_point() or leaf.is_complex() else 0.0)
 
 
@@ -220,7 +223,9 @@ def _deviations(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 def _comparable(leaf: torch.Tensor) -> torch.Tensor:
     """In a dtype in which differences can be taken."""
     plain = leaf.dequantize() if leaf.is_quantized else leaf
-    return plain if plain.dtype in (torch.float32, torch.float64, torch.complex64, torch.complex128) else plain.double()
+    if plain.is_complex():
+        return plain if plain.dtype is torch.complex128 else plain.to(torch.complex64)
+    return plain if plain.dtype in (torch.float32, torch.float64) else plain.double()
 
 
 def _alike(one: Any, other: Any) -> bool:

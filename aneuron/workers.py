@@ -217,12 +217,11 @@ class Execution:
             core = self.core if sizes is None or count == size else self.lane.core(count, bucket)
             return in_own_modes(core, *rows.arguments(again[1], columns))
 
-        def alive() -> bool:
+        def go_on() -> None:
             self.since = clock()
-            return not self.abandoned
 
         seen = Seen((*numbers, *numbers[-1:] * (size - self.rows)), snapshot(self.output))
-        return seen, Trials(inputs, common.dim, sizes, execute, alive)
+        return seen, Trials(inputs, common.dim, sizes, execute, go_on, lambda: self.abandoned)
 
     def _carried(self, unpad: Unpad, output: Output) -> Carried:
         """What of the output is to be cut back; if nobody knows, one more run in another bucket tells."""
@@ -269,18 +268,23 @@ def _bytes(value: Any) -> int:
 
 
 def warm_up(
-    core: Core, compiled: Compiled, size: int | None, bucket: int, clock: Callable[[], float]
+    core: Core, compiled: Compiled, size: int | None, bucket: int, clock: Callable[[], float], keep: bool
 ) -> tuple[Any, Any, float]:
     """Run the example twice, padded to `size` rows and to `bucket`: throughput climbs over the first runs, and a fault
-    of a compiled model can show in the second. Both outputs, in memory of their own, and the seconds that the second
-    run took.
+    of a compiled model can show in the second. Both outputs, in memory of their own if they are to be kept, and the
+    seconds that the second run took.
     """
+    own = snapshot if keep else _as_it_is
     args, kwargs = compiled.example(size, bucket)
-    first = snapshot(in_own_modes(core, args, kwargs))
+    first = own(in_own_modes(core, args, kwargs))
     begin = clock()
     output = in_own_modes(core, args, kwargs)
     seconds = clock() - begin
-    return first, snapshot(output), seconds
+    return first, own(output), seconds
+
+
+def _as_it_is(output: Any) -> Any:
+    return output
 
 
 _local = threading.local()  # a worker thread's modes

@@ -332,3 +332,34 @@ async def test_a_result_of_an_output_buffer_that_is_used_again_is_right_while_ev
     async with one_core(into, batch_size=4) as model:
         x = torch.rand(4, 3)
         assert torch.equal(await model(x), 2 * x)
+
+
+async def test_who_hangs_while_evidence_is_taken_is_given_up_and_others_take_it():
+    hung, let_go = [], threading.Event()
+
+    def model(x):
+        if len(x) == 3 and not hung:  # the first execution that is nobody's
+            hung.append(threading.current_thread())
+            let_go.wait(60.0)
+        return x * 2
+
+    settings = {"backend": CpuBackend(cores=2), "exec_timeout": 0.3}
+    async with AsyncDataParallel(model, **settings) as served:
+        xs = [torch.rand(4, 3) + n for n in range(4)]
+        results = await asyncio.gather(*map(served, xs))
+        assert all(torch.equal(result, 2 * x) for result, x in zip(results, xs, strict=True))
+        assert hung
+        let_go.set()
+
+
+async def test_what_cannot_be_looked_at_goes_by_its_shape_with_one_warning(caplog, monkeypatch):
+    def broken(*args):
+        raise TypeError("no such comparison")
+
+    monkeypatch.setattr("aneuron.evidence.judge", broken)
+    with caplog.at_level(logging.WARNING, "aneuron"):
+        async with one_core(lambda x: x * 2, batch_size=4, example_inputs=torch.ones(1, 2)) as model:
+            for _ in range(2):
+                assert torch.equal(await model(torch.ones(3, 2)), torch.full((3, 2), 2.0))
+    (record,) = caplog.records
+    assert "no such comparison" in record.message

@@ -46,6 +46,8 @@ ORDER = [(0, 1, 2), (1, 2, 0)]
         (lambda x: x > 0, "row"),
         (lambda x: (x * 2).bfloat16(), "row"),
         (lambda x: torch.complex(x, x), "row"),
+        (lambda x: x.to(torch.float8_e5m2), "row"),
+        (lambda x: (x * 100).to(torch.uint16), "row"),
         (lambda x: x.new_zeros(len(x)), "row"),  # the same for every row
         (lambda x: x / 0, "row"),  # infinities and NaNs are equal to themselves
         (lambda x: TABLE.clone(), "whole"),
