@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aneuron.errors import OutputError
+from aneuron.errors import InputModified, OutputError
 from aneuron.marked import Rows, Shared
 from aneuron.nested import Marks, Sealed, Steps, children, fill, paths, walk
 from aneuron.outputs import Output
@@ -26,7 +26,9 @@ logger = logging.getLogger("aneuron")
 
 EXTRA = 2  # executions that evidence may cost beside those that are had anyway
 _POLL = 0.1  # seconds between two looks at whether who takes evidence still does
+_PATIENCE = 300  # such looks, until a worker goes by shapes instead
 _MOST = 1000  # kinds of outputs that are remembered: an argument may differ with each call
+_NAME = 32  # characters of a text among the inputs up to which it may say what is asked for
 
 Declared = Mapping[str | int, str]  # "whole" or "rows", by name, position or path
 
@@ -75,22 +77,31 @@ class Evidence:
     def __init__(self, dim: int, declared: Declared, check: bool) -> None:
         self.dim = dim
         self.check = check
-        self.plain: set[tuple[Hashable, int]] = set()  # lone tensors that have rows: what was asked, and dimensions
+        # Lone tensors that have rows: whether calls share batches, what was asked, and dimensions.
+        self.plain: set[tuple[bool, Hashable, int]] = set()
         self._declared = declared
         self._marks: dict[Hashable, Marks] = {}  # by what was asked
         self._known: dict[Hashable, _Known] = {}
+        self._alike: set[Hashable] = set()  # kinds of which equal rows have told what they can
         self._taker: Trials | None = None
         self._free = threading.Condition()
         self._warned: set[str] = set()
 
     def look(
-        self, value: Any, asked: Hashable, rows: int, packing: bool, first: Callable[[], tuple[Seen, Trials]]
+        self,
+        value: Any,
+        asked: Hashable,
+        rows: int,
+        packing: bool,
+        lone: bool,
+        first: Callable[[], tuple[Seen, Trials]],
     ) -> Output:
         """An output, marked by what is known of its kind; evidence is taken if nothing is.
 
         asked: the structure of the inputs. rows: how many were executed. packing: whether calls share batches; else
-        tensors with other numbers of entries may be joined as they come. first: the execution that it came from, as
-        evidence, and what else can be had. Raises `OutputError` for what cannot be cut into rows, or joined.
+        tensors with other numbers of entries may be joined as they come. lone: it has one row, of which no others can
+        be made, and so tells something once only. first: the execution that it came from, as evidence, and what else
+        can be had. Raises `OutputError` for what cannot be cut into rows, or joined.
         """
         kind = packing, asked_for(asked)
         output = Output(value, None, self.dim, asked, self._marks.get(kind, {}))
@@ -98,18 +109,24 @@ class Evidence:
             if packing:
                 output.check(rows)
         else:
+            if lone and _key(kind, output) in self._alike:
+                return self.marked(value, asked, rows, packing)
             try:
                 seen, trials = first()
+            except InputModified:  # it had been read, and may be: what was executed cannot be executed anew
+                return self.marked(value, asked, rows, packing)
             except Exception as error:
                 return self._unseen(error, value, asked, rows, packing)
-            with self._turn(trials):
+            with self._turn(trials) as mine:
                 output = Output(seen.value, None, self.dim, asked, self._marks.get(kind, {}))
+                if not mine:
+                    return self.marked(seen.value, asked, rows, packing)
                 if not self._is_known(kind, output, rows):
                     output = self.take([seen], asked, packing, trials)
+                elif packing:
+                    output.check(rows)
         if type(value) is torch.Tensor and _key(kind, output) in self._known:
-            if len(self.plain) > _MOST:
-                self.plain.clear()
-            self.plain.add((asked, value.ndim))
+            self.plain.add((packing, asked, value.ndim))
         return output
 
     def take(self, seen: list[Seen], asked: Hashable, packing: bool, trials: Trials) -> Output:
@@ -151,17 +168,24 @@ class Evidence:
         output = Output(last.value, None, self.dim, asked, marks)
         wrong = self._error(len(last.rows), output, verdicts, packing)
         if not self.check or len(seen) > 1 or refused is not None or wrong is not None or trials.sizes == [1]:
-            if len(self._known) > _MOST:
-                self._known.clear()
+            self._bound()
             self._marks[kind] = marks
             self._known[_key(kind, output)] = _Known(wrong, output.fits(len(last.rows)))
             if packing:
                 self._warn(seen, output, verdicts, refused)
+        else:
+            self._alike.add(_key(kind, output))
         if wrong is not None:
             raise wrong
         if packing:
             output.check(len(last.rows))
         return output
+
+    def _bound(self) -> None:
+        """Forget everything when it has become too much."""
+        if len(self._known) > _MOST:
+            for each in (self._known, self._marks, self.plain, self._alike):
+                each.clear()
 
     def wants(self, asked: Hashable) -> bool:
         """Whether nothing is known yet of the outputs of calls that share batches."""
@@ -187,15 +211,23 @@ class Evidence:
         return known.error is None
 
     @contextmanager
-    def _turn(self, trials: Trials) -> Iterator[None]:
-        """One takes evidence at a time; who hangs in it is not waited for."""
+    def _turn(self, trials: Trials) -> Iterator[bool]:
+        """One takes evidence at a time; False for who has waited for another for long. Who hangs ends all of it."""
         with self._free:
-            while self._taker is not None and not self._taker.given_up():
+            for _ in range(_PATIENCE):
+                if self._taker is None:
+                    self._taker = trials
+                    break
+                if self._taker.given_up():
+                    self.check, self._taker = False, trials
+                    self._say(
+                        "hung", "an execution that was to show which outputs have rows did not end; shapes decide"
+                    )
+                    break
                 self._free.wait(_POLL)
                 trials.go_on()
-            self._taker = trials
         try:
-            yield
+            yield self._taker is trials
         finally:
             with self._free:
                 if self._taker is trials:
@@ -322,7 +354,7 @@ def _key(kind: Hashable, output: Output) -> Hashable:
 
 @lru_cache
 def asked_for(structure: Hashable) -> Hashable:
-    """What of a call's structure may decide what its outputs mean: containers and names, and what is on or off.
+    """What of a call's structure may decide what its outputs mean: containers, names, what is on or off, short texts.
 
     Other constants are left out: each call may have its own.
     """
@@ -332,7 +364,9 @@ def asked_for(structure: Hashable) -> Hashable:
 
 
 def _is_constant(entry: Any) -> bool:
-    return isinstance(entry, tuple) and len(entry) == 2 and entry[1] != "" and entry[0] not in (bool, type(None))
+    if not isinstance(entry, tuple) or len(entry) != 2 or entry[1] == "" or entry[0] in (bool, type(None)):
+        return False
+    return entry[0] is not str or len(entry[1]) > _NAME
 
 
 def _named(key: str | int, value: Any) -> Iterator[tuple[Steps, Any]]:
@@ -365,7 +399,7 @@ def _other_rows(seen: Sequence[Seen], trials: Trials, refused: bool) -> tuple[in
     known = sorted({row for each in seen for row in each.rows})
     if len(known) > 1:
         one, other = known[0], known[1]
-    elif _varies(trials.columns):
+    elif varies(trials.columns):
         one, other = known[0], len_of(trials.columns, trials.dim)  # the first row beside those that there are: varied
     else:
         return ()
@@ -402,7 +436,7 @@ def len_of(columns: Sequence[Any], dim: int) -> int:
     return next(len(x) if isinstance(x, list) else x.shape[dim] for x in columns if not isinstance(x, Shared))
 
 
-def _varies(columns: Sequence[Any]) -> bool:
+def varies(columns: Sequence[Any]) -> bool:
     """Whether there is something to vary a row by: integers may be indices, or mean something."""
     return any(isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel() for x in columns)
 

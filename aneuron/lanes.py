@@ -267,7 +267,9 @@ class Lanes:
     def admit(self, call: Call, timeout: Limit | None = None) -> "asyncio.Future[Any]":
         """Admit a call; its future. Who stops waiting for that before the call is settled must `withdraw` it."""
         self._check_open()
-        outside = self.rules.max_pending is not None and not self._find_room(call)
+        outside = False
+        if self.rules.max_pending is not None and not (timeout is not None and self._cannot_be_met(call, timeout)):
+            outside = not self._find_room(call)  # nobody gives way to a call that will not run
         future = self.futures.accept(call, self.clock())
         if timeout is not None and self._is_hopeless(call, timeout):
             return future
@@ -304,6 +306,13 @@ class Lanes:
         if self._down:
             raise self.recovery.none_left()
 
+    def _cannot_be_met(self, call: Call, timeout: Limit) -> bool:
+        """Whether a call will be found to be hopeless when it is admitted."""
+        now = self.clock()
+        call.deadline = now + timeout
+        with self._lock:
+            return self._scheduler.hopeless(call, now)
+
     def _is_hopeless(self, call: Call, timeout: Limit) -> bool:
         """Give a call its deadline, and end it if that cannot be met."""
         self._scheduler.timed = True
@@ -330,9 +339,11 @@ class Lanes:
 
     def _find_room(self, call: Call) -> bool:
         """Find room for a call, or raise `QueueFull`. False if it is of a map, and is to wait for room outside."""
-        self._has_room(call.rows, call.bucket)
+        room, guest = self._has_room(call.rows, call.bucket), call.terms is not None and call.terms.yields
+        if room and not guest and self._scheduler.is_plain(call.rows):
+            return True
         with self._lock:
-            if call.terms is not None and call.terms.yields:
+            if guest:
                 return self._scheduler.has_room(call)
             gone = self._scheduler.make_room(call, self.clock())
         if gone is None:

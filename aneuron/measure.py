@@ -204,9 +204,9 @@ def shared_key(value: Any) -> Hashable:
     for leaf in leaves:
         if is_mark(leaf):
             raise ShapeError(f"Shared(...) has {leaf!r} in it: marks do not nest; an input is one or the other")
-        if isinstance(leaf, torch.Tensor) and not (leaf.is_cpu and leaf.layout is torch.strided):
+        if isinstance(leaf, torch.Tensor) and (leaf.is_nested or not leaf.is_cpu or leaf.layout is not torch.strided):
             raise ShapeError(f"Shared(...) has a tensor on {leaf.device} ({leaf.layout}); pass a dense host tensor")
-    small = sum([leaf.nbytes for leaf in leaves]) <= SMALL
+    small = sum([leaf.nbytes for leaf in leaves]) <= SMALL and not any(leaf.dtype in QUANTIZED for leaf in leaves)
     contents = [
         (tuple(leaf.shape), _dtype(leaf.dtype), _content(leaf) if small else _identity(leaf)) for leaf in leaves
     ]
@@ -215,7 +215,8 @@ def shared_key(value: Any) -> Hashable:
 
 def _content(leaf: Any) -> Hashable:
     if isinstance(leaf, torch.Tensor):
-        return leaf.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if leaf.numel() else b""
+        plain = leaf.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+        return plain.view(torch.uint8).numpy().tobytes() if leaf.numel() else b""
     return leaf.tobytes()  # type: ignore[no-any-return]
 
 

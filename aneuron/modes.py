@@ -5,8 +5,14 @@ Lives here: which modes there are, and how one is put back. Must not be here: wh
 
 import torch
 
+# Looked up once: they are asked for each execution.
 _length = torch._C._len_torch_function_stack  # of the modes, of which a default device is one
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
+_autocast_dtype = torch.get_autocast_dtype
+_caches = torch.is_autocast_cache_enabled
+_dtype = torch.get_default_dtype
+_grad = torch.is_grad_enabled
+_inference = torch.is_inference_mode_enabled
 _kept: list[object] = []  # guards that would undo themselves if they were let go
 
 
@@ -28,23 +34,23 @@ class Modes:
 
     def note(self) -> None:
         """An execution begins."""
-        self._dtype = torch.get_default_dtype()
+        self._dtype = _dtype()
 
     def restore(self) -> None:
         """An execution has ended. Costs a microsecond or two where nothing has changed."""
-        if torch.is_grad_enabled():
+        if _grad():
             torch.set_grad_enabled(False)
-        if torch.get_default_dtype() is not self._dtype:
+        if _dtype() is not self._dtype:
             torch.set_default_dtype(self._dtype)
         if _length() > self._depth:
             self._leave_functions()
-        if torch.is_inference_mode_enabled():
+        if _inference():
             guard = torch.inference_mode(False)
             guard.__enter__()
             _kept.append(guard)
-        if _is_any_autocast_enabled() or torch.get_autocast_dtype("cpu") is not self._autocast:
+        if _is_any_autocast_enabled() or _autocast_dtype("cpu") is not self._autocast:
             self._leave_autocast()
-        if torch.is_autocast_cache_enabled() is not self._cache:
+        if _caches() is not self._cache:
             torch.set_autocast_cache_enabled(self._cache)
 
     def _leave_functions(self) -> None:

@@ -31,22 +31,25 @@ class Room(Generic[C]):
         """Rows that must leave before a call of `rows` rows finds room; 0: it does. Calls of maps count for maps."""
         if most is None:
             return 0
-        loads = self._order.loads if yields else (self._callers,)
         limit = self._limit(bucket)
         there = self._order.next_rows(yields)
-        excess = min(there, there + min(rows, limit) - most)
-        rest = rows - limit
-        if rest > 0:
-            huge = sum([self._huge_rest(load) for load in loads])
-            there = sum([load.rest for load in loads]) - huge
-            excess = max(excess, huge if rest > most else min(there, there + rest - most))
-        return max(0, excess)
+        if rows <= limit:
+            return max(0, min(there, there + rows - most))
+        loads = self._order.loads if yields else (self._callers,)
+        excess, rest = min(there, there + limit - most), rows - limit
+        huge = sum([self._huge_rest(load) for load in loads])
+        there = sum([load.rest for load in loads]) - huge
+        return max(0, excess, huge if rest > most else min(there, there + rest - most))
 
     def _huge_rest(self, load: Load) -> int:
         call = self._huge.get(load)
         return 0 if call is None else max(0, call.rows - call.bound - self._limit(call.bucket))
 
     # Callers.
+
+    def is_plain(self, rows: int, most: int | None) -> bool:
+        """Whether a caller's call that finds room changes nothing here."""
+        return not self._inside and (most is None or rows <= most)
 
     def make(self, call: C, most: int | None, now: float) -> list[C] | None:
         """Make room for a caller's call: the calls that are to be refused for it; None if it is to be itself."""

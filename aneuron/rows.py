@@ -102,7 +102,7 @@ class Parts:
                 self.result = fill(output.value, iter(whole))
                 self._whole = whole
         self._check_structure(output)
-        _check_alike([self._whole, leaves], self._dim)
+        _check_alike([_unshared(output, each) for each in (self._whole, leaves)], self._dim)
         for of, whole_leaf, leaf in zip(output.leaves, self._whole, leaves, strict=True):
             if isinstance(of, Rows):
                 whole_leaf[start : start + len(leaf)] = leaf
@@ -118,7 +118,7 @@ class Parts:
         """Join the pieces along `dim`, as they came; the only one is the result, whatever it is."""
         pieces = [piece for _, piece in sorted(self._pieces.items())]
         if len(pieces) > 1:
-            _check_alike(pieces, self._dim)
+            _check_alike([_unshared(output, piece) for piece in pieces], self._dim)
             _check_joinable(output)
         self.result = fill(output.value, iter(_concatenate(output, pieces, self._dim)))
 
@@ -392,6 +392,11 @@ def _room(part: Any, rows: int, dim: int) -> Any:
     if part.is_quantized:
         return torch.empty_quantized(shape, part)
     return torch.empty(shape, dtype=part.dtype, device="cpu")
+
+
+def _unshared(output: Output, parts: list[Any]) -> list[Any]:
+    """Without what is the same for all: that is taken from the first part."""
+    return [part for of, part in zip(output.leaves, parts, strict=True) if not isinstance(of, Shared)]
 
 
 def _check_alike(pieces: list[list[Any]], dim: int) -> None:

@@ -117,6 +117,10 @@ class Scheduler(Slots, Generic[C]):
         """Whether a call would be admitted, of which no more is known."""
         return self._room.lets_in(rows, bucket, self.rules.max_pending, now)
 
+    def is_plain(self, rows: int) -> bool:
+        """Whether nothing is to be noted of a call that has found room: no map's call gives way, and it is not huge."""
+        return self._room.is_plain(rows, self.rules.max_pending)
+
     def has_room(self, call: C) -> bool:
         """Whether a map's call may be admitted; else it is to be put `outside`, and is when there is room."""
         return self._room.enter(call, self.rules.max_pending)
@@ -246,19 +250,19 @@ class Scheduler(Slots, Generic[C]):
 
     def pull(self, lane: int, now: float) -> Batch[C] | None:
         """The next batch of a lane that has a free slot, by the rules of `bind`."""
-        if self.outside:
-            self._refill()
-        bound = len(self._bound[lane])
-        busy = bound > 0
-        if not (self._order.rows or self._again) or bound >= self._slots[lane] or (busy and self._too_early(lane, now)):
-            return None
-        again = bool(self._again) and not self._avoids(lane)
-        batch = self._again.popleft() if again else self._form(lane, busy, now)
-        if batch is not None:
-            self._occupy(lane, batch, now)
-        elif self.outside and not self._order.rows:  # all were late
-            return self.pull(lane, now)
-        return batch
+        while True:
+            if self.outside:
+                self._refill()
+            bound = len(self._bound[lane])
+            busy, waits = bound > 0, self._order.rows or self._again
+            if not waits or bound >= self._slots[lane] or (busy and self._too_early(lane, now)):
+                return None
+            again = bool(self._again) and not self._avoids(lane)
+            batch = self._again.popleft() if again else self._form(lane, busy, now)
+            if batch is not None:
+                self._occupy(lane, batch, now)
+            if batch is not None or self._order.rows or not self.outside:  # else all were late: there is room anew
+                return batch
 
     def _avoids(self, lane: int) -> bool:
         """Whether the next batch to run again must go to another lane than this one."""

@@ -24,8 +24,7 @@ import torch
 from aneuron import rows
 from aneuron.backends import Backend, Core, Fault
 from aneuron.batches import Batch
-from aneuron.errors import InputModified
-from aneuron.evidence import Evidence, Trials, identities, snapshot
+from aneuron.evidence import Evidence, Trials, identities, snapshot, varies
 from aneuron.measure import Compiled
 from aneuron.modes import Modes
 from aneuron.outputs import Carried, Output, Unpad
@@ -190,7 +189,10 @@ class Execution:
             self.output = self._evidenced(call, clock)
             self.output.asked = call.base
             self._cut = self._carried(common.unpad, self.output)
-        elif type(value) is not torch.Tensor or (call.structure, value.ndim) not in common.evidence.plain:
+        elif (
+            type(value) is not torch.Tensor
+            or (call.cut.shared, call.structure, value.ndim) not in common.evidence.plain
+        ):
             self.output = self._evidenced(call, clock)
 
     def _evidenced(self, call: Call, clock: Callable[[], float]) -> Output:
@@ -198,18 +200,16 @@ class Execution:
         common, size = self.common, self.size or self.rows
         if not call.cut.shared and call.cut.count(call.rows) == 1:
             return Output(self.output, None, common.dim, call.base)  # all of it is the call's
-        try:
-            rows.check_unmodified(self.chunks, self._inputs, self._template)
-        except InputModified:  # it has been read, and may be: what was executed cannot be executed anew
-            return common.evidence.marked(self.output, call.structure, size, call.cut.shared)
+        lone = self.rows == 1 and not varies(self._inputs[0])
         first = partial(self._as_evidence, clock)
-        return common.evidence.look(self.output, call.structure, size, call.cut.shared, first)
+        return common.evidence.look(self.output, call.structure, size, call.cut.shared, lone, first)
 
     def _as_evidence(self, clock: Callable[[], float]) -> tuple[Seen, Trials]:
         """What was executed, and what else can be."""
         common, bucket, sizes = self.common, self.batch.bucket, self.common.sizes.get(self.batch.bucket)
         size = self.size or self.rows
         inputs = rows.columns(self.chunks, self._inputs, self.rows, common.dim, bucket)
+        rows.check_unmodified(self.chunks, self._inputs, self._template)
         numbers = identities(inputs, common.dim)
         again = self._inputs, self._template
 
