@@ -8,8 +8,6 @@ import torch
 # Looked up once: they are asked for each execution.
 _length = torch._C._len_torch_function_stack  # of the modes, of which a default device is one
 _is_any_autocast_enabled = torch._C._is_any_autocast_enabled
-_autocast_dtype = torch.get_autocast_dtype
-_caches = torch.is_autocast_cache_enabled
 _dtype = torch.get_default_dtype
 _grad = torch.is_grad_enabled
 _inference = torch.is_inference_mode_enabled
@@ -48,10 +46,8 @@ class Modes:
             guard = torch.inference_mode(False)
             guard.__enter__()
             _kept.append(guard)
-        if _is_any_autocast_enabled() or _autocast_dtype("cpu") is not self._autocast:
+        if _is_any_autocast_enabled():
             self._leave_autocast()
-        if _caches() is not self._cache:
-            torch.set_autocast_cache_enabled(self._cache)
 
     def _leave_functions(self) -> None:
         """Take away the default device, and other modes that are around functions of torch."""
@@ -63,6 +59,7 @@ class Modes:
         for kind in ("cpu", "cuda"):
             torch.set_autocast_enabled(kind, False)
         torch.set_autocast_dtype("cpu", self._autocast)
+        torch.set_autocast_cache_enabled(self._cache)
         torch.clear_autocast_cache()  # of weights: nobody else would, where a context was never left
         for _ in range(torch.autocast_increment_nesting()):
             torch.autocast_decrement_nesting()

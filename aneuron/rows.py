@@ -181,11 +181,14 @@ MODIFIED = (
 
 def check_unmodified(chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], template: Any) -> None:
     """Raise `InputModified` if a tensor has been written to since its call; after they are read, not before."""
-    try:
-        now = [leaves[0]._version for leaves in inputs] if template is None else list(map(version_of, inputs))
-    except (AttributeError, RuntimeError):  # an array, or an inference tensor, among them
-        now = list(map(version_of, inputs))
-    if now != [call.version for call, _, _ in chunks]:
+    if template is None:  # the short way, same results
+        with suppress(AttributeError, RuntimeError):  # an array, or an inference tensor, among them
+            for (call, _, _), leaves in zip(chunks, inputs, strict=True):
+                if leaves[0]._version != call.version:
+                    break
+            else:
+                return
+    if list(map(version_of, inputs)) != [call.version for call, _, _ in chunks]:
         raise InputModified(MODIFIED)
 
 
