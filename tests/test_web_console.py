@@ -608,7 +608,7 @@ async def test_a_page_that_pauses_costs_nothing_and_one_that_lost_its_server_fin
         before = asyncio.all_tasks()
         await browser.shape(1440, 900, "light")
         await browser.get(f"http://127.0.0.1:{port}/console/")
-        drawn = await browser.until(curve, lambda d: d.count("L") > 3)
+        drawn = await browser.until(curve, lambda d: d is not None and d.count("L") > 3)
         await browser.execute_script(pause)
         assert await browser.execute_script(STATUS) == "paused"
         await until(lambda: not asyncio.all_tasks() - before)
