@@ -20,11 +20,11 @@ POOL = 256  # different rows; calls take them in turn
 
 
 def poisson(rate: float, seconds: float, seed: int) -> list[float]:
-    """Seconds from the start at which independent calls come, `rate` of them a second on average."""
+    """Seconds from the start at which independent calls come, `rate` of them a second on average; at least one."""
     random, times, at = Random(seed), [], 0.0
     while (at := at + random.expovariate(rate)) < seconds:
         times.append(at)
-    return times
+    return times or [0.0]
 
 
 class Replay:

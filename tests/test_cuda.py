@@ -689,7 +689,7 @@ os._exit(said - 2)
 
 @gpu
 def test_a_device_side_assert_is_fatal():
-    done = subprocess.run([sys.executable, "-c", DEATH], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", DEATH], capture_output=True, text=True, timeout=600)
     first, second = done.stdout.splitlines()
     assert first == "failed Fault.FATAL", done.stderr
     assert second.startswith("failed"), done.stderr
@@ -697,5 +697,5 @@ def test_a_device_side_assert_is_fatal():
 
 @gpu
 def test_a_fork_is_a_clear_error():
-    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

@@ -59,17 +59,17 @@ def holder(root, **environment):
         other.stdout.readline()
         yield other, json.loads(other.stdout.readline())
     finally:
-        other.communicate(timeout=60)
+        other.communicate(timeout=600)
 
 
 def ended(root, script=START, **environment):
-    output, log = process(root, script, **environment).communicate(timeout=60)
+    output, log = process(root, script, **environment).communicate(timeout=600)
     return output.splitlines(), log.strip()
 
 
 def neuron_ls(root):
     tool = root / "opt/aws/neuron/bin/neuron-ls"
-    return json.loads(subprocess.run([tool, "-j"], check=True, capture_output=True, text=True, timeout=60).stdout)
+    return json.loads(subprocess.run([tool, "-j"], check=True, capture_output=True, text=True, timeout=600).stdout)
 
 
 def test_cores_belong_to_one_process_until_it_ends(root):

@@ -230,5 +230,5 @@ os.wait()
 """
     environment = {**os.environ, "PYTHONPATH": str(doubles.HERE / "native")}
     command = [sys.executable, "-c", script]
-    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=120).stdout
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True, timeout=600).stdout
     assert output.startswith("Cannot re-initialize Neuron runtime in forked subprocess. ")

@@ -33,7 +33,7 @@ def run(program: str, *arguments: str, **environment: str) -> str:
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=600,
         env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
     )
     assert done.returncode == 0, done.stdout + done.stderr

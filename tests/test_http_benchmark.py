@@ -200,7 +200,7 @@ def test_the_command_line_measures_real_servers(tmp_path):
         "aneuron",
     ]
     command += ["--connections", "8", "--results", str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     data = json.loads((tmp_path / "http.json").read_text())
     assert set(data["seen"]["8"]) == {"FastAPI aneuron", "aiohttp aneuron"}, done.stdout
@@ -235,5 +235,5 @@ def test_the_peers_compute_the_same():
         pytest.skip("neither LitServe nor mosec is installed")
     rows = "import torch\nrows = torch.rand(3, 16)\nbodies = [row.numpy().tobytes() for row in rows]\n"
     program = rows + "right = [(row * 2 + 1).numpy().tobytes() for row in rows]\n" + "".join(programs)
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

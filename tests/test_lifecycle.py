@@ -94,7 +94,7 @@ def test_a_model_that_a_forked_process_was_given_says_so():
         asyncio.run(main())
     """
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=600
     )
     assert (done.stdout, done.returncode) == ("well\n", 0), done.stderr
 
@@ -343,7 +343,7 @@ def test_a_model_that_is_never_closed_lets_the_interpreter_exit(seconds):
         print("the end")
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "the end\n"

@@ -696,7 +696,7 @@ def test_a_stuck_source_does_not_keep_the_interpreter_from_exiting():
         asyncio.run(main())
     """
     ended = subprocess.run(
-        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-W", "error", "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=600
     )
     assert (ended.returncode, ended.stdout, ended.stderr) == (0, "1\n", "")
 
@@ -1080,7 +1080,7 @@ def test_the_workers_of_a_data_loader_end_with_the_map():
         asyncio.run(main())
     """
     ended = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, timeout=600
     )
     assert (ended.returncode, ended.stdout) == (0, "True\n"), ended.stderr
 

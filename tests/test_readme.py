@@ -72,7 +72,7 @@ def run_alone(name: str, then: str) -> None:
     pytest.importorskip(name)
     program = PROGRAMS[name].split("\nif __name__")[0] + textwrap.dedent(then)
     ended = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, timeout=600, check=False
     )
     assert ended.returncode == 0, ended.stderr
 

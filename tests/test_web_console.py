@@ -456,6 +456,8 @@ class Browser:
     async def on(self, port, width=1440, height=900, scheme="light"):
         """The page, live; left at the end, without errors."""
         await self.shape(width, height, scheme)
+        await self.get("about:blank")
+        await self.get_log("browser")  # what an earlier test has left there is not this one's
         await self.get(f"http://127.0.0.1:{port}/console/")
         await self.until(STATUS, "live".__eq__)
         yield
@@ -544,11 +546,12 @@ async def test_the_numbers_move_and_agree_with_the_statistics(framework, browser
         assert (await browser.execute_script(NUMBERS))["completed"] == "0"
         async with load(net, callers=52):
             some = await browser.until(NUMBERS, lambda shown: number(shown["completed"]) > 0 and shown["curve"] > 30)
-            more = await browser.until(NUMBERS, lambda shown: number(shown["completed"]) > number(some["completed"]))
-            assert number(more["calls_per_second"]) > 0
-            assert number(more["running"]) > 0
-            assert any(number(busy) > 0 for busy in more["busy"])
-            assert more["curve"] > some["curve"]
+            # Not each sample has them all: what runs is what runs at that instant.
+            await browser.until(NUMBERS, lambda shown: number(shown["completed"]) > number(some["completed"]))
+            await browser.until(NUMBERS, lambda shown: number(shown["calls_per_second"]) > 0)
+            await browser.until(NUMBERS, lambda shown: number(shown["running"]) > 0)
+            await browser.until(NUMBERS, lambda shown: any(number(busy) > 0 for busy in shown["busy"]))
+            await browser.until(NUMBERS, lambda shown: shown["curve"] > some["curve"])
             await browser.picture(f"{framework.__name__}-light.png")
             await browser.shape(1440, 900, "dark")
             await browser.picture(f"{framework.__name__}-dark.png")
@@ -605,7 +608,7 @@ async def test_a_page_that_pauses_costs_nothing_and_one_that_lost_its_server_fin
         before = asyncio.all_tasks()
         await browser.shape(1440, 900, "light")
         await browser.get(f"http://127.0.0.1:{port}/console/")
-        drawn = await browser.until(curve, lambda d: d.count("L") > 3)
+        drawn = await browser.until(curve, lambda d: d is not None and d.count("L") > 3)
         await browser.execute_script(pause)
         assert await browser.execute_script(STATUS) == "paused"
         await until(lambda: not asyncio.all_tasks() - before)

@@ -44,7 +44,8 @@ def service(log: Path, program: str, *arguments: str) -> Iterator[httpx.Client]:
 
 
 def until_ready(client: httpx.Client, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    for _ in range(600):
+    end = time.monotonic() + 600  # not reached, unless it hangs
+    while time.monotonic() < end:
         with contextlib.suppress(httpx.TransportError):
             if client.get("/readyz").status_code == 200:
                 return

@@ -54,7 +54,7 @@ class Server:
         return await asyncio.open_connection("127.0.0.1", self.port)
 
     async def started(self):
-        async with asyncio.timeout(60), self.client() as client:
+        async with asyncio.timeout(600), self.client() as client:  # not reached, unless it hangs
             while True:
                 assert self.process.poll() is None, self.log.read_text()
                 with contextlib.suppress(httpx.TransportError):
