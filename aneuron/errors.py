@@ -7,7 +7,7 @@ Lives here: the tree below. Must not be here: an import, a status code of any we
     ├── InputModified (RuntimeError)  an input was written to while its call waited: mend the caller
     ├── DeviceError   (ValueError)    the cores asked for cannot be had: mend the configuration
     ├── OutputError   (RuntimeError)  the model's output cannot be handed out: mend the model
-    ├── QueueFull                     no room: come back after `retry_after` seconds
+    ├── QueueFull                     no room, or given to another: come back after `retry_after` seconds
     ├── DeadlineExceeded (TimeoutError)  too late: ask with more time, or less often
     ├── Closed        (RuntimeError)  the model is closed or closing: go elsewhere
     └── CoreFailed    (RuntimeError)  the core failed, not the input: try again

@@ -146,8 +146,8 @@ class Evidence:
             raise error
         self._say(
             "unseen",
-            f"it could not be found out which outputs have rows ({type(error).__name__}: {error!s:.200}); their shapes "
-            "alone decide. outputs={...: 'rows'} confirms it, check_rows=False silences this",
+            f"it could not be found out which outputs have rows ({type(error).__name__}); their shapes alone "
+            "decide. outputs={...: 'rows'} confirms it, check_rows=False silences this",
         )
         return self.marked(value, asked, rows, packing)
 
@@ -334,7 +334,7 @@ class Evidence:
             self._say(
                 "refused",
                 f"the model refused the execution that would have shown whether its outputs have a row for each "
-                f"({type(refused).__name__}: {refused!s:.200}); their shapes alone decide. outputs={{...: 'rows'}} "
+                f"({type(refused).__name__}); their shapes alone decide. outputs={{...: 'rows'}} "
                 "confirms it, check_rows=False silences this",
             )
 

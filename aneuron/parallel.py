@@ -120,8 +120,9 @@ class AsyncDataParallel:
         `{"prototypes": "whole"}` for what does not have the batch's rows, of which each caller gets a copy of its own;
         `"rows"` for what has them, without evidence.
     check_rows: whether it is found out which outputs have a row for each row of the batch, rather than guessed from
-        equal numbers: by at most two executions more of other rows, at warm-up from `example_inputs`, else when the
-        first two different rows share a batch. It also warns, in the log, of rows that influence one another. False:
+        equal numbers: by at most two executions more of other rows, at warm-up from `example_inputs`, else with the
+        first calls whose rows differ or can be varied; if the model refuses them shapes decide, and a warning says so. It
+        also warns, in the log, of rows that influence one another. False:
         shapes decide.
     context: a function that makes a context manager, which is entered around each execution, those of the warm-up too,
         in the thread that executes: `lambda: torch.autocast("cpu")`, `lambda: sdpa_kernel(SDPBackend.MATH)`. What it

@@ -235,7 +235,8 @@ async def test_a_model_that_refuses_the_second_execution_goes_by_shape_with_one_
             assert torch.equal(await model(torch.ones(2, 3)), torch.full((2, 3), 2.0))
     assert len(taken) == 4
     (record,) = caplog.records
-    assert "not these rows" in record.message
+    assert "(ValueError)" in record.message
+    assert "not these rows" not in record.message  # the text may tell of rows
 
 
 async def test_a_model_for_one_number_of_rows_is_asked_in_another_order():
@@ -362,4 +363,4 @@ async def test_what_cannot_be_looked_at_goes_by_its_shape_with_one_warning(caplo
             for _ in range(2):
                 assert torch.equal(await model(torch.ones(3, 2)), torch.full((3, 2), 2.0))
     (record,) = caplog.records
-    assert "no such comparison" in record.message
+    assert "(TypeError)" in record.message
