@@ -121,9 +121,8 @@ class AsyncDataParallel:
         `"rows"` for what has them, without evidence.
     check_rows: whether it is found out which outputs have a row for each row of the batch, rather than guessed from
         equal numbers: by at most two executions more of other rows, at warm-up from `example_inputs`, else with the
-        first calls whose rows differ or can be varied; if the model refuses them shapes decide, and a warning says so. It
-        also warns, in the log, of rows that influence one another. False:
-        shapes decide.
+        first calls whose rows differ or can be varied; if the model refuses them shapes decide, and a warning says so.
+        It also warns, in the log, of rows that influence one another. False: shapes decide.
     context: a function that makes a context manager, which is entered around each execution, those of the warm-up too,
         in the thread that executes: `lambda: torch.autocast("cpu")`, `lambda: sdpa_kernel(SDPBackend.MATH)`. What it
         raises is like an error of the model.
