@@ -5,7 +5,6 @@ import importlib.util
 import io
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ports import free_port
 
 pytest.importorskip("prometheus_client")
 httpx = pytest.importorskip("httpx")
@@ -23,9 +23,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @contextlib.contextmanager
 def service(log: Path, program: str, *arguments: str) -> Iterator[httpx.Client]:
     """A client of the program, which ends cleanly when it is told to and has not complained."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port = str(one.getsockname()[1])
+    port = str(free_port())
     command = [part.format(port=port, program=EXAMPLES / program) for part in arguments]
     command = [sys.executable, *(command or [str(EXAMPLES / program), "--port", port])]
     environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "PYTHONUNBUFFERED": "1"}
