@@ -140,10 +140,11 @@ class Cover:
     """Which of a model's compiled batch sizes to run now for so many waiting rows.
 
     Rows run on the cheapest set of executions that holds them, by measured times; until every size has been measured,
-    on the smallest size that holds them. A size that was found to be slow may have had a hiccup, or have been at its
-    start: it is tried again when the others have run for eight times its time, and each time in vain twice as long,
-    up to a hundred times; so trials take one part in a hundred of the time, in the long run. Whoever shares one holds a
-    lock.
+    on the smallest size that holds them. What a size took when it ran last may have been a hiccup, its start, or a busy
+    moment: one that does not run is tried again when the others have run for a hundred times its time; one that is
+    in no cover for eight times at first, then each time for twice as long; one that was never measured, at once. So
+    trials take at most one part in a hundred of the time, whatever they find, beside the first five of each size.
+    Whoever shares one holds a lock.
 
         >>> cover = Cover([1, 8])
         >>> cover.pick(3)
@@ -160,50 +161,63 @@ class Cover:
         self._samples: dict[int, deque[float]] = {size: deque(maxlen=SAMPLES) for size in self.sizes}
         self._times = dict.fromkeys(self.sizes, nan)  # those that the table was made with; NaN = not measured
         self._spent = 0.0  # seconds, by all sizes
-        self._last = dict.fromkeys(self.sizes, 0.0)  # how much that was when a size was measured last
+        self._last = dict.fromkeys(self.sizes, 0.0)  # how much that was when a size began or ended last
+        self._cost = dict.fromkeys(self.sizes, 0.0)  # seconds that it took then
         self._patience = dict.fromkeys(self.sizes, PATIENCE[0])
-        self._due: set[int] = set()  # sizes to be tried again
+        self._most = PATIENCE[1] * (len(self.sizes) - 1)  # all the others together take one part in a hundred
+        self._due: set[int] = set()  # sizes to be tried
         # [rows]: what to run; the last entry is for all beyond
         self._table = [self.limit]
         if len(self.sizes) > 1:
             self._table = [self.sizes[bisect_left(self.sizes, rows)] for rows in range(self.limit + 1)]
 
-    def pick(self, rows: int) -> int:
-        """The size to execute now; `rows` >= 1 wait. Of the cheapest cover the largest comes first."""
-        if self._due and (tried := [size for size in self._due if size <= rows or size == self.fit(rows)]):
-            self._due.remove(tried[0])
-            return tried[0]
+    def pick(self, rows: int, at_once: bool = False) -> int:
+        """The size to execute now; `rows` >= 1 wait. Of the cheapest cover the largest comes first.
+
+        at_once: the caller executes only a size that holds all of them, and asks again if this one does not.
+        """
+        if self._due:
+            fitting = self.fit(rows)
+            for size in self._due:
+                if size == fitting or size <= rows:
+                    if size >= rows or not at_once:
+                        self._try(size)
+                    return size
         return self._table[min(rows, len(self._table) - 1)]
 
     def fit(self, rows: int) -> int:
         """The smallest size that holds `rows` rows; the largest if none does."""
         return self.sizes[bisect_left(self.sizes, rows)] if rows < self.limit else self.limit
 
+    def _try(self, size: int) -> None:
+        self._due.remove(size)
+        self._last[size] = self._spent
+        self._patience[size] = min(2 * self._patience[size], self._most)
+        samples = self._samples[size]
+        while len(samples) > 1:
+            samples.popleft()  # of two times the shorter counts: a hiccup is forgotten, a new pace counts at once
+
     def learn(self, size: int, seconds: float) -> None:
         """Note what an execution of `size` took."""
         if len(self.sizes) == 1:
             return
-        trial = size not in self._table and all(self._samples.values())
-        samples = self._samples[size]
-        if trial:
-            while len(samples) > 1:
-                samples.popleft()  # of two times the shorter counts: a hiccup is forgotten, a new pace counts at once
-        samples.append(seconds)
-        self._update(size, samples)
+        self._samples[size].append(seconds)
+        self._update(size)
         self._spent += seconds
         self._last[size] = self._spent
-        if trial:
-            self._patience[size] = PATIENCE[0] if size in self._table else min(2 * self._patience[size], PATIENCE[1])
+        self._cost[size] = seconds
+        self._due.discard(size)
         for other, last in self._last.items():
-            if other not in self._table and self._spent - last >= self._patience[other] * self._times[other]:
-                self._last[other] = self._spent  # or it would be due at once again
+            patience = self._most if other in self._table else self._patience[other]
+            if self._spent - last >= patience * self._cost[other] and other != size:
                 self._due.add(other)
 
-    def _update(self, size: int, samples: Collection[float]) -> None:
+    def _update(self, size: int) -> None:
         """Choose covers anew if a time has moved."""
-        if abs(_median(samples) - self._times[size]) <= MOVED * self._times[size]:
+        median = _median(self._samples[size])
+        if abs(median - self._times[size]) <= MOVED * self._times[size]:
             return
-        self._times[size] = _median(samples)
+        self._times[size] = median
         if all(self._samples.values()):
             self._times = {size: _median(samples) for size, samples in self._samples.items()}
             self._table = cheapest(self._times, self.limit)

@@ -58,8 +58,8 @@ class Sizes(Protocol):
     limit: int  # the largest
     sizes: list[int]
 
-    def pick(self, rows: int) -> int:
-        """The one to execute now if `rows` rows wait."""
+    def pick(self, rows: int, at_once: bool = False) -> int:
+        """The one to execute now if `rows` rows wait; if `at_once`, one that does not hold them is of no use."""
 
     def fit(self, rows: int) -> int:
         """The smallest that holds `rows` rows."""
@@ -223,7 +223,7 @@ class Scheduler(Slots, Generic[C]):
                 return None
             rows += call.rows
         sizes = self._sizes.get(first.bucket)
-        size = self._preferred if sizes is None else sizes.pick(min(rows, sizes.limit))
+        size = self._preferred if sizes is None else sizes.pick(rows, at_once=True)
         if rows > size:
             return None
         for call in calls:

@@ -235,6 +235,47 @@ async def test_a_size_that_was_slow_once_is_measured_again():
 
 
 @scenario
+async def test_a_smaller_size_that_was_slow_once_is_tried_with_the_rows_of_a_lone_caller():
+    compiled, hiccups = Compiled(), [0.05]
+    times = PuppetBackend(1, lambda rows: 0.006 if rows == 8 else hiccups.pop() if hiccups else 0.001)
+    async with AsyncDataParallel(compiled.sizes(4, 8), backend=times) as model:
+        await train(model, compiled, ids(4, 3), ids(8, 3))
+        for _ in range(100):
+            await model(ids(8, 3))
+        ran = [size for size, _ in compiled.take()]
+        assert 60 < ran.index(4) < 80  # after 50 ms, eight times
+        assert set(ran[ran.index(4) + 2 :]) == {4}  # two of them take 2 ms
+
+
+@scenario
+async def test_executions_that_fail_say_nothing_of_how_long_a_size_takes():
+    compiled, fails = Compiled(), []
+
+    def refusing(model):
+        def net(ids):
+            if fails:
+                raise ValueError("refused")
+            return model(ids)
+
+        return net
+
+    backend = PuppetBackend(1, lambda rows: 0.0001 if fails else TIMES[rows])
+    models = {size: refusing(model) for size, model in compiled.sizes(1, 8).items()}
+    async with AsyncDataParallel(models, backend=backend) as model:
+        await train(model, compiled, ids(8, 3), ids(1, 3))
+        fails.append(True)
+        for _ in range(40):
+            with pytest.raises(ValueError, match="refused"):
+                await model(ids(8, 3))
+        fails.clear()
+        (core,) = model.statistics().cores
+        assert core.errors >= 40
+        assert dict(core.services) == pytest.approx({(8, 0): 0.006, (1, 0): 0.001})
+        assert same(await model(ids(3, 3)), ids(3, 3))
+        assert compiled.take() == [(1, 0)] * 3
+
+
+@scenario
 async def test_sizes_share_the_statistics():
     compiled = Compiled()
     async with AsyncDataParallel(compiled.sizes(1, 8), backend=puppets()) as model:
@@ -466,10 +507,11 @@ async def test_each_bucket_learns_its_own_times():
     compiled = Compiled()
     async with on_a_grid(compiled, (1, 8)) as model:
         await train(model, compiled, ids(1, 3), ids(8, 3), ids(8, 6))
-        for length, expected in ((3, [(1, 4)] * 2), (6, [(8, 8)])):
-            assert same(await model(ids(2, length)), ids(2, length))
-            assert compiled.take() == expected
         assert set(model.statistics().cores[0].services) == {(1, 4), (8, 4), (8, 8)}
+        for length in (3, 6):  # of the longer ones a single was not measured: it is now
+            assert same(await model(ids(2, length)), ids(2, length))
+            assert compiled.take() == [(1, 4 if length == 3 else 8)] * 2
+        assert set(model.statistics().cores[0].services) == {(1, 4), (8, 4), (1, 8), (8, 8)}
 
 
 @scenario
