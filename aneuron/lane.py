@@ -18,7 +18,7 @@ from aneuron.models import Shape
 from aneuron.outputs import Output, Unpad, kind
 from aneuron.rows import Call
 from aneuron.scheduler import rounded
-from aneuron.stats import CoreCounters, Recent
+from aneuron.stats import CoreCounters, Recent, ServiceTimes
 from aneuron.verdicts import Seen
 from aneuron.workers import Execution, Take, Within, Workers, in_own_modes, warm_up
 
@@ -45,13 +45,16 @@ class Load:
 class Lane:
     """One core and its threads. Its queue and what is in flight are guarded by the lock of `Lanes`."""
 
-    def __init__(self, index: int, core_id: int, backend: Backend, workers: Workers, counters: CoreCounters) -> None:
+    def __init__(
+        self, index: int, core_id: int, backend: Backend, workers: Workers, counters: CoreCounters, times: ServiceTimes
+    ) -> None:
         self.index = index
         self.core_id = core_id
         self.queue: asyncio.Queue[Batch[Call]] = asyncio.Queue()  # bound by the loop, not taken by a thread yet
         self.in_flight: list[Execution] = []
         self.staged: list[Execution] = []  # those that are prepared and wait for the core
         self.counters = counters
+        self.times = times  # of this run's model
         self.workers = workers
         self.concurrent = False
         self.out = False  # of service, for good: what serves later on this core is another lane
@@ -84,6 +87,10 @@ class Lane:
             self._warm_up(load, load.compiled)
             self.warming = False
 
+    def own(self) -> None:
+        """Show what this run makes of the core from now on, and no other run of the model."""
+        self.counters.owner, self.counters.times = self.run, self.times
+
     def show(self, state: str) -> None:
         """Its state, for the statistics: of two runs of a model on a core, the one that owns it shows its own."""
         if self.counters.owner is self.run:
@@ -105,7 +112,7 @@ class Lane:
             with _naming(*shape, len(load.models)):
                 first, value, seconds = warm_up(self._cores[shape], compiled, *shape, clock, wanted)
                 rows = shape[0] or compiled.rows
-                self.counters.learn((shape[0] or rounded(rows), shape[1]), seconds, clock())
+                self.times.learn((shape[0] or rounded(rows), shape[1]), seconds, clock())
                 values[shape] = value
                 if wanted and shape[1] == bucket:
                     order = tuple(numbers[row % compiled.rows] for row in range(rows))
@@ -166,7 +173,7 @@ class Lane:
     @property
     def pace(self) -> float:
         """Executions a second, of the shape that takes longest; 0 while that is not known."""
-        slowest = max([recent.median for recent in self.counters.services.values()], default=0.0)
+        slowest = max(self.times.medians().values(), default=0.0)
         return 1 / slowest if slowest else 0.0
 
     @property

@@ -31,7 +31,7 @@ from aneuron.recovery import Recovery, note
 from aneuron.rows import Call
 from aneuron.scheduler import Rules, Scheduler, Sizes, rounded
 from aneuron.slots import spread
-from aneuron.stats import CoreCounters, Counters, Recent, Statistics
+from aneuron.stats import CoreCounters, Counters, Recent, ServiceTimes, Statistics
 from aneuron.waiting import Chunk, Limit
 from aneuron.workers import Common, Execution, Workers, text
 
@@ -57,6 +57,7 @@ class Lanes:
         load: Load,
         sizes: Mapping[int, Sizes],
         counters: Counters,
+        times: dict[int, ServiceTimes],
         exec_timeout: float | None = None,
         beside: bool = False,
     ) -> None:
@@ -69,6 +70,7 @@ class Lanes:
         self._load = load
         self.sizes = sizes
         self._counters = counters
+        self._times = times  # of the model, by core id: it may have run before
         self._lock = threading.Lock()  # around the scheduler, the lanes' queues and what they have in flight
         self._scheduler: Scheduler[Call] = Scheduler(rules, sizes, self._estimate)
         self._arrivals: deque[Call] = deque()  # appended by the loop, taken with the lock, by whoever binds next
@@ -104,7 +106,8 @@ class Lanes:
     def _new_lane(self, index: int) -> Lane:
         core_id = self._core_ids[index]
         workers = self._make_workers(f"aneuron-core-{core_id}")
-        lane = Lane(index, core_id, self._backend, workers, self._counters.cores[core_id])
+        times = self._times.setdefault(core_id, ServiceTimes())
+        lane = Lane(index, core_id, self._backend, workers, self._counters.cores[core_id], times)
         lane.take = partial(self._take, lane)
         lane.run = self
         workers.on_death = lambda error: self._call_loop(partial(self._thread_died, lane, error))
@@ -123,7 +126,7 @@ class Lanes:
             for lane in self.lanes:
                 try:
                     if not self._beside:
-                        lane.counters.owner = self
+                        lane.own()
                     lane.show("loading")
                     lane.workers.grow(1)
                     await asyncio.wrap_future(lane.workers.submit(lane.load, self._load))
@@ -143,10 +146,10 @@ class Lanes:
             raise
         finally:
             failures.clear()  # their tracebacks hold this frame, and that the cores
-        for core in self._counters.cores.values():
-            for (rows, bucket), recent in core.services.items():
+        for times in self._times.values():
+            for (rows, bucket), seconds in times.medians().items():
                 if bucket in self.sizes:
-                    self.sizes[bucket].learn(rows, recent.median)
+                    self.sizes[bucket].learn(rows, seconds)
         self.serving = True
 
     def _is_hopeless_to_load(self, error: Exception) -> bool:
@@ -355,7 +358,7 @@ class Lanes:
         return True
 
     def _full(self, rows: int, bucket: int, why: str = "") -> QueueFull:
-        retry_after = self._counters.drain_seconds(self._scheduler.excess(rows, bucket))
+        retry_after = self._counters.drain_seconds(self._scheduler.excess(rows, bucket), self.clock())
         return QueueFull(
             f"no room for {rows} rows: {self._scheduler.waiting_rows} wait and max_pending={self.rules.max_pending}"
             f"{why}; try again later, or raise max_pending",
@@ -498,7 +501,7 @@ class Lanes:
 
     def _estimate(self, lane: int, rows: int, bucket: int) -> float:
         """Seconds that a lane takes for an execution of that shape; 0 while that is not known."""
-        return self.lanes[lane].counters.service((rows, bucket), self.clock())
+        return self.lanes[lane].times.service((rows, bucket), self.clock())
 
     # Results back.
 
@@ -558,10 +561,12 @@ class Lanes:
         service = max(0.0, ended - max(started, lane.ended))
         lane.ended = max(lane.ended, ended)
         padded = (execution.size or rows) - rows
-        lane.counters.executed(rows, padded, service, (batch.size or rounded(rows), batch.bucket), now)
-        if batch.size is not None and len(self._load.models) > 1 and service:
-            with self._lock:
-                self.sizes[batch.bucket].learn(batch.size, service)
+        lane.counters.executed(rows, padded, service)
+        if execution.error is None:  # what raises at once is not fast
+            lane.times.executed((batch.size or rounded(rows), batch.bucket), service, now)
+            if batch.size is not None and len(self._load.models) > 1 and service:
+                with self._lock:
+                    self.sizes[batch.bucket].learn(batch.size, service)
         if lane.copied(execution.copied, execution.preparing, now):
             self._scheduler.lead(lane.index, lane.lead)
         counters.drained(rows, now)
@@ -715,14 +720,14 @@ class Lanes:
     def take_over(self) -> None:
         """The run that these lanes were loaded beside serves no new calls any more: the cores are these lanes'."""
         for lane in self.lanes:
-            lane.counters.owner = self
+            lane.own()
             lane.show(self.recovery.health[lane.index].state)
 
     def statistics(self, retired: "Iterable[Lanes]" = ()) -> Statistics:
         """The frozen snapshot of now, from any thread; `retired` are runs on the same cores that have calls left."""
         calls = rows = 0
         in_flight: dict[int, int] = {}
-        for run in (self, *retired):
+        for run in {self, *retired}:  # a run that is being swapped may be both
             with run._lock:
                 run._flush()
                 calls += run._scheduler.waiting_calls

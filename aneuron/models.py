@@ -15,6 +15,7 @@ import torch
 from aneuron.backends import Backend
 from aneuron.buckets import Buckets, Cover
 from aneuron.errors import ShapeError
+from aneuron.stats import ServiceTimes
 
 Shape = tuple[int | None, int]  # rows (None = any number) and bucket (0 = none) of an execution
 
@@ -62,6 +63,7 @@ class Models:
     ) -> None:
         self.batch_size = self._said = batch_size
         self.source = given  # as the user gave it
+        self.times: dict[int, ServiceTimes] = {}  # by core id; they outlive a restart
         self._scripts = scripts
         self._given, self._dim, self._buckets = given, dim, buckets
         self._lengths: tuple[int, ...] = tuple(buckets.sizes) if buckets is not None else (0,)

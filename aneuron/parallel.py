@@ -669,7 +669,7 @@ class AsyncDataParallel:
         shapes = models.by_shape(self._dim)
         load = Load(shapes, self._dim, self._example, packing, self._packing, evidence, unpad, self._context)
         sizes = models.sizes(self._dim)
-        return Lanes(backend, ids, rules, load, sizes, self._counters, self._exec_timeout, beside)
+        return Lanes(backend, ids, rules, load, sizes, self._counters, models.times, self._exec_timeout, beside)
 
     def _serve(self, lanes: Lanes, models: Models, num_workers: int) -> None:
         """Serve with lanes that are loaded, from the next call on."""
@@ -725,12 +725,17 @@ class AsyncDataParallel:
         if self._lanes is not old or not old.serving:
             new.abort()
             raise Closed("the model was closed while it was being swapped")
-        self._serve(new, models, old.slots)
+        drain = asyncio.get_running_loop().create_task(old.drain(), name="aneuron swap")
+        self._retired[old] = drain  # before it is replaced: a thread that reads statistics must find it somewhere
+        try:
+            self._serve(new, models, old.slots)
+        except BaseException:
+            drain.cancel()  # it has not begun
+            del self._retired[old]
+            raise
+        drain.add_done_callback(lambda _: self._forget(old))
         new.take_over()
         self._say_started("swapped", new, began)
-        drain = asyncio.get_running_loop().create_task(old.drain(), name="aneuron swap")
-        self._retired[old] = drain
-        drain.add_done_callback(lambda _: self._forget(old))
         await asyncio.shield(drain)
 
     def _forget(self, old: Lanes) -> None:

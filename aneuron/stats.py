@@ -49,9 +49,9 @@ class CoreStatistics:
     knows). `state` is "suspect" for a core that was loaded again and has to prove itself with a batch, "quarantined"
     for one that will be loaded again later, "failed" for one that stays out until a restart. `batches` counts
     executions, re-runs included; `rows` are callers' rows, `padded_rows` those added to fill the compiled size.
-    `services` has the median seconds of the last executions of each shape, (rows, bucket), `service_seconds` that of
-    the shape executed last, None before the first. Rows as compiled or, where any number will do, rounded up to a
-    power of two; bucket 0 without buckets. The warm-up counts there.
+    `services` has the median seconds of the last executions of each shape, (rows, bucket), by the model that serves;
+    `service_seconds` is that of the shape executed last, None before the first. Rows as compiled or, where any number
+    will do, rounded up to a power of two; bucket 0 without buckets. The warm-up counts there, and what fails does not.
     """
 
     id: int
@@ -70,6 +70,9 @@ class CoreStatistics:
 @dataclass(frozen=True, slots=True)
 class Statistics:
     """A snapshot of the model's counters. Times are in seconds, sizes in rows.
+
+    It can be taken on any thread: `calls` and each core's numbers add up there as on the model's loop. Different fields
+    may then be of moments that lie a batch apart, and so may a histogram's sum and its counts.
 
     `closed_because` counts batches by the reason that they were not made larger: "full"; "core_idle", an idle core
     took what there was; "signature", what waited besides could not share the batch; "delay"; "drain".
@@ -142,43 +145,70 @@ class Tally:
 class Recent:
     """The last 31 observations: their median, and what few of them exceed (`high`). Sorted when somebody asks."""
 
-    __slots__ = ("_high", "_median", "_ring", "_sorted", "at")
+    __slots__ = ("_ring", "_seen", "at")
 
     def __init__(self) -> None:
         self._ring: deque[float] = deque(maxlen=31)
-        self._sorted = False
-        self._median = self._high = 0.0
+        self._seen: tuple[float, float] | None = (0.0, 0.0)  # replaced as one: exporters ask from other threads
         self.at = 0.0  # when the last one came
 
     def add(self, value: float, at: float) -> None:
         """Count one observation."""
         self._ring.append(value)
-        self._sorted = False
+        self._seen = None
         self.at = at
 
     @property
     def median(self) -> float:
         """The one in the middle; 0 before the first."""
-        self._sort()
-        return self._median
+        return (self._seen or self._sort())[0]
 
     @property
     def high(self) -> float:
         """One in sixteen exceeds it, and the worst never counts."""
-        self._sort()
-        return self._high
+        return (self._seen or self._sort())[1]
 
     def is_stale(self, now: float) -> bool:
         """Whether the last one is too old to be believed: where it makes all calls be refused, no other will come."""
         return now - self.at > FORGET and now - self.at > FORGET + self.median
 
-    def _sort(self) -> None:
-        if not self._sorted and self._ring:
-            self._sorted = True
-            ordered = sorted(self._ring)
-            count = len(ordered)
-            self._median = ordered[count // 2]
-            self._high = ordered[-1 - max(count > 3, count // 16)]
+    def _sort(self) -> tuple[float, float]:
+        ordered = sorted(self._ring)
+        count = len(ordered)
+        self._seen = ordered[count // 2], ordered[-1 - max(count > 3, count // 16)]
+        return self._seen
+
+
+class ServiceTimes:
+    """What the executions of one model on one core take, by shape, (rows, bucket). Another model has its own."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[tuple[int, int], Recent] = {}
+        self.last = (0, 0)  # the shape that was executed last
+
+    def executed(self, shape: tuple[int, int], seconds: float, now: float) -> None:
+        """Note what an execution has taken that callers asked for."""
+        self.last = shape
+        self.learn(shape, seconds, now)
+
+    def learn(self, shape: tuple[int, int], seconds: float, now: float) -> None:
+        """Note what an execution of that shape took."""
+        recent = self.shapes.get(shape)
+        if recent is None or recent.is_stale(now):
+            fresh = Recent()  # seen by other threads when it has something to say
+            fresh.add(seconds, now)
+            self.shapes[shape] = fresh
+        else:
+            recent.add(seconds, now)
+
+    def service(self, shape: tuple[int, int], now: float) -> float:
+        """Seconds that an execution of that shape takes; 0 if none was seen lately."""
+        recent = self.shapes.get(shape)
+        return 0.0 if recent is None or recent.is_stale(now) else recent.median
+
+    def medians(self) -> dict[tuple[int, int], float]:
+        """Seconds by shape. On any thread."""
+        return {shape: recent.median for shape, recent in list(self.shapes.items())}
 
 
 class CoreCounters:
@@ -189,38 +219,23 @@ class CoreCounters:
         self.global_id = global_id
         self.state = "loading"
         self.owner: object = None  # whose state it is: a run of the model may outlast the start of the next
-        self.batches = self.rows = self.padded_rows = self.errors = 0
-        self.busy_seconds = 0.0
-        self.services: dict[tuple[int, int], Recent] = {}  # seconds, by shape
-        self._last = (0, 0)  # the shape that was executed last
+        self.times = ServiceTimes()  # the owner's
+        self.errors = 0
+        self._executed = (0, 0, 0, 0.0)  # batches, rows, rows added, seconds: replaced as one, for other threads
 
-    def executed(self, rows: int, padded: int, seconds: float, shape: tuple[int, int], now: float) -> None:
+    def executed(self, rows: int, padded: int, seconds: float) -> None:
         """Count one execution of `rows` rows of callers."""
-        self.batches += 1
-        self.rows += rows
-        self.padded_rows += padded
-        self.busy_seconds += seconds
-        self._last = shape
-        self.learn(shape, seconds, now)
-
-    def learn(self, shape: tuple[int, int], seconds: float, now: float) -> None:
-        """Note what an execution of that shape, (rows, bucket), took."""
-        recent = self.services.get(shape)
-        if recent is None or recent.is_stale(now):
-            recent = self.services[shape] = Recent()
-        recent.add(seconds, now)
-
-    def service(self, shape: tuple[int, int], now: float) -> float:
-        """Seconds that an execution of that shape takes; 0 if none was seen lately."""
-        recent = self.services.get(shape)
-        return 0.0 if recent is None or recent.is_stale(now) else recent.median
+        batches, all_rows, all_padded, busy = self._executed
+        self._executed = batches + 1, all_rows + rows, all_padded + padded, busy + seconds
 
     def snapshot(self, in_flight: int) -> CoreStatistics:
         """The frozen state of now; how many batches are in flight is the scheduler's to say."""
-        services = {key: recent.median for key, recent in list(self.services.items())}  # exporters are other threads
+        times = self.times
+        last = times.last
+        services = times.medians()
         return CoreStatistics(
-            self.core_id, self.global_id, self.state, in_flight, self.batches, self.rows, self.padded_rows,
-            self.busy_seconds, services.get(self._last), MappingProxyType(services), self.errors,
+            self.core_id, self.global_id, self.state, in_flight, *self._executed, services.get(last),
+            MappingProxyType(services), self.errors,
         )  # fmt: skip
 
 
@@ -247,12 +262,17 @@ class Counters:
         if len(self._drained) > 1:
             self._drained.clear()
 
-    def drain_seconds(self, rows: int) -> float | None:
-        """How long `rows` rows take to leave at the rate of the last batches; None while that is unknown."""
-        if len(self._drained) < 2 or self._drained[-1][0] <= self._drained[0][0]:
+    def drain_seconds(self, rows: int, now: float) -> float | None:
+        """How long `rows` rows take to leave at the rate of the last batches; None while that is unknown.
+
+        Where none has left for longer than usual the rate is what it has sunk to meanwhile.
+        """
+        count = len(self._drained)
+        if count < 2 or self._drained[-1][0] <= self._drained[0][0]:
             return None
-        left = sum(count for _, count in self._drained) - self._drained[0][1]
-        return rows * (self._drained[-1][0] - self._drained[0][0]) / left
+        first = self._drained[0][0]
+        seconds = max(self._drained[-1][0] - first, (now - first) * (count - 1) / count)
+        return rows * seconds / (sum(left for _, left in self._drained) - self._drained[0][1])
 
     def snapshot(
         self, waiting_calls: int, waiting_rows: int, in_flight: Mapping[int, int] = MappingProxyType({})
@@ -270,9 +290,9 @@ class Counters:
         return Statistics(
             calls,
             waiting_rows,
-            tuple(
+            tuple(  # of a list: a start may add some
                 core.snapshot(in_flight.get(core.core_id, 0)) for core in list(self.cores.values())
-            ),  # a start may add some
+            ),
             MappingProxyType(dict(self.closed_because)),
             self.batch_rows.snapshot(),
             self.queue_seconds.snapshot(),

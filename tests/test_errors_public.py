@@ -45,7 +45,7 @@ ORDER = [
     "marked", "nested", "quantized", "lengths", "outputs", "verdicts", "evidence", "rows", "measure", "backends",
     "backends.files", "backends.unwarned", "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu",
     "backends.simulated", "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores",
-    "backends.neuron.placement", "backends.neuron.native", "backends.neuron", "backends.cuda", "models", "stats",
+    "backends.neuron.placement", "backends.neuron.native", "backends.neuron", "backends.cuda", "stats", "models",
     "observing", "modes", "workers", "lane", "futures", "recovery", "lanes", "sources", "bulk", "view", "parallel",
     "testing", "web", "cli", "__main__",
 ]  # fmt: skip

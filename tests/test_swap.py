@@ -60,6 +60,43 @@ def values(tasks):
 
 
 @scenario
+async def test_a_new_model_is_not_held_to_the_times_of_the_old_one():
+    pace = [1.0]
+    for started in (True, False):
+        model = AsyncDataParallel(OLD, backend=Backend(1, service_time=lambda rows: pace[0]), batch_size=4)
+        pace[0] = 1.0
+        async with model:
+            for n in range(5):
+                await model(row(n))
+            if started:
+                await model.swap(NEW)
+        if not started:
+            await model.swap(NEW)
+        pace[0] = 0.01
+        async with model:
+            assert dict(model.statistics().cores[0].services) == {}
+            assert (await model.options(timeout=0.5)(row(1)))[0, 0] == 101  # not refused for want of time
+            assert dict(model.statistics().cores[0].services) == pytest.approx({(4, 0): 0.01})
+
+
+@scenario
+async def test_the_last_calls_of_the_old_model_do_not_say_how_fast_the_new_one_is():
+    backend, model = served(1)
+    async with model:
+        old = call(model, 1)
+        await settle()
+        swap = asyncio.ensure_future(model.swap(NEW))
+        await settle()
+        await asyncio.sleep(5.0)  # of virtual time
+        await backend.release_all(old, swap)
+        new = call(model, 2)
+        await settle()
+        assert dict(model.statistics().cores[0].services) == {}
+        await backend.release_all(new)
+        assert dict(model.statistics().cores[0].services) == {(4, 0): 0.0}
+
+
+@scenario
 async def test_calls_made_before_are_the_old_models_and_calls_made_after_are_the_new_ones():
     backend, model = served()
     async with model:

@@ -97,7 +97,7 @@ class Machine:
 
     def execute(self, core, batches, rows, padded, seconds, why="full", total=0.03):
         for _ in range(batches):
-            self.counters.cores[core].executed(rows, padded, seconds, (rows + padded, 0), 0.0)
+            self.counters.cores[core].executed(rows, padded, seconds)
             self.counters.closed_because[why] += 1
             self.counters.accepted += rows
             self.counters.completed += rows
