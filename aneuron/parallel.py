@@ -25,6 +25,7 @@ from aneuron.backends import (
     choose_cores,
     parse_device_ids,
 )
+from aneuron.backends.torchscript import held, released
 from aneuron.buckets import Buckets
 from aneuron.bulk import Map
 from aneuron.errors import Closed, DeadlineExceeded, DeviceError, ShapeError
@@ -81,6 +82,9 @@ class AsyncDataParallel:
     rows) and dtype (quantized ones in scale and zero point) and their other arguments are the same; a call may be
     spread over several batches and cores.
     Cancelling an awaiting task takes its rows out of the queue; rows that a core is executing are finished and dropped.
+
+    Pickled or copied, whatever it does meanwhile, it is its configuration of now, not started: with the model that
+    serves and what was set at run time, without observer and statistics.
 
     Parameters (the first four as in `torch_neuronx.DataParallel`,
     https://awsdocs-neuron.readthedocs-hosted.com/en/latest/frameworks/torch/torch-neuronx/api-reference-guide/inference/api-torch-neuronx-data-parallel.html):
@@ -174,6 +178,7 @@ class AsyncDataParallel:
         check_rows: bool = True,
         context: Callable[[], AbstractContextManager[Any]] | None = None,
     ) -> None:
+        others = frozenset(vars(self))  # what a subclass has set before
         self._lanes: Lanes | None = None
         self._starting: _Start | None = None
         self._closed = False
@@ -231,7 +236,7 @@ class AsyncDataParallel:
                 "the compiled rows",
                 stacklevel=2,
             )
-        self._attributes = frozenset(vars(self)) | {"_attributes", "_asked_for_batching"}
+        self._attributes = frozenset(vars(self)) - others | {"_attributes", "_asked_for_batching"}
 
     def _read_example(self, example_inputs: Any) -> Compiled | None:
         """What to warm up with; it also says how many rows a compiled graph takes."""
@@ -247,11 +252,7 @@ class AsyncDataParallel:
         return example
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What pickling and copying take along: the configuration of now, for an instance that is not started.
-
-        The model, backend and example are pickled with it, or are what cannot be; attributes of a subclass go along, an
-        observer, statistics and what is running stay.
-        """
+        """See the class. Attributes of a subclass go along; a traced model goes as `torch.jit.save` writes it."""
         settings = self._fixed | {
             "set_dynamic_batching": self._packing or (self._dim != 0 and not self._asked_for_batching),
             "num_workers": self._num_workers,
@@ -259,7 +260,7 @@ class AsyncDataParallel:
             "max_pending": self._max_pending,
         }
         own = {name: value for name, value in vars(self).items() if name not in self._attributes}
-        return _configured, (type(self), self._models.source, settings), own or None
+        return _configured, (type(self), held(self._models.source), settings), own or None
 
     # Calls.
 
@@ -878,7 +879,7 @@ def _resident() -> str:
 def _configured(kind: type[AsyncDataParallel], model: Model, settings: dict[str, Any]) -> AsyncDataParallel:
     """An instance that is not started, whatever the arguments of a subclass are."""
     made = kind.__new__(kind)
-    AsyncDataParallel.__init__(made, model, **settings)
+    AsyncDataParallel.__init__(made, released(model), **settings)
     return made
 
 

@@ -84,6 +84,9 @@ class CudaBackend:
         self.staging_bytes = staging_bytes
         self._slots = _Slots(staging_bytes)
 
+    def __reduce__(self) -> tuple[Any, ...]:  # pinned memory stays with its process
+        return type(self), (self.cores_per_device, self.staging_bytes)
+
     def __repr__(self) -> str:
         return f"CudaBackend(cores_per_device={self.cores_per_device}, staging_bytes={self.staging_bytes})"
 
