@@ -645,12 +645,12 @@ class AsyncDataParallel:
         """One line for the log."""
         ids = [lane.core_id for lane in lanes.lanes if lanes.recovery.health[lane.index].serves]
         shapes = [
-            f"{'any number of' if rows is None else rows} rows" + (f" of {bucket}" if bucket else "")
+            ("1 row" if rows == 1 else f"{rows or 'any number of'} rows") + (f" of length {bucket}" if bucket else "")
             for rows, bucket in self._models.by_shape(self._dim)
         ]
         logger.info(
-            "%s on %d cores of the %s backend (%s): %s; %.2f s%s",
-            what, len(ids), self._backend.name if self._backend else "", ", ".join(map(str, ids)), ", ".join(shapes),
+            "%s on %d core%s of the %s backend (%s): %s; %.2f s%s",
+            what, len(ids), "s" * (len(ids) != 1), self._backend.name if self._backend else "", ", ".join(map(str, ids)), ", ".join(shapes),
             time.monotonic() - began, f"; the process has {memory}" if (memory := _resident()) else "",
         )  # fmt: skip
 

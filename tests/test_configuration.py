@@ -14,7 +14,7 @@ import pytest
 import torch
 from puppets import scenario
 
-from aneuron import AsyncDataParallel, CpuBackend, CudaBackend, Fault, SimulatedBackend
+from aneuron import AsyncDataParallel, Buckets, CpuBackend, CudaBackend, Fault, SimulatedBackend
 from aneuron.stats import CoreCounters, Counters, Recent, ServiceTimes
 from aneuron.testing import PuppetBackend, settle
 
@@ -228,6 +228,14 @@ async def test_one_line_says_that_a_model_has_started_and_that_it_was_swapped(ca
             await model.swap({2: torch.nn.ReLU().eval(), 8: torch.nn.ReLU().eval()})
             assert [each.message.partition(" ")[0] for each in caplog.records] == ["started", "swapped"]
             assert "0.123" not in caplog.text
+
+
+async def test_the_line_names_one_core_one_row_and_lengths(caplog):
+    grid = {(1, 32): torch.neg, (1, 64): torch.neg}
+    with caplog.at_level(logging.INFO, "aneuron"):
+        async with AsyncDataParallel(grid, backend=SimulatedBackend(1, 0.0), buckets=Buckets(sizes=(32, 64))):
+            (record,) = caplog.records
+    assert "on 1 core of the simulated backend (0): 1 row of length 32, 1 row of length 64; " in record.message
 
 
 # Statistics.
