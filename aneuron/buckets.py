@@ -170,6 +170,7 @@ class Cover:
         self._table = [self.limit]
         if len(self.sizes) > 1:
             self._table = [self.sizes[bisect_left(self.sizes, rows)] for rows in range(self.limit + 1)]
+        self._covering = set(self._table)  # sizes that are in a cover
 
     def pick(self, rows: int, at_once: bool = False) -> int:
         """The size to execute now; `rows` >= 1 wait. Of the cheapest cover the largest comes first.
@@ -208,7 +209,7 @@ class Cover:
         self._cost[size] = seconds
         self._due.discard(size)
         for other, last in self._last.items():
-            patience = self._most if other in self._table else self._patience[other]
+            patience = self._most if other in self._covering else self._patience[other]
             if self._spent - last >= patience * self._cost[other] and other != size:
                 self._due.add(other)
 
@@ -221,6 +222,7 @@ class Cover:
         if all(self._samples.values()):
             self._times = {size: _median(samples) for size, samples in self._samples.items()}
             self._table = cheapest(self._times, self.limit)
+            self._covering = set(self._table)
 
 
 def _median(samples: Collection[float]) -> float:

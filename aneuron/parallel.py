@@ -650,7 +650,8 @@ class AsyncDataParallel:
         ]
         logger.info(
             "%s on %d core%s of the %s backend (%s): %s; %.2f s%s",
-            what, len(ids), "s" * (len(ids) != 1), self._backend.name if self._backend else "", ", ".join(map(str, ids)), ", ".join(shapes),
+            what, len(ids), "s" * (len(ids) != 1), self._backend.name if self._backend else "",
+            ", ".join(map(str, ids)), ", ".join(shapes),
             time.monotonic() - began, f"; the process has {memory}" if (memory := _resident()) else "",
         )  # fmt: skip
 
