@@ -8,8 +8,6 @@ from aneuron.backends.cpu import CpuBackend
 from aneuron.backends.cuda import CudaBackend
 from aneuron.backends.neuron import NeuronBackend
 from aneuron.backends.simulated import SimulatedBackend
-from aneuron.buckets import Buckets
-from aneuron.bulk import Map
 from aneuron.errors import (
     AneuronError,
     Closed,
@@ -22,11 +20,13 @@ from aneuron.errors import (
     QueueFull,
     ShapeError,
 )
-from aneuron.marked import Rows, Shared
+from aneuron.map.window import Map
 from aneuron.observing import Observer
+from aneuron.options import View
 from aneuron.parallel import AsyncDataParallel
 from aneuron.stats import CallStatistics, CoreStatistics, Histogram, Statistics, Timing
-from aneuron.view import View
+from aneuron.tensors.buckets import Buckets
+from aneuron.tensors.marked import Rows, Shared
 
 __all__ = [
     "AneuronError",

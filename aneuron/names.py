@@ -1,8 +1,8 @@
 """Users' objects that others are told apart by, as the scheduler knows them: one object of ours for all that are equal.
 
 Lives here: where a user's `__hash__` and `__eq__` are called, by the call that brings the object. Must not be here:
-what is done with a tenant (order.py) or with the keys of inputs (nested.py). The scheduler compares with its lock held:
-what raises there, or takes its time, would take every caller's model along.
+what is done with a tenant (sched/fair_queue.py) or with the keys of inputs (tensors/nested.py). The scheduler compares
+with its lock held: what raises there, or takes its time, would take every caller's model along.
 """
 
 from collections.abc import Hashable

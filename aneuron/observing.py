@@ -1,16 +1,16 @@
 """Who is told how calls run: `timed()`, and an observer.
 
 Lives here: what is noted of a call, and what an observer must have. Must not be here: who tells (parallel.py and
-lanes.py do), a library for traces (web/tracing.py).
+engine/lanes.py do), a library for traces (web/tracing.py).
 """
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
-from aneuron.rows import Call
+from aneuron.sched.call import Chunk
 from aneuron.stats import Timing
-from aneuron.waiting import Chunk
+from aneuron.tensors.rows import Call
 
 
 class Observer(Protocol):

@@ -1,7 +1,7 @@
 """`AsyncDataParallel`: what the user holds. Checks, settings, lifecycle.
 
-Lives here: the arguments and what they mean, starting and closing. Must not be here: futures (futures.py), threads
-(workers.py), tensor work (rows.py), which rows run next (scheduler.py).
+Lives here: the arguments and what they mean, starting and closing. Must not be here: futures (engine/futures.py),
+threads (engine/threads.py), tensor work (tensors/rows.py), which rows run next (sched/scheduler.py).
 """
 
 import asyncio
@@ -26,22 +26,22 @@ from aneuron.backends import (
     parse_device_ids,
 )
 from aneuron.backends.torchscript import held, released
-from aneuron.buckets import Buckets
-from aneuron.bulk import Map
+from aneuron.engine.evidence import Evidence, check_declared
+from aneuron.engine.lane import Load
+from aneuron.engine.lanes import FORKED, Lanes
+from aneuron.engine.threads import Workers
 from aneuron.errors import Closed, DeadlineExceeded, DeviceError, ShapeError
-from aneuron.evidence import Evidence, check_declared
-from aneuron.lane import Load
-from aneuron.lanes import FORKED, Lanes
-from aneuron.measure import Compiled, list_of_rows, measure
-from aneuron.models import Models
+from aneuron.map.window import Map
 from aneuron.observing import Observer, Trace
-from aneuron.outputs import Unpad
-from aneuron.rows import Call
-from aneuron.scheduler import Rules, Sizes
+from aneuron.options import Options, View, seconds
+from aneuron.program import Models
+from aneuron.sched.call import Cut, Limit, Rest, Terms
+from aneuron.sched.scheduler import Rules, Sizes
 from aneuron.stats import Counters, Statistics, Timing
-from aneuron.view import Options, View, seconds
-from aneuron.waiting import Cut, Limit, Rest, Terms
-from aneuron.workers import Workers
+from aneuron.tensors.buckets import Buckets
+from aneuron.tensors.outputs import Unpad
+from aneuron.tensors.rows import Call
+from aneuron.tensors.signature import Compiled, list_of_rows, measure
 
 logger = logging.getLogger("aneuron")
 

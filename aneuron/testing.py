@@ -28,7 +28,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from aneuron.backends import Backend, Core, Fault
-from aneuron.workers import Execution, Take, carried
+from aneuron.engine.threads import Execution, Take, carried
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -13,12 +13,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aneuron.buckets import PATIENCE, Buckets, Cover, cheapest
 from aneuron.errors import OutputError, ShapeError
-from aneuron.measure import Compiled, measure
-from aneuron.outputs import Output, Unpad, carriers
-from aneuron.rows import collate, scatter
-from aneuron.scheduler import Cut
+from aneuron.sched.scheduler import Cut
+from aneuron.sched.sizes import PATIENCE, Cover, cheapest
+from aneuron.tensors.buckets import Buckets
+from aneuron.tensors.outputs import Output, Unpad, carriers
+from aneuron.tensors.rows import collate, scatter
+from aneuron.tensors.signature import Compiled, measure
 
 Pair = namedtuple("Pair", ["ids", "mask"])
 
@@ -303,7 +304,9 @@ def test_of_two_times_the_shorter_counts():
 
 def test_covers_are_chosen_anew_only_when_a_time_has_moved(monkeypatch):
     made = []
-    monkeypatch.setattr("aneuron.buckets.cheapest", lambda times, limit: made.append(times) or cheapest(times, limit))
+    monkeypatch.setattr(
+        "aneuron.sched.sizes.cheapest", lambda times, limit: made.append(times) or cheapest(times, limit)
+    )
     cover = Cover([1, 8])
     cover.learn(1, 1.0)
     cover.learn(8, 4.0)

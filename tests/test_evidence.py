@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from aneuron import AsyncDataParallel, CpuBackend, OutputError, ShapeError
-from aneuron.evidence import check_declared
+from aneuron.engine.evidence import check_declared
 
 
 class Counting:
@@ -357,7 +357,7 @@ async def test_what_cannot_be_looked_at_goes_by_its_shape_with_one_warning(caplo
     def broken(*args):
         raise TypeError("no such comparison")
 
-    monkeypatch.setattr("aneuron.evidence.judge", broken)
+    monkeypatch.setattr("aneuron.engine.evidence.judge", broken)
     with caplog.at_level(logging.WARNING, "aneuron"):
         async with one_core(lambda x: x * 2, batch_size=4, example_inputs=torch.ones(1, 2)) as model:
             for _ in range(2):

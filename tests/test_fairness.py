@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aneuron.buckets import Cover
-from aneuron.scheduler import Rules, Scheduler
-from aneuron.waiting import NEVER, Terms, Waiting
+from aneuron.sched.call import NEVER, Terms, Waiting
+from aneuron.sched.scheduler import Rules, Scheduler
+from aneuron.sched.sizes import Cover
 
 AT_ONCE = float("inf")
 BATCH = 8

@@ -2,7 +2,7 @@
 
 import pytest
 
-from aneuron.health import FIRST, LIMIT, LONGEST, STEADY, Health, Inquest
+from aneuron.engine.health import FIRST, LIMIT, LONGEST, STEADY, Health, Inquest
 
 
 def up(recoverable=True, proven=True):

@@ -16,7 +16,7 @@ import torch
 from puppets import scenario
 
 from aneuron import AsyncDataParallel, Closed, CpuBackend, DeviceError, Fault, SimulatedBackend, lanes
-from aneuron.lanes import SLOW_CLOSE
+from aneuron.engine.lanes import SLOW_CLOSE
 from aneuron.testing import PuppetBackend, VirtualTimeLoop, settle
 
 
@@ -444,7 +444,7 @@ async def test_a_thread_that_cannot_be_started_fails_the_start_and_leaves_none(m
 
 
 async def test_a_second_thread_that_cannot_be_started_is_done_without(monkeypatch):
-    monkeypatch.setattr("aneuron.lane.COPYING_PAYS", -1.0)
+    monkeypatch.setattr("aneuron.engine.lane.COPYING_PAYS", -1.0)
     async with AsyncDataParallel(torch.neg, backend=SimulatedBackend(cores=1, service_time=0.0)) as model:
         monkeypatch.setattr(threading.Thread, "start", lambda thread: exec("raise RuntimeError('no more')"))
         for _ in range(20):

@@ -31,7 +31,7 @@ from aneuron import (
     ShapeError,
     SimulatedBackend,
 )
-from aneuron.bulk import Map
+from aneuron.map.window import Map
 from aneuron.testing import PuppetBackend, settle
 
 
@@ -679,7 +679,7 @@ async def test_errors_that_nobody_takes_are_silent_and_results_are_let_go(caplog
 def test_a_stuck_source_does_not_keep_the_interpreter_from_exiting():
     program = """
         import asyncio, threading
-        from aneuron.bulk import Map
+        from aneuron.map.window import Map
 
         def source():
             yield (1,)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from aneuron import AsyncDataParallel, Buckets, CpuBackend, OutputError, Rows, ShapeError, Shared, SimulatedBackend
-from aneuron.measure import SMALL, measure
+from aneuron.tensors.signature import SMALL, measure
 
 
 def one_core(model, **settings):

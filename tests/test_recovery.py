@@ -23,9 +23,9 @@ from aneuron import (
     SimulatedBackend,
     health,
 )
-from aneuron.health import FIRST, LIMIT
+from aneuron.engine.health import FIRST, LIMIT
+from aneuron.engine.threads import Execution
 from aneuron.testing import PuppetBackend, settle
-from aneuron.workers import Execution
 
 CORE, FATAL, INPUT = OSError("the core"), SystemError("the process"), ValueError("the input")
 BACK = 1.25 * FIRST + 0.01  # seconds until a core is back for sure

@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aneuron.batches import Batch
-from aneuron.buckets import Cover
-from aneuron.scheduler import Rules, Scheduler
-from aneuron.slots import spread
-from aneuron.waiting import Cut, Waiting
+from aneuron.sched.call import Cut, Waiting
+from aneuron.sched.filling import Batch
+from aneuron.sched.scheduler import Rules, Scheduler
+from aneuron.sched.sizes import Cover
+from aneuron.sched.slots import spread
 
 AT_ONCE = float("inf")  # lanes that execute may be given their next batch at any time
 RULES = Rules(cores=4, batch_size=8, preferred=32, split_size=None, packing=True, max_pending=None)

@@ -9,12 +9,12 @@ import torch
 from puppets import call, check_sum, release_all, row, scenario
 
 from aneuron import AsyncDataParallel, Closed, Fault, SimulatedBackend, health
-from aneuron.bulk import _Window
-from aneuron.health import FIRST
-from aneuron.lanes import SLOW_CLOSE, SLOW_DRAIN
-from aneuron.sources import LoopSource
+from aneuron.engine.health import FIRST
+from aneuron.engine.lanes import SLOW_CLOSE, SLOW_DRAIN
+from aneuron.engine.threads import Execution
+from aneuron.map.sources import LoopSource
+from aneuron.map.window import _Window
 from aneuron.testing import PuppetBackend, settle
-from aneuron.workers import Execution
 
 BUG = ZeroDivisionError("a bug")
 DEATHS = [BUG, asyncio.CancelledError("from nowhere")]

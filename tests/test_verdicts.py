@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from aneuron.nested import mark
-from aneuron.outputs import Output
-from aneuron.verdicts import Seen, judge, repeats, row_lists
+from aneuron.tensors.nested import mark
+from aneuron.tensors.outputs import Output
+from aneuron.tensors.verdicts import Seen, judge, repeats, row_lists
 
 X = torch.linspace(-1.0, 2.0, 24).reshape(6, 4).sin()  # six rows, all different
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from aneuron import AsyncDataParallel, CpuBackend, Fault
-from aneuron.workers import Workers
+from aneuron.engine.threads import Workers
 
 VARIABLE = contextvars.ContextVar("VARIABLE", default=0)
 

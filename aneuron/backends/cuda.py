@@ -20,7 +20,7 @@ from aneuron.backends import Fault
 from aneuron.backends.cpu import open_model
 from aneuron.backends.torchscript import load_script
 from aneuron.errors import DeviceError
-from aneuron.nested import fill, walk
+from aneuron.tensors.nested import fill, walk
 
 # Codes of cudaError_t, and what CUDA says of them; PyTorch before 2.8 gives the text only. Of these CUDA's manual says
 # that all further work in the process returns the same error, and that the process must be terminated.

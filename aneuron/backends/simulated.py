@@ -15,7 +15,7 @@ import torch
 from aneuron.backends import Fault
 from aneuron.backends.copies import own
 from aneuron.backends.cpu import open_model
-from aneuron.nested import walk
+from aneuron.tensors.nested import walk
 
 _KINDS = ("input", "core", "fatal", "hang", "slow")
 

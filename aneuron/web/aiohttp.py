@@ -27,7 +27,7 @@ from aneuron.web.views import server_timing as timing_header
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-_HEALTH: web.AppKey[Health] = web.AppKey("aneuron.health", Health)
+_HEALTH: web.AppKey[Health] = web.AppKey("aneuron.engine.health", Health)
 # A request's deadline and timings are under this key: a typed one as of aiohttp 3.14, which warns of strings.
 _TERMS: Any = web.RequestKey("aneuron.terms", tuple) if hasattr(web, "RequestKey") else "aneuron.terms"
 

@@ -8,8 +8,8 @@ from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, Self
 
 from aneuron import AsyncDataParallel, Timing, View
-from aneuron.view import Model, Options
-from aneuron.waiting import Limit
+from aneuron.options import Model, Options
+from aneuron.sched.call import Limit
 
 Timings = list[tuple[str, Timing]]
 

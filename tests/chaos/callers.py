@@ -14,7 +14,7 @@ import torch
 from aneuron import Closed, CoreFailed, NoHealthyCores, QueueFull, ShapeError
 from aneuron.backends.simulated import SimulatedFault
 from aneuron.errors import DeadlineExceeded
-from aneuron.order import FEW
+from aneuron.sched.fair_queue import FEW
 
 WIDTH = 64  # rows of the largest call: a row's value is WIDTH * number of its call + its own number
 SERVING = ("ready", "suspect")

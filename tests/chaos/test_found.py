@@ -9,7 +9,7 @@ import torch
 from puppets import call, row, scenario
 
 from aneuron import AsyncDataParallel, CoreFailed, Fault, NoHealthyCores, SimulatedBackend, recovery
-from aneuron.lanes import Staged
+from aneuron.engine.lanes import Staged
 from aneuron.testing import PuppetBackend, settle
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from aneuron.backends.neuron.placement import is_neuron
-from aneuron.nested import fill, walk
+from aneuron.tensors.nested import fill, walk
 
 
 def load(device: Any, model: Any, core_id: int, compiled: bool) -> "NativeModel":

@@ -3,7 +3,8 @@
 Lives here: which parts of a module are Neuron graphs, copies, the placement calls of torch_neuronx and torch_neuron.
 Must not be here: the lock around loads (__init__.py), which cores there are (cores.py), what errors mean (faults.py).
 
-The calls: https://awsdocs-neuron.readthedocs-hosted.com/en/latest/frameworks/torch/torch-neuronx/api-reference-guide/inference/api-torch-neuronx-core-placement.html.
+The calls:
+https://awsdocs-neuron.readthedocs-hosted.com/en/latest/frameworks/torch/torch-neuronx/api-reference-guide/inference/api-torch-neuronx-core-placement.html.
 Always one module a core: the runtime's own rotation over replicas would hide which core runs what, and which fails.
 """
 

@@ -17,13 +17,13 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from aneuron.backends import Fault
+from aneuron.engine.futures import Futures, has_left
+from aneuron.engine.health import Health, Inquest
+from aneuron.engine.lane import Lane
+from aneuron.engine.threads import Execution, carried, text
 from aneuron.errors import Closed, CoreFailed, NoHealthyCores
-from aneuron.futures import Futures, has_left
-from aneuron.health import Health, Inquest
-from aneuron.lane import Lane
-from aneuron.rows import Call
-from aneuron.waiting import Chunk
-from aneuron.workers import Execution, carried, text
+from aneuron.sched.call import Chunk
+from aneuron.tensors.rows import Call
 
 logger = logging.getLogger("aneuron")
 

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from aneuron.buckets import Buckets
 from aneuron.errors import ShapeError
-from aneuron.marked import is_mark
-from aneuron.nested import Path, named
-from aneuron.quantized import QUANTIZED
+from aneuron.tensors.buckets import Buckets
+from aneuron.tensors.marked import is_mark
+from aneuron.tensors.nested import Path, named
+from aneuron.tensors.quantized import QUANTIZED
 
 Lengths = Mapping[str, float | None]  # for each input by its path what pads it, None if it has no length
 

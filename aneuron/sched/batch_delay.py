@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Hashable
 from typing import Generic
 
-from aneuron.order import Flow, Kind, Order, first
-from aneuron.waiting import C
+from aneuron.sched.call import C
+from aneuron.sched.fair_queue import Flow, Kind, Order, first
 
 COMPANY = 1.5  # rows that must be expected during a learned hold to make it worth while
 

@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 from aneuron.errors import DeadlineExceeded
-from aneuron.rows import Call
+from aneuron.sched.call import Limit
 from aneuron.stats import Counters
-from aneuron.waiting import Limit
+from aneuron.tensors.rows import Call
 
 
 class Futures:

@@ -1,12 +1,12 @@
 """The lanes as the scheduler sees them: what each has in flight, when that should have ended, and who is idle.
 
-Must not be here: waiting calls (order.py), which batch is next (scheduler.py), clocks: `now` is an argument.
+Must not be here: waiting calls (fair_queue.py), which batch is next (scheduler.py), clocks: `now` is an argument.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from aneuron.batches import Batch
+from aneuron.sched.filling import Batch
 
 Estimate = Callable[[int, int, int], float]  # seconds that a lane takes for a shape, (rows, bucket); 0 = unknown
 

@@ -21,16 +21,16 @@ from typing import Any, ParamSpec, Protocol, TypeVar
 
 import torch
 
-from aneuron import rows
 from aneuron.backends import Backend, Core, Fault
-from aneuron.batches import Batch
-from aneuron.evidence import Evidence, Trials, identities, snapshot, varies
-from aneuron.measure import Compiled
-from aneuron.modes import Modes
-from aneuron.outputs import Carried, Output, Unpad
-from aneuron.rows import Call, Finished
-from aneuron.verdicts import Seen
-from aneuron.waiting import Chunk
+from aneuron.engine.evidence import Evidence, Trials, identities, snapshot, varies
+from aneuron.engine.modes import Modes
+from aneuron.sched.call import Chunk
+from aneuron.sched.filling import Batch
+from aneuron.tensors import rows
+from aneuron.tensors.outputs import Carried, Output, Unpad
+from aneuron.tensors.rows import Call, Finished
+from aneuron.tensors.signature import Compiled
+from aneuron.tensors.verdicts import Seen
 
 logger = logging.getLogger("aneuron")
 

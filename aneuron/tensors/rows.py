@@ -13,12 +13,12 @@ import torch
 from torch import Tensor  # looked up for each row
 
 from aneuron.errors import InputModified, OutputError
-from aneuron.lengths import Pads, padded
-from aneuron.marked import Rows, Shared, is_mark
-from aneuron.nested import fill, is_array, walk
-from aneuron.outputs import Carried, Output, checked, tensor
-from aneuron.quantized import QUANTIZED, grid, joined
-from aneuron.waiting import Chunk, Waiting
+from aneuron.sched.call import Chunk, Waiting
+from aneuron.tensors.lengths import Pads, padded
+from aneuron.tensors.marked import Rows, Shared, is_mark
+from aneuron.tensors.nested import fill, is_array, walk
+from aneuron.tensors.outputs import Carried, Output, checked, tensor
+from aneuron.tensors.quantized import QUANTIZED, grid, joined
 
 Guard = AbstractContextManager[Any]
 

@@ -1,7 +1,7 @@
 """What a call brings: how many rows, what it may share a batch with, and what is wrong with it.
 
 Lives here: looking at inputs, on the loop thread: shapes, dtypes and references, whatever the size. Must not be here:
-anything that touches a tensor's data (rows.py), who runs when (scheduler.py).
+anything that touches a tensor's data (rows.py), who runs when (sched/scheduler.py).
 """
 
 from collections.abc import Hashable, Mapping, Sequence
@@ -10,14 +10,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, strided  # looked up for each call
 
-from aneuron.buckets import Buckets
 from aneuron.errors import ShapeError
-from aneuron.lengths import Lengths, Pads, check_pad, choose_pads, common_length, size_at
-from aneuron.marked import Rows, Shared, is_mark
-from aneuron.nested import Path, Sealed, children, is_array, is_masked, listed, paths, walk
-from aneuron.outputs import PLAIN, SPECIAL
-from aneuron.quantized import QUANTIZED, grid
-from aneuron.rows import BucketCall, Call, arguments, collate, columns, version_of
+from aneuron.tensors.buckets import Buckets
+from aneuron.tensors.lengths import Lengths, Pads, check_pad, choose_pads, common_length, size_at
+from aneuron.tensors.marked import Rows, Shared, is_mark
+from aneuron.tensors.nested import Path, Sealed, children, is_array, is_masked, listed, paths, walk
+from aneuron.tensors.outputs import PLAIN, SPECIAL
+from aneuron.tensors.quantized import QUANTIZED, grid
+from aneuron.tensors.rows import BucketCall, Call, arguments, collate, columns, version_of
 
 T = TypeVar("T", bound=Call)
 

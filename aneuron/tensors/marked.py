@@ -1,7 +1,7 @@
 """What the user marks among inputs: `Rows`, one Python object a row, and `Shared`, what belongs to all rows.
 
 Lives here: the two marks. The runtime marks outputs with them, too: a list with an entry for each row, a value that
-every caller gets. Must not be here: the walk that finds them (nested.py), what calls may share (measure.py), cutting
+every caller gets. Must not be here: the walk that finds them (nested.py), what calls may share (signature.py), cutting
 (rows.py).
 """
 

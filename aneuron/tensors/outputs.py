@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from aneuron.buckets import Buckets
 from aneuron.errors import OutputError
-from aneuron.marked import Rows, Shared
-from aneuron.nested import Marks, Path, Sealed, is_masked, mark, named, paths, walk
-from aneuron.quantized import QUANTIZED, grid
+from aneuron.tensors.buckets import Buckets
+from aneuron.tensors.marked import Rows, Shared
+from aneuron.tensors.nested import Marks, Path, Sealed, is_masked, mark, named, paths, walk
+from aneuron.tensors.quantized import QUANTIZED, grid
 
 Carried = tuple[tuple[int, ...], ...]  # for each tensor of an output the dims where the length stands: none, mostly one
 

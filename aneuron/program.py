@@ -1,7 +1,7 @@
 """What the user gave as the model: one for everything, or one for each compiled shape.
 
-Lives here: checks that need no device, and what is to be loaded for which shape. Must not be here: loading (lane.py),
-which shape runs (buckets.py, scheduler.py).
+Lives here: checks that need no device, and what is to be loaded for which shape. Must not be here: loading
+(engine/lane.py), which shape runs (tensors/buckets.py, sched/scheduler.py).
 """
 
 import os
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from aneuron.backends import Backend
-from aneuron.buckets import Buckets, Cover
 from aneuron.errors import ShapeError
+from aneuron.sched.sizes import Cover
 from aneuron.stats import ServiceTimes
+from aneuron.tensors.buckets import Buckets
 
 Shape = tuple[int | None, int]  # rows (None = any number) and bucket (0 = none) of an execution
 

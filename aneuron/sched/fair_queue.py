@@ -1,6 +1,6 @@
 """Who goes first: the fair order of the waiting calls.
 
-Lives here: levels, lines, tenants, and whose turn it is. Must not be here: forming batches (batches.py), lanes, slots,
+Lives here: levels, lines, tenants, and whose turn it is. Must not be here: forming batches (filling.py), lanes, slots,
 asyncio, threads, torch, a clock.
 
     level    the calls of one priority, in two lines; its tenants take turns in each
@@ -29,7 +29,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import Any, Generic
 
-from aneuron.waiting import ANYWHERE, NEVER, C, Terms
+from aneuron.sched.call import ANYWHERE, NEVER, C, Terms
 
 STARTS = 3  # batches in a row that may start from the first line while others wait
 FEW = 4  # batches that a medium call is

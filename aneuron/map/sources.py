@@ -1,7 +1,7 @@
 """Where the elements of a map come from: a synchronous iterable or an asynchronous one, read as far as there is room.
 
-Lives here: advancing a source, and closing it. Must not be here: calls and results (bulk.py), a thread other than a
-worker (workers.py).
+Lives here: advancing a source, and closing it. Must not be here: calls and results (window.py), a thread other than a
+worker (engine/threads.py).
 
 A source gets two functions, which it calls on the loop: `start(element, version)` for each element, with the version
 that its tensors had when it was read, then `end(error)` once, with what the source raised or None; after `close()`
@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from aneuron.nested import is_array
-from aneuron.rows import version_in
-from aneuron.workers import Workers
+from aneuron.engine.threads import Workers
+from aneuron.tensors.nested import is_array
+from aneuron.tensors.rows import version_in
 
 Start = Callable[[Any, int], None]
 End = Callable[[BaseException | None], None]

@@ -1,6 +1,6 @@
 """One core: the queue of batches bound to it that have not begun, its loaded shapes, what is known of its speed.
 
-Must not be here: callers' futures (futures.py), decisions (scheduler.py), how a thread works (workers.py).
+Must not be here: callers' futures (futures.py), decisions (sched/scheduler.py), how a thread works (threads.py).
 """
 
 import asyncio
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from aneuron.backends import Backend, Core
-from aneuron.batches import Batch
-from aneuron.evidence import Evidence, Trials, identities
-from aneuron.measure import Compiled
-from aneuron.models import Shape
-from aneuron.outputs import Output, Unpad, kind
-from aneuron.rows import Call
-from aneuron.scheduler import rounded
+from aneuron.engine.evidence import Evidence, Trials, identities
+from aneuron.engine.threads import Execution, Take, Within, Workers, in_own_modes, warm_up
+from aneuron.program import Shape
+from aneuron.sched.filling import Batch
+from aneuron.sched.scheduler import rounded
 from aneuron.stats import CoreCounters, Recent, ServiceTimes
-from aneuron.verdicts import Seen
-from aneuron.workers import Execution, Take, Within, Workers, in_own_modes, warm_up
+from aneuron.tensors.outputs import Output, Unpad, kind
+from aneuron.tensors.rows import Call
+from aneuron.tensors.signature import Compiled
+from aneuron.tensors.verdicts import Seen
 
 logger = logging.getLogger("aneuron")
 

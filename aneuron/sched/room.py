@@ -1,6 +1,6 @@
 """Room for waiting calls (`max_pending`): who finds it, who gives way, and which calls of maps wait for it outside.
 
-Must not be here: who goes first (order.py), batches, lanes, callers' futures: what is decided comes back as data.
+Must not be here: who goes first (fair_queue.py), batches, lanes, callers' futures: what is decided comes back as data.
 
 A waiting call takes room for the rows of its next batch: a small call for all, a large one for a batch, so that it
 shuts out nobody by its size. What large calls have beyond that has as much room again, and one call that is larger than
@@ -12,8 +12,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Generic
 
-from aneuron.order import SMALL, Flow, Load, Order
-from aneuron.waiting import C, Terms
+from aneuron.sched.call import C, Terms
+from aneuron.sched.fair_queue import SMALL, Flow, Load, Order
 
 
 class Room(Generic[C]):

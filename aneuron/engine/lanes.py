@@ -22,18 +22,18 @@ from functools import partial
 from typing import Any
 
 from aneuron.backends import Backend, Fault
-from aneuron.batches import Batch
+from aneuron.engine.futures import Futures
+from aneuron.engine.lane import TICK, Lane, Load
+from aneuron.engine.recovery import Recovery, note
+from aneuron.engine.threads import Common, Execution, Workers, text
 from aneuron.errors import Closed, CoreFailed, DeviceError, OutputError, QueueFull, ShapeError
-from aneuron.futures import Futures
-from aneuron.lane import TICK, Lane, Load
 from aneuron.observing import observed
-from aneuron.recovery import Recovery, note
-from aneuron.rows import Call
-from aneuron.scheduler import Rules, Scheduler, Sizes, rounded
-from aneuron.slots import spread
+from aneuron.sched.call import Chunk, Limit
+from aneuron.sched.filling import Batch
+from aneuron.sched.scheduler import Rules, Scheduler, Sizes, rounded
+from aneuron.sched.slots import spread
 from aneuron.stats import CoreCounters, Counters, Recent, ServiceTimes, Statistics
-from aneuron.waiting import Chunk, Limit
-from aneuron.workers import Common, Execution, Workers, text
+from aneuron.tensors.rows import Call
 
 logger = logging.getLogger("aneuron")
 

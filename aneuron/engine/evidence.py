@@ -1,7 +1,7 @@
 """Which outputs have a row for each row, found out by executing: what is executed for it, and what is remembered.
 
 Lives here: the verdicts of a run of a model, once for each kind of output, and the executions that they cost. Must not
-be here: how executions are judged (verdicts.py), what an output is cut into (rows.py), who runs when.
+be here: how executions are judged (tensors/verdicts.py), what an output is cut into (tensors/rows.py), who runs when.
 
 What is asked for is two executions whose rows differ: in number, where the model takes another, else in order. At most
 two are added to what is executed anyway, on one core; a worker that meets the same kind of output meanwhile waits.
@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 
 from aneuron.errors import InputModified, OutputError
-from aneuron.marked import Rows, Shared
-from aneuron.nested import Marks, Sealed, Steps, children, fill, paths, walk
-from aneuron.outputs import Output
-from aneuron.verdicts import Need, Seen, Verdict, judge, repeats, row_lists
+from aneuron.tensors.marked import Rows, Shared
+from aneuron.tensors.nested import Marks, Sealed, Steps, children, fill, paths, walk
+from aneuron.tensors.outputs import Output
+from aneuron.tensors.verdicts import Need, Seen, Verdict, judge, repeats, row_lists
 
 logger = logging.getLogger("aneuron")
 

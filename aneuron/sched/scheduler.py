@@ -1,8 +1,8 @@
 """Which rows form the next batch, for which lane, and when.
 
-Lives here: the decision, deadlines, the arithmetic of backpressure. Who goes first is `order.py`'s, what the lanes have
-in flight `slots.py`'s, holding back `holding.py`'s. Must not be here: asyncio, threads, torch, a clock: `now` is an
-argument. Decisions come back as data; the effects are the lane's.
+Lives here: the decision, deadlines, the arithmetic of backpressure. Who goes first is `fair_queue.py`'s, what the lanes
+have in flight `slots.py`'s, holding back `batch_delay.py`'s. Must not be here: asyncio, threads, torch, a clock: `now`
+is an argument. Decisions come back as data; the effects are the lane's.
 
 Late binding is the rule that carries this file: rows stay in the queue, where they can be cancelled and joined by
 others, until a lane has a free slot. They are cut when the batch is formed, so a call of ten million rows is one
@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Generic, Protocol
 
-from aneuron.batches import Batch, Filling
-from aneuron.holding import Hold
-from aneuron.order import Flow, Kind, Order
-from aneuron.room import Room
-from aneuron.slots import Estimate, Slots
-from aneuron.waiting import ANYWHERE, NEVER, C, Chunk, Cut
+from aneuron.sched.batch_delay import Hold
+from aneuron.sched.call import ANYWHERE, NEVER, C, Chunk, Cut
+from aneuron.sched.fair_queue import Flow, Kind, Order
+from aneuron.sched.filling import Batch, Filling
+from aneuron.sched.room import Room
+from aneuron.sched.slots import Estimate, Slots
 
 
 @dataclass(frozen=True, slots=True)

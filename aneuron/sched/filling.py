@@ -1,14 +1,14 @@
 """Forming a batch: taking rows from the waiting calls until it is full.
 
-Must not be here: who goes first (order.py), when and for which lane (scheduler.py), tensors (rows.py).
+Must not be here: who goes first (fair_queue.py), when and for which lane (scheduler.py), tensors (tensors/rows.py).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic
 
-from aneuron.order import Flow, Heap, Kind, Order, first
-from aneuron.waiting import NEVER, C, Chunk
+from aneuron.sched.call import NEVER, C, Chunk
+from aneuron.sched.fair_queue import Flow, Heap, Kind, Order, first
 
 
 @dataclass(slots=True, eq=False)

@@ -19,8 +19,8 @@ from weakref import WeakSet
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
-from aneuron.marked import Rows, Shared, is_mark
 from aneuron.names import name_of
+from aneuron.tensors.marked import Rows, Shared, is_mark
 
 
 class Sealed(TypeError):

@@ -18,11 +18,11 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar
 
+from aneuron.engine.threads import carried
 from aneuron.errors import Closed, InputModified
-from aneuron.nested import is_leaf
-from aneuron.rows import MODIFIED, version_in
-from aneuron.sources import check_source, close_unread, open_source
-from aneuron.workers import carried
+from aneuron.map.sources import check_source, close_unread, open_source
+from aneuron.tensors.nested import is_leaf
+from aneuron.tensors.rows import MODIFIED, version_in
 
 T = TypeVar("T")
 

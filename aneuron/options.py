@@ -1,7 +1,7 @@
 """A model on other terms: with a timeout, a priority, a tenant.
 
 Lives here: what may be asked for, and that what was asked for before holds until it is said anew. Must not be here:
-what becomes of it (scheduler.py).
+what becomes of it (sched/scheduler.py).
 """
 
 from collections.abc import Callable, Coroutine, Hashable
@@ -9,10 +9,10 @@ from math import isfinite
 from numbers import Real
 from typing import Any, NamedTuple, Protocol, Self
 
-from aneuron.bulk import Map
+from aneuron.map.window import Map
 from aneuron.names import name_of
+from aneuron.sched.call import Limit, Terms
 from aneuron.stats import Timing
-from aneuron.waiting import Limit, Terms
 
 
 class Model(Protocol):

@@ -1,7 +1,7 @@
 """Whether an output has a row for each row of its batch: what a few executions of the same rows say.
 
 Lives here: the judgement, from outputs that are there, and which execution would say more. Must not be here: executing
-anything (evidence.py), what follows from a verdict (outputs.py, rows.py), threads.
+anything (engine/evidence.py), what follows from a verdict (outputs.py, rows.py), threads.
 
 Three verdicts on each tensor or list of an output: *row*, it has an entry for each row, which follows its row wherever
 that stands; *whole*, it is the same for other rows; *mixed*, neither. Numbers of rows tell most: what has as many
@@ -17,8 +17,8 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from aneuron.marked import Rows
-from aneuron.nested import Steps, children, is_leaf, walk
+from aneuron.tensors.marked import Rows
+from aneuron.tensors.nested import Steps, children, is_leaf, walk
 
 # How far results of the same row may be apart, as a share of the largest in the output. Kernels for other numbers of
 # rows and places round differently: float32 by 1e-6 to 1e-5 after some layers, 1e-3 with TF32.

@@ -1,0 +1,1 @@
+"""Running batches: lanes and their threads, callers' futures, faults."""

@@ -1,0 +1,1 @@
+"""A model over the elements of a source."""

@@ -1,0 +1,1 @@
+"""Looking at structures of tensors, cutting them into rows, and putting batches and results together."""
