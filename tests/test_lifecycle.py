@@ -15,7 +15,8 @@ import pytest
 import torch
 from puppets import scenario
 
-from aneuron import AsyncDataParallel, Closed, CpuBackend, DeviceError, Fault, SimulatedBackend, lanes
+from aneuron import AsyncDataParallel, Closed, CpuBackend, DeviceError, Fault, SimulatedBackend
+from aneuron.engine import lanes
 from aneuron.engine.lanes import SLOW_CLOSE
 from aneuron.testing import PuppetBackend, VirtualTimeLoop, settle
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from puppets import call, check_sum, release_all, row, scenario
 
-from aneuron import AsyncDataParallel, Closed, Fault, SimulatedBackend, health
+from aneuron import AsyncDataParallel, Closed, Fault, SimulatedBackend
+from aneuron.engine import health
 from aneuron.engine.health import FIRST
 from aneuron.engine.lanes import SLOW_CLOSE, SLOW_DRAIN
 from aneuron.engine.threads import Execution

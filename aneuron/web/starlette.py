@@ -47,7 +47,7 @@ T = TypeVar("T")
 AppLifespan = Callable[[Any], AbstractAsyncContextManager[Any]]
 
 # In the scope of a request, and of those of mounted applications.
-_MODELS, _DEADLINE, _TIMINGS, _MOST = "aneuron.program", "aneuron.deadline", "aneuron.timings", "aneuron.most"
+_MODELS, _DEADLINE, _TIMINGS, _MOST = "aneuron.models", "aneuron.deadline", "aneuron.timings", "aneuron.most"
 _ASKS = (b"x-request-timeout-ms", b"grpc-timeout")
 
 
@@ -85,7 +85,7 @@ def lifespan(
     @asynccontextmanager
     async def manager(app: Any) -> AsyncIterator[Any]:
         for each in _applications(app):
-            check_same(models, each.state.aneuron.program if _is_installed(each) else {})
+            check_same(models, each.state.aneuron.models if _is_installed(each) else {})
         async with serving(models, drain_timeout):
             if app_lifespan is None:
                 with frozen(freeze):

@@ -8,7 +8,8 @@ import weakref
 import torch
 from puppets import call, row, scenario
 
-from aneuron import AsyncDataParallel, CoreFailed, Fault, NoHealthyCores, SimulatedBackend, recovery
+from aneuron import AsyncDataParallel, CoreFailed, Fault, NoHealthyCores, SimulatedBackend
+from aneuron.engine import recovery
 from aneuron.engine.lanes import Staged
 from aneuron.testing import PuppetBackend, settle
 

@@ -12,7 +12,8 @@ from unittest import mock
 import uvloop
 from callers import Callers, check_nothing_left, check_now, model_of
 
-from aneuron import AsyncDataParallel, SimulatedBackend, health
+from aneuron import AsyncDataParallel, SimulatedBackend
+from aneuron.engine import health
 
 
 def names():
