@@ -23,6 +23,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.testing._internal.two_tensor import TwoTensor
 
 from aneuron import AsyncDataParallel, Buckets, CpuBackend, OutputError, ShapeError
+from aneuron.tensors import signature
 from aneuron.testing import PuppetBackend, run
 
 Plain = namedtuple("Plain", ["x", "y"])
