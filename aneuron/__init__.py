@@ -24,7 +24,16 @@ from aneuron.map.window import Map
 from aneuron.observing import Observer
 from aneuron.options import View
 from aneuron.parallel import AsyncDataParallel
-from aneuron.stats import CallStatistics, CoreStatistics, Histogram, Statistics, Timing
+from aneuron.pool import Pool
+from aneuron.stats import (
+    CallStatistics,
+    CoreStatistics,
+    Histogram,
+    PoolStatistics,
+    ShareStatistics,
+    Statistics,
+    Timing,
+)
 from aneuron.tensors.buckets import Buckets
 from aneuron.tensors.marked import Rows, Shared
 
@@ -50,9 +59,12 @@ __all__ = [
     "NoHealthyCores",
     "Observer",
     "OutputError",
+    "Pool",
+    "PoolStatistics",
     "QueueFull",
     "Rows",
     "ShapeError",
+    "ShareStatistics",
     "Shared",
     "SimulatedBackend",
     "Statistics",

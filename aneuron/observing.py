@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 from aneuron.sched.call import Chunk
 from aneuron.stats import Timing
-from aneuron.tensors.rows import Call
 
 
 class Observer(Protocol):
@@ -68,9 +67,7 @@ class Trace:
         return Timing(started - admitted, device, now - admitted, self.core, self.rows, self.padded, self.why)
 
 
-def observed(
-    chunks: Iterable[Chunk[Call]], core: int, rows: int, padded_rows: int, why: str
-) -> AbstractContextManager[Any]:
+def observed(chunks: Iterable[Chunk], core: int, rows: int, padded_rows: int, why: str) -> AbstractContextManager[Any]:
     """What an observer puts around an execution of those chunks; nothing, if none of their calls has one."""
     observer: Observer | None = None
     calls: list[tuple[Any, int]] = []

@@ -5,10 +5,9 @@ what becomes of it (sched/scheduler.py).
 """
 
 from collections.abc import Callable, Coroutine, Hashable
-from math import isfinite
-from numbers import Real
 from typing import Any, NamedTuple, Protocol, Self
 
+from aneuron.arguments import is_finite, seconds
 from aneuron.map.window import Map
 from aneuron.names import name_of
 from aneuron.sched.call import Limit, Terms
@@ -18,7 +17,7 @@ from aneuron.stats import Timing
 class Model(Protocol):
     """What a view is of."""
 
-    async def _run(
+    async def _call(
         self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None, timeout: Limit | None
     ) -> Any: ...
 
@@ -60,7 +59,7 @@ class Options(NamedTuple):
             timeout = self.timeout
         if priority is AS_BEFORE:
             priority = self.priority
-        if not _is_finite(priority):
+        if not is_finite(priority):
             raise ValueError(f"priority={priority!r:.80}: expected a finite number; 0 is usual, negative is background")
         return Options(
             None if timeout is None else Limit(seconds("timeout", timeout)),
@@ -83,7 +82,7 @@ class View:
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
         """Run the model on the inputs' rows. To be awaited."""
-        return self._model._run(inputs, kwargs, self._terms, self._options.timeout)
+        return self._model._call(inputs, kwargs, self._terms, self._options.timeout)
 
     async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
         """The same, and how the call was run."""
@@ -124,17 +123,3 @@ def _tenant(tenant: Hashable) -> Hashable:
         return None if tenant is None else name_of(tenant)
     except TypeError:
         raise TypeError(f"tenant={tenant!r:.80} is not hashable; pass a name, a number or a tuple") from None
-
-
-def seconds(name: str, value: float) -> float:
-    """A checked number of seconds."""
-    if not _is_finite(value) or value < 0:
-        raise ValueError(f"{name}={value!r:.80}: expected seconds, 0 or more and finite")
-    return float(value)
-
-
-def _is_finite(value: Any) -> bool:
-    try:
-        return not isinstance(value, bool) and isinstance(value, Real) and isfinite(value)
-    except OverflowError:  # an int beyond all floats
-        return False

@@ -1,66 +1,36 @@
-"""`AsyncDataParallel`: what the user holds. Checks, settings, lifecycle.
+"""`AsyncDataParallel`: what the user holds.
 
-Lives here: the arguments and what they mean, starting and closing. Must not be here: futures (engine/futures.py),
-threads (engine/threads.py), tensor work (tensors/rows.py), which rows run next (sched/scheduler.py).
+Lives here: the arguments and what they mean, the call. Must not be here: starting and closing (lifecycle.py), futures
+and threads (engine/), tensor work (tensors/rows.py), which rows run next (sched/).
 """
 
-import asyncio
 import inspect
-import logging
-import os
-import time
 import warnings
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from threading import get_ident
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Self
 
-from aneuron.backends import (
-    Backend,
-    automatic,
-    check_ids,
-    check_models,
-    choose_backend,
-    choose_cores,
-    parse_device_ids,
-)
+from aneuron.arguments import count, seconds
+from aneuron.arguments import weight as checked_weight
+from aneuron.backends import Backend
 from aneuron.backends.torchscript import held, released
-from aneuron.engine.evidence import Evidence, check_declared
-from aneuron.engine.lane import Load
-from aneuron.engine.lanes import FORKED, Lanes
-from aneuron.engine.threads import Workers
-from aneuron.errors import Closed, DeadlineExceeded, DeviceError, ShapeError
+from aneuron.engine.evidence import check_declared
+from aneuron.errors import ShapeError
+from aneuron.lifecycle import Lifecycle
 from aneuron.map.window import Map
 from aneuron.observing import Observer, Trace
-from aneuron.options import Options, View, seconds
-from aneuron.program import Models
-from aneuron.sched.call import Cut, Limit, Rest, Terms
-from aneuron.sched.scheduler import Rules, Sizes
-from aneuron.stats import Counters, Statistics, Timing
+from aneuron.options import Options, View
+from aneuron.pool import Pool
+from aneuron.program import Program, Settings
+from aneuron.sched.call import Call, Cut, Limit, Terms
+from aneuron.sched.scheduler import Rules
+from aneuron.stats import Statistics, Timing
 from aneuron.tensors.buckets import Buckets
-from aneuron.tensors.outputs import Unpad
-from aneuron.tensors.rows import Call
 from aneuron.tensors.signature import Compiled, list_of_rows, measure
 
-logger = logging.getLogger("aneuron")
-
-T = TypeVar("T")
-
 Model = Any  # nn.Module | ScriptModule | callable | path of a TorchScript file
-
-
-class _Start:
-    """A start in progress, and how many wait for it."""
-
-    def __init__(self) -> None:
-        self.task: asyncio.Task[Lanes] | None = None
-        self.waiters = 0
-
-    @property
-    def over(self) -> bool:
-        """Whether there is nothing to wait for: a task that is cancelled before its first step cannot say so itself."""
-        return self.task is None or self.task.done()
 
 
 class AsyncDataParallel:
@@ -177,12 +147,10 @@ class AsyncDataParallel:
         outputs: Mapping[str | int, str] | None = None,
         check_rows: bool = True,
         context: Callable[[], AbstractContextManager[Any]] | None = None,
+        pool: Pool | None = None,
+        weight: float = 1.0,
     ) -> None:
         others = frozenset(vars(self))  # what a subclass has set before
-        self._lanes: Lanes | None = None
-        self._starting: _Start | None = None
-        self._closed = False
-        self._closings = 0  # how often it has been
         self._observer: Observer | None = None
         if isinstance(device_ids, Iterable) and not isinstance(device_ids, (str, bytes)):
             device_ids = list(device_ids)
@@ -190,46 +158,44 @@ class AsyncDataParallel:
             "device_ids": device_ids, "dim": dim, "backend": backend, "batch_size": batch_size,
             "example_inputs": example_inputs, "max_delay": max_delay, "buckets": buckets,
             "exec_timeout": exec_timeout, "min_cores": min_cores, "outputs": outputs, "check_rows": check_rows,
-            "context": context,
+            "context": context, "pool": pool, "weight": weight,
         }  # fmt: skip  # what no setter changes, as it was given
-        self._ids = parse_device_ids(device_ids)
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise ValueError(f"dim={dim!r}: expected an int, the dimension that counts rows")
-        self._dim = dim
-        self._chosen = self._backend = choose_backend(backend)  # None: by each start
-        if self._chosen is not None:
-            check_ids(self._chosen, self._ids)
+        self._pool = self._on(pool, device_ids, backend, num_workers)
         if buckets is not None and not isinstance(buckets, Buckets):
             raise TypeError(f"buckets={buckets!r}: expected aneuron.Buckets(dim=..., sizes=(...), pad=...), or None")
-        self._buckets = buckets
-        scripts = self._chosen is None or getattr(self._chosen, "loads_scripts", False)
-        self._models = Models(model, _count("batch_size", batch_size), dim, buckets, scripts)
-        self._max_pending = _count("max_pending", max_pending)
-        self._max_delay = None if max_delay is None else seconds("max_delay", max_delay)
-        self._num_workers = _count("num_workers", num_workers)
-        self._split_size = _count("split_size", split_size)
-        self._exec_timeout = None if exec_timeout is None else seconds("exec_timeout", exec_timeout)
-        if self._exec_timeout == 0:
+        if exec_timeout is not None and not seconds("exec_timeout", exec_timeout):
             raise ValueError("exec_timeout=0: expected seconds, more than the longest execution takes, or None")
-        self._min_cores = _count("min_cores", min_cores)
-        self._outputs, self._check_rows = check_declared(outputs), bool(check_rows)
         if context is not None and (not callable(context) or hasattr(context, "__enter__")):
             raise TypeError(
                 f"context={context!r:.80}: expected a function that makes a context manager for each execution, such "
                 "as lambda: torch.autocast('cpu'), or None"
             )
-        self._context = context
-        self._packing = bool(set_dynamic_batching) and dim == 0
-        self._example = self._read_example(example_inputs)
-        self._compiled = self._example if self._models.compiled else None
-        self._lengths = self._example.lengths if self._example is not None else None
+        chosen = self._pool.chosen
+        scripts = chosen is None or getattr(chosen, "loads_scripts", False)
+        program = Program(model, count("batch_size", batch_size), dim, buckets, scripts)
+        self._settings = Settings(
+            dim=dim,
+            packing=bool(set_dynamic_batching) and dim == 0,
+            example=_read_example(example_inputs, program, dim, buckets),
+            buckets=buckets,
+            split_size=count("split_size", split_size),
+            max_pending=count("max_pending", max_pending),
+            max_delay=None if max_delay is None else seconds("max_delay", max_delay),
+            exec_timeout=None if exec_timeout is None else seconds("exec_timeout", exec_timeout),
+            min_cores=count("min_cores", min_cores),
+            outputs=check_declared(outputs),
+            check_rows=bool(check_rows),
+            context=context,
+            weight=checked_weight(weight),
+        )
+        self._life = Lifecycle(program, self._settings, self._pool)
+        example = self._settings.example
+        self._lengths = example.lengths if example is not None else None
+        self._known = example.names if example is not None else ()
         self._warned_of_list = False
-        self._known = self._example.names if self._example is not None else ()
         self._checked: Hashable = None  # the signature of the last call that was found to fit
-        self._sizes: Mapping[int, Sizes] = {}  # of this run of the model, which learns them
-        self._swapping = False
-        self._retired: dict[Lanes, asyncio.Task[None]] = {}  # runs of models that were swapped, with calls left
-        self._counters = Counters()
         if dim != 0 and set_dynamic_batching and self._asked_for_batching:
             warnings.warn(
                 f"dynamic batching cannot be enabled for dim={dim}, only for dim=0; it is off: rows / cores must equal "
@@ -238,35 +204,36 @@ class AsyncDataParallel:
             )
         self._attributes = frozenset(vars(self)) - others | {"_attributes", "_asked_for_batching"}
 
-    def _read_example(self, example_inputs: Any) -> Compiled | None:
-        """What to warm up with; it also says how many rows a compiled graph takes."""
-        if example_inputs is None:
-            return None
-        kwargs: dict[str, Any] = example_inputs if type(example_inputs) is dict else {}
-        args: tuple[Any, ...] = example_inputs if type(example_inputs) is tuple else (example_inputs,) * (not kwargs)
-        try:
-            example = Compiled(args, kwargs, self._dim, self._buckets)
-        except ShapeError as error:
-            raise ShapeError(f"example_inputs: {error}") from None
-        self._models.take_size(example.rows)
-        return example
+    @staticmethod
+    def _on(pool: Pool | None, device_ids: Any, backend: Any, num_workers: int | None) -> Pool:
+        """The pool that was given, or one of the model's own."""
+        if pool is None:
+            return Pool(device_ids, backend, num_workers)
+        if not isinstance(pool, Pool):
+            raise TypeError(f"pool={pool!r:.80}: expected an aneuron.Pool, or None for cores of its own")
+        said = {"device_ids": device_ids, "backend": None if backend == "auto" else backend, "num_workers": num_workers}
+        if named := [f"{name}={value!r:.80}" for name, value in said.items() if value is not None]:
+            raise ValueError(f"{', '.join(named)} with pool=: the cores are the pool's; pass it to Pool(...)")
+        return pool
 
     def __reduce__(self) -> tuple[Any, ...]:
         """See the class. Attributes of a subclass go along; a traced model goes as `torch.jit.save` writes it."""
+        now = self._settings
         settings = self._fixed | {
-            "set_dynamic_batching": self._packing or (self._dim != 0 and not self._asked_for_batching),
-            "num_workers": self._num_workers,
-            "split_size": self._split_size,
-            "max_pending": self._max_pending,
+            "set_dynamic_batching": now.packing or (now.dim != 0 and not self._asked_for_batching),
+            "split_size": now.split_size,
+            "max_pending": now.max_pending,
         }
+        if self._fixed["pool"] is None:
+            settings["num_workers"] = self._pool.given_num_workers
         own = {name: value for name, value in vars(self).items() if name not in self._attributes}
-        return _configured, (type(self), held(self._models.source), settings), own or None
+        return _configured, (type(self), held(self._life.program.source), settings), own or None
 
     # Calls.
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
         """Run the model on the inputs' rows; see the class. To be awaited."""
-        return self._run(inputs, kwargs)  # not through a coroutine of its own, which each call would pay for
+        return self._call(inputs, kwargs)  # not through a coroutine of its own, which each call would pay for
 
     async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
         """The same, and how the call was run."""
@@ -304,17 +271,17 @@ class AsyncDataParallel:
         terms = (terms or Terms())._replace(yields=True)
 
         def call(*inputs: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
-            return self._run(inputs, kwargs, terms, timeout())
+            return self._call(inputs, kwargs, terms, timeout())
 
         bound = self._outstanding if limit is None else limit
         return Map(call, source, ordered=ordered, limit=bound, return_exceptions=return_exceptions)
 
     async def _outstanding(self) -> int:
         """One-row calls that keep every core busy: two batches for each, as far as the second has room to wait."""
-        rules = (await self._started()).rules
-        kinds = len(self._buckets.sizes) if self._buckets is not None else 1  # each fills batches of its own
+        rules, buckets = (await self._life.started()).rules, self._settings.buckets
+        kinds = len(buckets.sizes) if buckets is not None else 1  # each fills batches of its own
         busy = (rules.batch_size or rules.preferred) * kinds * rules.cores
-        return busy + min(busy, self._max_pending or busy)
+        return busy + min(busy, self._settings.max_pending or busy)
 
     def options(self, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None) -> View:
         """The model on other terms: a cheap object to be called like this one, with `timed`, `map` and `options`.
@@ -346,18 +313,18 @@ class AsyncDataParallel:
         tenant that does not, so that nobody is refused here who would find room. Says nothing of a model that is not
         started, and reserves nothing. To be called on the loop of the model, `RuntimeError` elsewhere.
         """
-        self._check_loop()
-        if self._lanes is not None:
-            self._lanes.check(_count("rows", rows) or 1)
+        self._life.check_loop()
+        if self._life.run is not None:
+            self._life.run.check(count("rows", rows) or 1)
 
     async def _timed(
         self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None = None, timeout: Limit | None = None
     ) -> tuple[Any, Timing]:
         trace = Trace()
-        result = await self._run(inputs, kwargs, terms, timeout, trace)
+        result = await self._call(inputs, kwargs, terms, timeout, trace)
         return result, trace.timing()
 
-    async def _run(
+    async def _call(
         self,
         inputs: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -367,31 +334,30 @@ class AsyncDataParallel:
     ) -> Any:
         if self._observer is not None and (trace is None or trace.observer is None):
             return await self._observed(self._observer, inputs, kwargs, terms, timeout, trace or Trace())
-        call = measure(inputs, kwargs, self._dim, self._buckets, self._lengths, self._known)
-        if self._compiled is not None and call.signature is not self._checked:
-            self._compiled.check(call, inputs, kwargs)
+        settings, life = self._settings, self._life
+        example = settings.example
+        call = measure(inputs, kwargs, settings.dim, settings.buckets, self._lengths, self._known)
+        if example is not None and call.signature is not self._checked and life.program.compiled:
+            example.check(call, inputs, kwargs)
             self._checked = call.signature
-        lanes = self._lanes
-        if lanes is None or lanes.thread != get_ident() or not lanes.loop.is_running():
+        run = life.run
+        if run is None or run.thread != get_ident() or not run.loop.is_running():
             if timeout is None:
-                lanes = await self._started()
+                run = await life.started()
             else:
-                lanes, timeout = await self._started_within(timeout)
-        rules = lanes.rules
+                run, timeout = await life.started_within(timeout)
+        rules = run.scheduler.rules
         if rules.batch_size is None or rules.split_size is not None or not rules.packing:
             call.cut = self._cut(call, rules)
         if call.structure and call.rows > 1 and not self._warned_of_list:
             self._look_for_list(call, rules, inputs, kwargs)
-        if terms is not None:
-            call.terms = terms
-        if trace is not None:
-            call.trace = trace
-        future = lanes.admit(call, timeout)
+        call.terms, call.trace = terms, trace
+        future = run.admit(call, timeout)
         try:
             return await future
         finally:
             if not call.settled:
-                lanes.futures.withdraw(call)
+                run.futures.withdraw(call)
             del future  # an exception's traceback holds this frame
 
     async def _observed(
@@ -405,11 +371,12 @@ class AsyncDataParallel:
     ) -> Any:
         with observer.call(trace.timing) as trace.token:
             trace.observer = observer
-            return await self._run(inputs, kwargs, terms, timeout, trace)
+            return await self._call(inputs, kwargs, terms, timeout, trace)
 
     def _cut(self, call: Call, rules: Rules) -> Cut:
         """How a call will be cut, where that is not anywhere."""
-        sizes = self._sizes[call.bucket].sizes if self._sizes else [self._models.batch_size or 0]
+        run, program = self._life.run, self._life.program
+        sizes = run.sizes[call.bucket].sizes if run is not None and run.sizes else [program.batch_size or 0]
         cut = rules.cut(call.rows, sizes[-1])
         if rules.packing and rules.split_size is None:
             return cut
@@ -423,7 +390,7 @@ class AsyncDataParallel:
                     f"the rows of a call, divided by the cores, must be those that the model was compiled for"
                     + (f" (split_size={rules.split_size})" if rules.split_size else "")
                 )
-        if pieces % rules.cores and (rules.split_size is not None or not self._packing):
+        if pieces % rules.cores and (rules.split_size is not None or not self._settings.packing):
             warnings.warn(
                 f"the cores are not fully used: {call.rows} rows in {pieces} pieces on {rules.cores} cores",
                 stacklevel=3,
@@ -451,67 +418,57 @@ class AsyncDataParallel:
         Where they are not, and the cores cut batches themselves (`Backend`), call it before the start: cores that are
         loaded go on cutting, and a warning says so.
         """
-        if self._lanes is not None:
-            if self._packing and not self._lanes.rules.packing:
+        run = self._life.run
+        if run is not None:
+            if self._settings.packing and not run.rules.packing:
                 warnings.warn(
                     "the cores go on cutting batches, since it is not known how many rows the model was compiled for; "
                     "call disable_dynamic_batching() before start(), or pass batch_size=",
                     stacklevel=2,
                 )
-            self._lanes.change(packing=False)
-        self._packing = False
+            run.change(packing=False)
+        self._settings.packing = False
 
     @property
     def num_workers(self) -> int | None:
-        """Batches that may be in flight, on all cores together; None before the start if none was given."""
-        if self._num_workers is None and self._lanes is not None:
-            return self._lanes.slots
-        return self._num_workers
+        """Batches that may be in flight, on all cores of the pool together; None before the start if none was given."""
+        return self._pool.num_workers
 
     @num_workers.setter
     def num_workers(self, value: int) -> None:
-        self._num_workers = _count("num_workers", value)
-        if self._lanes is not None and self._lanes.serving and not self._lanes.loop.is_closed():
-            self._lanes.loop.call_soon_threadsafe(self._resize)
-
-    def _resize(self) -> None:
-        if self._lanes is not None and self._lanes.serving and self.num_workers is not None:
-            self._lanes.resize(self.num_workers)
+        self._pool.num_workers = value
 
     @property
     def split_size(self) -> int | None:
         """Rows of the pieces that a call is cut into; None: chosen, see the class."""
-        return self._split_size
+        return self._settings.split_size
 
     @split_size.setter
     def split_size(self, value: int | None) -> None:
-        self._split_size = _count("split_size", value)
-        if self._lanes is not None:
-            self._lanes.change(split_size=self._split_size)
+        self._settings.split_size = count("split_size", value)
+        if self._life.run is not None:
+            self._life.run.change(split_size=value)
 
     @property
     def max_pending(self) -> int | None:
         """Rows that may wait, see the class; those that wait already are left alone. None: no bound."""
-        return self._max_pending
+        return self._settings.max_pending
 
     @max_pending.setter
     def max_pending(self, value: int | None) -> None:
-        self._max_pending = _count("max_pending", value)
-        if self._lanes is not None:
-            self._lanes.change(max_pending=self._max_pending)
+        self._settings.max_pending = count("max_pending", value)
+        if self._life.run is not None:
+            self._life.run.change(max_pending=value)
 
     @property
     def ready(self) -> bool:
         """Whether calls are served: started, warmed up, not closing, with `min_cores` cores that serve (None: one)."""
-        lanes = self._lanes
-        if lanes is None or not lanes.serving or lanes.loop.is_closed():
-            return False
-        return lanes.recovery.in_service >= (self._min_cores or 1)
+        return self._life.ready
 
     def statistics(self) -> Statistics:
         """A frozen snapshot of the counters, cheap enough to be read 100 times a second. They outlive a restart."""
-        lanes = self._lanes
-        return self._counters.snapshot(0, 0) if lanes is None else lanes.statistics(list(self._retired))
+        run = self._life.run
+        return self._life.counters.snapshot(0, 0) if run is None else run.statistics(list(self._life.retired))
 
     def observe(self, observer: Observer | None) -> None:
         """Tell an observer of the calls made from now on, and of the executions that have their rows; None: nobody.
@@ -543,149 +500,7 @@ class AsyncDataParallel:
         Several may wait for one start; when the last of them is cancelled, so is the start, and what was loaded is
         freed. A closed model may be started again, also on another loop. Raises what loading raises.
         """
-        if self._lanes is not None and not self._lanes.serving and not self._lanes.loop.is_closed():
-            raise Closed(self._lanes.why_closed)
-        self._closed = False
-        await self._started()
-
-    async def _started(self) -> Lanes:
-        """The running lanes; those of this loop, started if need be."""
-        closings = self._closings
-        while True:
-            self._check_loop()
-            if self._lanes is not None:
-                return self._lanes
-            if self._closed or self._closings != closings:
-                raise Closed("the model is closed; start() opens it again")
-            start = self._starting
-            if start is None or start.over:
-                start = self._starting = _Start()
-                start.task = asyncio.create_task(self._start(start), name="aneuron start")
-            task = start.task
-            assert task is not None
-            start.waiters += 1
-            try:
-                await asyncio.wait({task})
-            except BaseException:
-                if start.waiters == 1 and not task.cancel():  # it has just ended
-                    self._let_go(task)
-                raise
-            finally:
-                start.waiters -= 1
-            if not task.cancelled():
-                try:
-                    return task.result()
-                finally:
-                    del task, start  # an exception's traceback holds this frame
-            # By a close, or because all who waited had left when we came.
-
-    def _let_go(self, task: "asyncio.Task[Lanes]") -> None:
-        """A start has succeeded, and nobody wants it any more."""
-        if not task.cancelled() and task.exception() is None and not task.result().futures.calls:
-            task.result().abort()
-            self._lanes = None
-
-    async def _started_within(self, timeout: Limit) -> tuple[Lanes, Limit]:
-        """The running lanes, and what is left of the time."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        try:
-            async with asyncio.timeout(timeout) as scope:
-                lanes = await self._started()
-        except TimeoutError:
-            if not scope.expired():
-                raise  # the model's own, from loading
-            raise DeadlineExceeded(
-                f"{timeout!s} has passed while the model was being loaded; start() it before it serves"
-            ) from None
-        return lanes, Rest.of(timeout, gone=loop.time() - began)
-
-    def _check_loop(self) -> None:
-        """An instance belongs to the loop that started it, until it is closed or that loop is; and to its process."""
-        if self._lanes is not None and self._lanes.forked:
-            raise RuntimeError(FORKED)
-        if self._lanes is not None:
-            owner = self._lanes.loop
-        elif self._starting is not None and self._starting.task is not None and not self._starting.over:
-            owner = self._starting.task.get_loop()
-        else:
-            return
-        if owner is asyncio.get_running_loop():
-            return
-        if not owner.is_closed():
-            raise RuntimeError(
-                "this model runs on another event loop, and belongs to it until aclose(). From a thread that this loop "
-                "has started (a handler without async) call anyio.from_thread.run(model, x), from any other, Flask's "
-                "say, portal.call(model, x) of one anyio.from_thread.start_blocking_portal() in which the model runs "
-                "(README, Recipes); or close it there first, or make one instance for each loop"
-            )
-        if self._lanes is not None:
-            self._lanes.stop()  # its loop has gone without closing it
-        self._lanes = self._starting = None
-
-    async def _start(self, start: _Start) -> Lanes:
-        began = time.monotonic()
-        try:
-            backend, ids, rows = await self._in_a_thread(self._look_for_cores)
-            self._backend = backend
-            self._models.settle(rows)
-            if self._min_cores is not None and self._min_cores > len(ids):
-                raise DeviceError(f"min_cores={self._min_cores}, and there are {len(ids)} cores to start on: {ids}")
-            lanes = self._make_lanes(backend, ids, self._models)
-            await lanes.start(self._min_cores or len(ids))
-            self._serve(lanes, self._models, self._num_workers or 2 * lanes.recovery.in_service)
-            self._say_started("started", lanes, began)
-            return lanes
-        finally:
-            if self._starting is start:
-                self._starting = None
-            del start  # whose task has the exception whose traceback holds this frame
-
-    def _say_started(self, what: str, lanes: Lanes, began: float) -> None:
-        """One line for the log."""
-        ids = [lane.core_id for lane in lanes.lanes if lanes.recovery.health[lane.index].serves]
-        shapes = [
-            ("1 row" if rows == 1 else f"{rows or 'any number of'} rows") + (f" of length {bucket}" if bucket else "")
-            for rows, bucket in self._models.by_shape(self._dim)
-        ]
-        logger.info(
-            "%s on %d core%s of the %s backend (%s): %s; %.2f s%s",
-            what, len(ids), "s" * (len(ids) != 1), self._backend.name if self._backend else "",
-            ", ".join(map(str, ids)), ", ".join(shapes),
-            time.monotonic() - began, f"; the process has {memory}" if (memory := _resident()) else "",
-        )  # fmt: skip
-
-    def _make_lanes(self, backend: Backend, ids: list[int], models: Models, beside: bool = False) -> Lanes:
-        packing = self._packs(backend, models)
-        rules = Rules(
-            cores=len(ids),
-            batch_size=models.batch_size,
-            preferred=getattr(backend, "preferred_rows", 32),
-            split_size=self._split_size,
-            packing=packing,
-            max_pending=self._max_pending,
-            max_delay=self._max_delay,
-        )
-        unpad = Unpad(self._buckets) if self._buckets is not None else None
-        evidence = Evidence(self._dim, self._outputs, self._check_rows and getattr(backend, "probes", True))
-        shapes = models.by_shape(self._dim)
-        load = Load(shapes, self._dim, self._example, packing, self._packing, evidence, unpad, self._context)
-        sizes = models.sizes(self._dim)
-        return Lanes(backend, ids, rules, load, sizes, self._counters, models.times, self._exec_timeout, beside)
-
-    def _serve(self, lanes: Lanes, models: Models, num_workers: int) -> None:
-        """Serve with lanes that are loaded, from the next call on."""
-        try:
-            packing = lanes.rules.packing and self._packing
-            # As set while it loaded.
-            lanes.change(split_size=self._split_size, max_pending=self._max_pending, packing=packing)
-            lanes.resize(num_workers)
-        except BaseException:  # no threads to be had
-            lanes.stop()
-            raise
-        self._compiled = self._example if models.compiled else None
-        self._checked = None
-        self._models, self._lanes, self._sizes = models, lanes, lanes.sizes
+        await self._life.start()
 
     async def swap(self, model: Model) -> None:
         """Serve with another model from now on; no call fails or is lost, and each is answered wholly by one of them.
@@ -711,92 +526,7 @@ class AsyncDataParallel:
             >>> asyncio.run(main())
             tensor([[-1.,  1.]])
         """
-        if self._swapping:
-            raise RuntimeError("another swap is in progress; await it first")
-        began = time.monotonic()
-        models = self._models.like(model)
-        self._swapping = True
-        try:
-            if self._lanes is None and self._starting is None:
-                self._models = models
-                return
-            old = await self._started()
-            new = await self._load_beside(old, models)
-        finally:
-            self._swapping = False
-        if self._lanes is not old or not old.serving:
-            new.abort()
-            raise Closed("the model was closed while it was being swapped")
-        drain = asyncio.get_running_loop().create_task(old.drain(), name="aneuron swap")
-        self._retired[old] = drain  # before it is replaced: a thread that reads statistics must find it somewhere
-        try:
-            self._serve(new, models, old.slots)
-        except BaseException:
-            drain.cancel()  # it has not begun
-            del self._retired[old]
-            raise
-        drain.add_done_callback(lambda _: self._forget(old))
-        new.take_over()
-        self._say_started("swapped", new, began)
-        await asyncio.shield(drain)
-
-    def _forget(self, old: Lanes) -> None:
-        """A run that was swapped has been drained."""
-        self._retired.pop(old, None)
-        old.abort()  # there is nothing left to, unless what drained it has died
-
-    async def _load_beside(self, old: Lanes, models: Models) -> Lanes:
-        """The lanes of another model on the same cores; raises if a core that serves has not loaded it."""
-        backend = self._backend
-        assert backend is not None
-        models.settle(await self._in_a_thread(lambda: self._ask(backend, models)))
-        if set(models.by_shape(self._dim)) != set(self._models.by_shape(self._dim)):
-            raise ShapeError(
-                f"the new model is compiled for {sorted(models.by_shape(self._dim), key=str)} (rows, bucket), the one "
-                f"that serves for {sorted(self._models.by_shape(self._dim), key=str)}; they must be the same"
-            )
-        ids = [lane.core_id for lane in old.lanes]
-        new = old.context.copy().run(self._make_lanes, backend, ids, models, beside=True)
-        try:
-            await new.start(max(1, old.recovery.in_service))
-        except Exception as error:
-            if any(lane.warming for lane in new.lanes):
-                raise ShapeError(f"the new model does not take example_inputs as the old one does: {error}") from error
-            raise
-        if differing := new.differ_from(old):
-            new.abort()
-            raise differing
-        return new
-
-    async def _in_a_thread(self, fn: Callable[[], T]) -> T:
-        """What may take long."""
-        workers = getattr(self._chosen, "workers", Workers)("aneuron-start")
-        workers.grow(1)
-        try:
-            future: asyncio.Future[T] = asyncio.wrap_future(workers.submit(fn))
-            return await future
-        finally:
-            workers.stop()
-
-    def _ask(self, backend: Backend, models: Models) -> int | None:
-        """What the backend knows of the compiled rows; raises for models that it cannot run."""
-        check_models(backend, models.given)
-        return models.ask(backend, self._example.rows if self._example is not None else None)
-
-    def _look_for_cores(self) -> tuple[Backend, list[int], int | None]:
-        """The backend, the cores to load on, and what it knows of the compiled rows."""
-        backend = self._chosen or automatic(self._models.given)
-        rows = self._ask(backend, self._models)
-        if self._example is None and getattr(backend, "cuts_batches", False):
-            logger.warning(
-                "there are no example_inputs: the cores cannot be warmed up before the model is ready; pass what it "
-                "was traced with"
-            )
-        return backend, choose_cores(backend, self._ids), rows
-
-    def _packs(self, backend: Backend, models: Models) -> bool:
-        """Whether calls may share batches: not where cores cut batches themselves, nobody knows to how many rows."""
-        return self._packing and (models.batch_size is not None or not getattr(backend, "cuts_batches", False))
+        await self._life.swap(model)
 
     async def aclose(self) -> None:
         """Refuse new calls, finish the accepted ones, free cores and threads. If cancelled, `abort()` instead.
@@ -804,39 +534,11 @@ class AsyncDataParallel:
         A start in progress is cancelled: what a thread is loading then is freed when it is loaded, and not waited for.
         A core that has not closed 30 s after its last call is left to itself, with a warning in the log.
         """
-        self._check_loop()
-        self._close_door()
-        lanes = self._lanes
-        if lanes is None:
-            return
-        try:
-            await lanes.drain()
-            while self._retired:  # by a swap
-                await asyncio.wait(list(self._retired.values()))
-        except BaseException:
-            self._abort_all(lanes)
-            raise
-        finally:
-            if self._lanes is lanes:
-                self._lanes = None
+        await self._life.aclose()
 
     async def abort(self) -> None:
         """Fail the calls that have not begun with `Closed`; what executes is left to finish, and not waited for."""
-        self._check_loop()
-        self._close_door()
-        lanes, self._lanes = self._lanes, None
-        if lanes is not None:
-            self._abort_all(lanes)
-
-    def _abort_all(self, lanes: Lanes) -> None:
-        for run in (lanes, *self._retired):
-            run.abort()
-
-    def _close_door(self) -> None:
-        self._closed = True
-        self._closings += 1
-        if self._starting is not None and self._starting.task is not None:
-            self._starting.task.cancel()
+        self._life.abort()
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -848,10 +550,8 @@ class AsyncDataParallel:
         await (self.aclose() if kind is None else self.abort())
 
     def __del__(self) -> None:
-        lanes = getattr(self, "_lanes", None)
-        if lanes is not None and not lanes.forked:
-            for run in (lanes, *self._retired):
-                run.stop()
+        life = getattr(self, "_life", None)
+        if life is not None and life.let_go():
             warnings.warn(
                 "an AsyncDataParallel was never closed; use `async with`, or await aclose()",
                 ResourceWarning,
@@ -859,22 +559,13 @@ class AsyncDataParallel:
             )
 
     def __repr__(self) -> str:
-        state = "ready" if self.ready else "closed" if self._closed else "starting" if self._starting else "not started"
-        return f"<AsyncDataParallel {state}, {self._backend or 'auto'!r}, batch_size={self._models.batch_size}>"
+        backend, batch_size = self._pool.backend or "auto", self._life.program.batch_size
+        return f"<AsyncDataParallel {self._life.state}, {backend!r}, batch_size={batch_size}>"
 
 
 AsyncDataParallel.__signature__ = inspect.signature(  # type: ignore[attr-defined]
     AsyncDataParallel.__init__
 ).replace(parameters=list(inspect.signature(AsyncDataParallel.__init__).parameters.values())[1:])
-
-
-def _resident() -> str:
-    """The memory that the process has, in words; nothing where the system does not say."""
-    try:
-        with open("/proc/self/statm") as file:
-            return f"{int(file.read().split()[1]) * os.sysconf('SC_PAGE_SIZE') / 2**20:.0f} MiB of memory"
-    except (OSError, ValueError, IndexError, AttributeError):
-        return ""
 
 
 def _configured(kind: type[AsyncDataParallel], model: Model, settings: dict[str, Any]) -> AsyncDataParallel:
@@ -884,10 +575,18 @@ def _configured(kind: type[AsyncDataParallel], model: Model, settings: dict[str,
     return made
 
 
-def _count(name: str, value: int | None) -> int | None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise ValueError(f"{name}={value!r}: expected an int of at least 1, or None to leave it to aneuron")
-    return value
+def _read_example(given: Any, program: Program, dim: int, buckets: Buckets | None) -> Compiled | None:
+    """What to warm up with; it also says how many rows a compiled graph takes."""
+    if given is None:
+        return None
+    kwargs: dict[str, Any] = given if type(given) is dict else {}
+    args: tuple[Any, ...] = given if type(given) is tuple else (given,) * (not kwargs)
+    try:
+        example = Compiled(args, kwargs, dim, buckets)
+    except ShapeError as error:
+        raise ShapeError(f"example_inputs: {error}") from None
+    program.take_size(example.rows)
+    return example
 
 
 __all__: Sequence[str] = ["AsyncDataParallel"]

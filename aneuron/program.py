@@ -1,4 +1,4 @@
-"""What the user gave as the model: one for everything, or one for each compiled shape.
+"""What is served and how: the user's model, or one for each compiled shape, and the settings.
 
 Lives here: checks that need no device, and what is to be loaded for which shape. Must not be here: loading
 (engine/lane.py), which shape runs (tensors/buckets.py, sched/scheduler.py).
@@ -7,16 +7,20 @@ Lives here: checks that need no device, and what is to be loaded for which shape
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from aneuron.backends import Backend
+from aneuron.backends import Backend, check_models
+from aneuron.backends.traits import Traits
 from aneuron.errors import ShapeError
 from aneuron.sched.sizes import Cover
 from aneuron.stats import ServiceTimes
 from aneuron.tensors.buckets import Buckets
+from aneuron.tensors.signature import Compiled
 
 Shape = tuple[int | None, int]  # rows (None = any number) and bucket (0 = none) of an execution
 
@@ -53,7 +57,26 @@ def is_compiled(model: Any, scripts: bool) -> bool:
     return isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction))
 
 
-class Models:
+@dataclass(slots=True)
+class Settings:
+    """What a model is served with, checked. Those that can be set at run time are replaced here."""
+
+    dim: int
+    packing: bool  # whether calls may share batches, and cores cut them where that is what they do
+    example: Compiled | None
+    buckets: Buckets | None
+    split_size: int | None
+    max_pending: int | None
+    max_delay: float | None
+    exec_timeout: float | None
+    min_cores: int | None
+    outputs: Mapping[str | int, str]
+    check_rows: bool
+    context: Callable[[], AbstractContextManager[Any]] | None
+    weight: float
+
+
+class Program:
     """The models by shape. `batch_size` is the largest number of rows, None where any number will do.
 
     `scripts` says whether paths are of TorchScript files: what a backend of one's own makes of one is its affair.
@@ -83,10 +106,10 @@ class Models:
         for model in self._given.values() if self._by_size else (given,):
             check_model(model)
 
-    def like(self, given: Any) -> "Models":
+    def like(self, given: Any) -> "Program":
         """Another model, for the same rows and buckets."""
         said = None if isinstance(given, Mapping) else self._said
-        other = Models(given, said, self._dim, self._buckets, self._scripts)
+        other = Program(given, said, self._dim, self._buckets, self._scripts)
         if other._by_size != self._by_size:
             raise ShapeError("the new model must be given as the old one was: alone, or by its compiled sizes")
         return other
@@ -101,18 +124,18 @@ class Models:
         """What the user gave, without the shapes."""
         return list(self._given.values()) if self._by_size else [self._given]
 
-    def ask(self, backend: Backend, example_rows: int | None) -> int | None:
-        """How many rows the model was compiled for, as far as the backend knows.
+    def ask(self, backend: Backend, traits: Traits, example_rows: int | None) -> None:
+        """Find out how many rows the model was compiled for, if nobody has said it and the backend knows.
 
-        Where every model is compiled, whatever its type, that is what the example has.
+        Where every model is compiled, whatever its type, that is what the example has. May take long. Raises for models
+        that the backend cannot run.
         """
+        check_models(backend, self.given)
         if self._by_size:
-            return None
-        rows: int | None = backend.compiled_rows(self._given) if hasattr(backend, "compiled_rows") else None
-        return example_rows if rows is None and getattr(backend, "cuts_batches", False) else rows
-
-    def settle(self, rows: int | None) -> None:
-        """Go by what a backend knows, if nobody has said how many rows there are."""
+            return
+        rows = traits.compiled_rows(self._given)
+        if rows is None and traits.cuts_batches:
+            rows = example_rows
         self.batch_size = self._said or rows
 
     def take_size(self, rows: int) -> None:

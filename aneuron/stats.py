@@ -108,6 +108,30 @@ class Timing:
     why: str
 
 
+@dataclass(frozen=True, slots=True)
+class ShareStatistics:
+    """What one model has of a pool's cores: its weight, the batches that are bound, the rows that wait, and the seconds
+    that its executions have taken since it came.
+    """
+
+    weight: float
+    in_flight: int
+    waiting_rows: int
+    busy_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatistics:
+    """A snapshot of a pool: the ids of its cores, how many batches may be in flight on each and how many are, and the
+    models that are loaded, in order of coming.
+    """
+
+    cores: tuple[int, ...]
+    slots: tuple[int, ...]
+    in_flight: tuple[int, ...]
+    models: tuple[ShareStatistics, ...]
+
+
 class Tally:
     """A histogram that is being filled."""
 

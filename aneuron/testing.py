@@ -28,7 +28,9 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 
 from aneuron.backends import Backend, Core, Fault
-from aneuron.engine.threads import Execution, Take, carried
+from aneuron.engine.execution import Execution
+from aneuron.engine.failures import carried
+from aneuron.engine.threads import Feed, following, is_mine
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -130,8 +132,9 @@ class PuppetWorkers:
 
     def __init__(self, service_time: Callable[[int], float] | None = None) -> None:
         self.current: Execution | None = None
-        self._wakes: deque[Take] = deque()
-        self._take: Take | None = None
+        self.on_death: Callable[[BaseException], None] | None = None
+        self._wakes: deque[Feed] = deque()
+        self._lane: Feed | None = None
         self._service_time = service_time
         self._last_words: Callable[[], None] | None = None
         self._stopping = False
@@ -147,9 +150,6 @@ class PuppetWorkers:
     def join(self, timeout: float | None) -> None:
         """Nobody to wait for."""
 
-    def let_in_together(self) -> None:
-        """Puppets take turns."""
-
     def submit(self, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> Future[T]:
         """Run a function, here and now."""
         future: Future[T] = Future()
@@ -159,23 +159,25 @@ class PuppetWorkers:
             future.set_exception(carried(error))
         return future
 
-    def wake(self, take: Take) -> None:
-        """Take executions until there is none, one at a time."""
-        self._wakes.append(take)
+    def wake(self, lane: Feed) -> None:
+        """Serve a lane until there is nothing to do, one execution at a time."""
+        self._wakes.append(lane)
         self._go_on()
 
     def _go_on(self) -> None:
         while self.current is None and self._wakes:
-            self._take = self._wakes.popleft()
-            self._begin(self._take(None))
+            self._lane = self._wakes.popleft()
+            self._begin(following(self._lane, None, self.clock))
         if self.current is None and self._stopping and self._last_words is not None:
             last_words, self._last_words = self._last_words, None
             last_words()
 
     def _begin(self, execution: Execution | None) -> None:
+        """Begin with an execution, or with the next that there is something to execute of."""
+        assert self._lane is not None
         while execution is not None:
-            execution.prepare(self.clock)
-            if execution.begin(self.clock):
+            mine = is_mine(self._lane, execution)
+            if mine and execution.begin(self.clock):
                 self.current = execution
                 if isinstance(execution.core, PuppetCore):
                     execution.core.workers = self
@@ -184,19 +186,17 @@ class PuppetWorkers:
                         self._service_time(execution.size or execution.rows), self.advance
                     )
                 return
-            execution.finish(self.clock)
-            assert self._take is not None
-            execution = self._take(execution)
+            execution = following(self._lane, execution if mine else None, self.clock)
 
     def advance(self) -> None:
         """Execute the batch that has begun, and begin the next."""
         execution, self.current = self.current, None
         assert execution is not None
-        assert self._take is not None
+        assert self._lane is not None
         with torch.no_grad():
             execution.execute(self.clock)
-            execution.finish(self.clock)
-        self._begin(self._take(execution))
+            following_one = following(self._lane, execution, self.clock)
+        self._begin(following_one)
         self._go_on()
 
     def stop(self, last_words: Callable[[], None] | None = None) -> None:

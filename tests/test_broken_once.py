@@ -148,8 +148,8 @@ def test_a_batch_that_was_taken_over_no_longer_counts_for_the_lane_it_left():
     admit(s, 3 * BATCH)
     bound = [s.bind(0.0) for _ in range(3)]
     assert [lane for lane, _ in bound] == [0, 1, 0]
-    s.release(1, 0.9)
-    s.move(bound[2][1], 0, 1, 0.9)  # lane 0 executes its first to 1.0, lane 1 the third to 1.9
+    s.slots.release(1, 0.9)
+    s.slots.move(bound[2][1], 0, 1, 0.9)  # lane 0 executes its first to 1.0, lane 1 the third to 1.9
     fine = admit(s, BATCH, deadline=2.5, now=0.9)
     lane, batch = s.bind(0.9)
     assert (lane, batch.chunks[0][0], batch.due) == (0, fine, 2.0)
@@ -160,7 +160,7 @@ def test_a_batch_that_ends_early_brings_forward_what_comes_after():
     admit(s, 2 * BATCH)
     s.bind(0.0)
     s.bind(0.0)
-    s.release(0, 0.1)  # the second executes from here on, to 1.1
+    s.slots.release(0, 0.1)  # the second executes from here on, to 1.1
     fine = admit(s, BATCH, deadline=2.5, now=0.1)
     assert s.bind(0.1)[1].chunks[0][0] is fine
     assert s.late == []
@@ -218,7 +218,7 @@ def test_the_heap_of_levels_does_not_grow_with_the_batches():
     for step in range(3000):
         admit(s, 1, "l", 5 + step / 100, priority=1.0)
         next_batch(s, 5 + step / 100)
-    assert len(s._order._urgent) < 50
+    assert len(s._queue._urgent) < 50
 
 
 # 7. Many priorities, or few with stale entries: only the first sixteen entries of the heap of levels fill a batch.
@@ -239,8 +239,8 @@ def test_a_busy_lane_gets_full_batches_only_with_many_priorities():
         admit(s, priority=float(number % 59) - 30 + number / 1000)
     reasons = set()
     while (bound := s.bind(0.0)) is not None and s.waiting_rows:
-        reasons.add(bound[1].because)
-        s.release(0, 0.0)
+        reasons.add(bound[1].reason)
+        s.slots.release(0, 0.0)
     assert reasons == {"full"}
 
 
@@ -287,7 +287,7 @@ def test_signatures_that_were_full_once_are_let_go():
     s = scheduler(1, max_delay=1.0)
     for number in range(1000):
         s.discard(admit(s, BATCH, number))
-    assert len(s._hold._full) < 100
+    assert len(s._delay._full) < 100
 
 
 # 10. pull() does not know of the lead: a worker of a lane with two threads binds its second batch at once. (`bind`

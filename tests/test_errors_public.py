@@ -41,15 +41,17 @@ ERRORS = {
 
 # Design § 13: a file may import those above it.
 ORDER = [
-    "errors", "names", "sched", "sched.call", "sched.fair_queue", "sched.room", "sched.filling", "sched.slots",
-    "sched.batch_delay", "sched.sizes", "sched.scheduler", "engine.health", "tensors", "tensors.buckets",
-    "tensors.marked", "tensors.nested", "tensors.quantized", "tensors.lengths", "tensors.outputs", "tensors.verdicts",
-    "engine.evidence", "tensors.rows", "tensors.signature", "backends", "backends.files", "backends.unwarned",
-    "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu", "backends.simulated",
-    "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores", "backends.neuron.placement",
-    "backends.neuron.native", "backends.neuron", "backends.cuda", "stats", "program", "observing", "engine",
-    "engine.modes", "engine.threads", "engine.lane", "engine.futures", "engine.recovery", "engine.lanes", "map",
-    "map.sources", "map.window", "options", "parallel", "testing", "web", "cli", "__main__",
+    "errors", "names", "arguments", "sched", "sched.call", "sched.flows", "sched.fair_queue", "sched.room",
+    "sched.filling", "sched.slots", "sched.batch_delay", "sched.sizes", "sched.scheduler", "sched.shares",
+    "engine.health", "engine.failures", "tensors", "tensors.buckets", "tensors.marked", "tensors.nested",
+    "tensors.quantized", "tensors.lengths", "tensors.outputs", "tensors.verdicts", "engine.evidence", "tensors.rows",
+    "tensors.signature", "backends.traits", "backends", "engine.modes", "backends.timer", "backends.files",
+    "backends.unwarned", "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu",
+    "backends.simulated", "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores",
+    "backends.neuron.placement", "backends.neuron.native", "backends.neuron", "backends.cuda", "stats", "program",
+    "observing", "engine", "engine.loading", "engine.execution", "engine.threads", "engine.board", "engine.lane",
+    "engine.dispatcher", "engine.futures", "engine.recovery", "engine.run", "map", "map.sources", "map.window",
+    "options", "pool", "lifecycle", "parallel", "testing", "web", "cli", "__main__",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.
@@ -71,6 +73,8 @@ PARAMETERS = {
     "outputs": None,
     "check_rows": True,
     "context": None,
+    "pool": None,
+    "weight": 1.0,
 }
 FROM_THE_FIRST = list(PARAMETERS)[:10]
 
@@ -91,7 +95,18 @@ def test_what_the_design_promises_is_exported():
         "AneuronError", *(error.__name__ for error in ERRORS),
     }  # fmt: skip
     later = {"Buckets", "CudaBackend", "NeuronBackend", "Observer", "Timing", "DeadlineExceeded", "NoHealthyCores"}
-    later |= {"CallStatistics", "CoreStatistics", "Histogram", "Map", "Rows", "Shared", "View"}
+    later |= {
+        "CallStatistics",
+        "CoreStatistics",
+        "Histogram",
+        "Map",
+        "Pool",
+        "PoolStatistics",
+        "Rows",
+        "ShareStatistics",
+        "Shared",
+        "View",
+    }
     assert promised <= set(aneuron.__all__) <= promised | later
 
 
@@ -266,7 +281,9 @@ def test_a_file_imports_only_files_above_it(name):
         folder = name.partition(".")[0]
         if folder in ("web", "cli"):
             own = target.partition(".")[0] == folder
-            allowed = {"", "options", "sched.call"} if folder == "web" else {""}  # requests have views of their own
+            allowed = (
+                {"", "arguments", "options", "sched.call"} if folder == "web" else {""}
+            )  # requests have views of their own
             assert own or target in allowed, f"{name} imports aneuron.{target}; it may use the front door only"
         else:
             assert target, f"{name} imports the front door, which imports everything"
@@ -332,7 +349,10 @@ def test_nothing_imports_the_tools_for_tests():
         ("engine.threads", ["asyncio"]),
         ("engine.lane", ["torch"]),
         ("engine.futures", ["torch", "time", "threading"]),
-        ("engine.lanes", ["torch", "time"]),
+        ("engine.run", ["torch", "time"]),
+        ("engine.board", ["torch", "time"]),
+        ("engine.dispatcher", ["torch", "time"]),
+        ("sched.shares", ["asyncio", "torch", "time", "threading", "anyio", "logging"]),
     ],
 )
 def test_a_file_keeps_out_what_must_not_be_there(name, forbidden):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aneuron.sched.call import NEVER, Terms, Waiting
+from aneuron.sched.call import NEVER, Call, Terms
 from aneuron.sched.scheduler import Rules, Scheduler
 from aneuron.sched.sizes import Cover
 
@@ -35,14 +35,14 @@ def scheduler(cores=4, sizes=(BATCH,), slots=1, lead=AT_ONCE, service=None, max_
     for size in sizes if service else ():
         covers[0].learn(size, service(size))
     made = Scheduler(own, covers, lambda lane, rows, bucket: service(rows) if service else 0.0)
-    made.resize([slots] * cores, [lead] * cores)
+    made.slots.resize([slots] * cores, [lead] * cores)
     return made
 
 
 def admit(target, rows=1, signature="a", now=0.0, priority=0.0, tenant=None, deadline=NEVER):
     terms = Terms(priority, tenant) if priority or tenant is not None else None
-    call = Waiting(rows, signature, target.rules.cut(rows), terms, now, deadline)
-    target.timed = target.timed or deadline < NEVER  # as the lanes tell it
+    call = Call(rows, signature, target.rules.cut(rows), terms, now, deadline)
+    target.slots.timed = target.slots.timed or deadline < NEVER  # as the lanes tell it
     target.admit([call])
     return call
 
@@ -52,7 +52,7 @@ def next_batch(target, now=0.0):
     bound = target.bind(now)
     if bound is None:
         return None
-    target.release(bound[0], now)
+    target.slots.release(bound[0], now)
     return bound[1]
 
 
@@ -62,7 +62,7 @@ def batches(target, number):
 
 def stored(target):
     """Calls that are still held on to, with rows or without."""
-    return sum(len(flow.calls) for kind in target._order.kinds.values() for flow in kind.flows.values())
+    return sum(len(flow.calls) for kind in target._queue.kinds.values() for flow in kind.flows.values())
 
 
 class Cores:
@@ -101,7 +101,7 @@ class Cores:
         self.at(end, lambda: self.end(lane, batch))
 
     def end(self, lane, batch):
-        self.scheduler.release(lane, self.now)
+        self.scheduler.slots.release(lane, self.now)
         self.ended(batch)
         following = self.scheduler.pull(lane, self.now)
         if following is not None:
@@ -187,7 +187,7 @@ class History(Cores):
         s, live = self.scheduler, self.live()
         assert s.waiting_rows == sum(call.rows - call.bound for call in live)
         assert s.waiting_calls == sum(call.bound == 0 for call in live)
-        idle = [lane for lane in range(self.lanes) if not s.in_flight(lane)]
+        idle = [lane for lane in range(self.lanes) if not s.slots.in_flight(lane)]
         if idle and live:
             assert self.max_delay, "an idle core while rows wait"
             assert len(idle) < self.lanes, "rows are held back while no core works"
@@ -198,7 +198,7 @@ class History(Cores):
 
     def check_heads(self):
         """The heaps say the same as a look at everything that waits."""
-        order = self.scheduler._order
+        order = self.scheduler._queue
         heads = {}
         for kind in order.kinds.values():
             for flow in kind.flows.values():
@@ -236,9 +236,9 @@ class History(Cores):
 
     def begin(self, lane, batch):
         s = self.scheduler
-        busy = s.in_flight(lane) > 1
+        busy = s.slots.in_flight(lane) > 1
         signature = batch.chunks[0][0].signature
-        assert s.in_flight(lane) <= self.slots
+        assert s.slots.in_flight(lane) <= self.slots
         assert {call.signature for call, _, _ in batch.chunks} == {signature}
         assert batch.rows == sum(stop - start for _, start, stop in batch.chunks)
         assert 0 < batch.rows <= (batch.size or self.limit)
@@ -246,8 +246,8 @@ class History(Cores):
         left = self.waiting(signature)
         late = {call for call in s.late if call.signature == signature}
         spreads = not self.sizes and not busy  # a piece of each call, for this lane and for others
-        assert batch.because == "full" or not left or late or spreads, "neither full nor all there is"
-        assert not busy or batch.because == "full" or late, "a busy lane gets full batches only"
+        assert batch.reason == "full" or not left or late or spreads, "neither full nor all there is"
+        assert not busy or batch.reason == "full" or late, "a busy lane gets full batches only"
         for call, start, stop in batch.chunks:
             assert call not in self.gone, "rows of a call that has left"
             assert self.bound[call] == start < stop <= call.rows, "in order, none lost, none twice"
@@ -277,7 +277,7 @@ def test_the_histories_reach_everything():
     for seed in range(150):
         history = History(seed)
         history.finish()
-        reasons |= {batch.because for _, _, batch in history.batches}
+        reasons |= {batch.reason for _, _, batch in history.batches}
         late += sum(call.deadline < NEVER for call in history.gone)
         both += len({call.terms for call in history.calls}) > 3
         shorter += len({batch.size for _, _, batch in history.batches}) > 1
@@ -363,7 +363,7 @@ def test_tenants_that_never_come_back_leave_nothing_behind():
     for number in range(5000):
         admit(s, tenant=number, priority=number % 7, signature=number % 5)
         next_batch(s)
-    order = s._order
+    order = s._queue
     assert sum(len(line.tenants) for level in order._levels.values() for line in level.lines) < 200
     assert sum(len(kind.flows) for kind in order.kinds.values()) < 200
     assert len(order._urgent) < 200
@@ -604,7 +604,7 @@ def test_padding_is_free_where_nobody_waits():
     for _ in range(5):
         admit(s, tenant="sparse")
         next_batch(s)
-    assert s._order._levels[0.0].lines[0].time == 5
+    assert s._queue._levels[0.0].lines[0].time == 5
 
 
 # Priority.
@@ -666,7 +666,7 @@ def test_the_second_batch_is_bound_shortly_before_the_first_should_end():
     assert s.bind(1.0) is None
     assert s.due == 1.5
     lane, batch = s.bind(1.5)
-    assert (lane, batch.rows, batch.because) == (0, 8, "full")
+    assert (lane, batch.rows, batch.reason) == (0, 8, "full")
     assert batch.due == 4.0
 
 
@@ -698,7 +698,7 @@ def test_without_a_lead_no_second_batch_is_bound():
     assert s.bind(0.0) is not None
     assert s.bind(100.0) is None
     assert s.due is None
-    s.lead(0, 0.0)
+    s.slots.lead(0, 0.0)
     assert s.bind(100.0) is not None
 
 
@@ -707,9 +707,9 @@ def test_a_lane_that_takes_over_is_charged_for_it():
     admit(s, 3 * BATCH)
     bound = [s.bind(0.0) for _ in range(3)]
     assert [lane for lane, _ in bound] == [0, 1, 0]
-    s.release(1, 1.0)
-    s.move(bound[2][1], 0, 1, 1.0)
-    assert [s.in_flight(lane) for lane in (0, 1)] == [1, 1]
+    s.slots.release(1, 1.0)
+    s.slots.move(bound[2][1], 0, 1, 1.0)
+    assert [s.slots.in_flight(lane) for lane in (0, 1)] == [1, 1]
     assert bound[2][1].due == 2.0
 
 
@@ -724,7 +724,7 @@ def full(most=64, cores=4):
 
 def knock(s, rows=1, now=0.0, **terms):
     """A call that comes: it, and who is refused for it; or None twice."""
-    call = Waiting(rows, "a", s.rules.cut(rows), Terms(**terms), now)
+    call = Call(rows, "a", s.rules.cut(rows), Terms(**terms), now)
     gone = s.make_room(call, now)
     if gone is None:
         return None, None
@@ -847,7 +847,7 @@ def test_a_level_higher_by_100_is_never_refused_while_lower_ones_wait(seed):
         if pick.random() < 0.15:
             bound = s.bind(now)
             if bound is not None:
-                s.release(bound[0], now)
+                s.slots.release(bound[0], now)
         high = pick.random() < 0.3
         here = [call for call in here if call.bound < call.rows]
         lower = [call for call in here if call.terms.priority == 0 and not call.bound]
@@ -872,7 +872,7 @@ def test_a_partial_batch_is_held_only_while_another_lane_executes_and_only_so_lo
     assert s.bind(1.25) is None
     admit(s, 1, now=1.25)
     _, batch = s.bind(1.5)
-    assert (batch.rows, batch.because) == (2, "delay")
+    assert (batch.rows, batch.reason) == (2, "delay")
 
 
 def test_a_full_batch_and_a_drain_are_not_held():
@@ -883,7 +883,7 @@ def test_a_full_batch_and_a_drain_are_not_held():
     assert s.bind(0.0)[1].rows == BATCH
     assert s.bind(0.0) is None
     s.draining = True
-    assert s.bind(0.0)[1].because == "drain"
+    assert s.bind(0.0)[1].reason == "drain"
 
 
 def test_full_batches_pass_a_head_that_is_held_on_idle_lanes_only():
@@ -896,7 +896,7 @@ def test_full_batches_pass_a_head_that_is_held_on_idle_lanes_only():
     lane, batch = s.bind(0.0)
     assert (lane, batch.chunks[0][0].signature) == (1, "full")
     assert s.bind(0.0) is None  # the lanes execute, and get the head's only
-    s.release(1, 0.5)
+    s.slots.release(1, 0.5)
     assert s.bind(0.5)[1].chunks[0][0] is head
 
 
@@ -907,7 +907,7 @@ def test_a_learned_hold_is_a_cores_share_of_the_service_time_and_only_where_comp
     for step in range(1, 60):  # a row in two seconds: not worth while
         admit(s, 1, now=2.0 * step)
         lane, _ = s.bind(2.0 * step)
-        s.release(lane, 2.0 * step)
+        s.slots.release(lane, 2.0 * step)
     now = 200.0
     held = 0
     for _ in range(400):  # ten a second, or two and a half in a quarter of the service time
@@ -918,8 +918,8 @@ def test_a_learned_hold_is_a_cores_share_of_the_service_time_and_only_where_comp
             oldest = min(call.admitted for call in s.calls())
             assert s.due == pytest.approx(oldest + 0.25)
             assert s.due > now
-        elif sum(s.in_flight(lane) for lane in range(4)) > 1:
-            s.release(next(lane for lane in range(3, -1, -1) if s.in_flight(lane)), now)
+        elif sum(s.slots.in_flight(lane) for lane in range(4)) > 1:
+            s.slots.release(next(lane for lane in range(3, -1, -1) if s.slots.in_flight(lane)), now)
     assert held > 100
 
 
@@ -934,9 +934,9 @@ def test_a_call_is_hopeless_only_if_it_cannot_fit_even_alone():
     s = scheduler(4, service=lambda rows: 1.0)
     for rows, rounds in ((1, 1), (8, 1), (32, 1), (33, 2), (256, 8)):
         for slack, hopeless in ((-0.01, True), (0.01, False)):
-            call = Waiting(rows, "a", deadline=10.0 + rounds + slack)
+            call = Call(rows, "a", deadline=10.0 + rounds + slack)
             assert s.hopeless(call, 10.0) is hopeless
-    assert not scheduler(4).hopeless(Waiting(10**9, "a", deadline=10.0), 10.0)  # nothing is known
+    assert not scheduler(4).hopeless(Call(10**9, "a", deadline=10.0), 10.0)  # nothing is known
 
 
 def test_hopeless_calls_are_dropped_in_passing_and_their_room_goes_to_others():
@@ -1046,29 +1046,29 @@ def test_a_late_call_is_looked_at_once(late):
 def test_a_batch_may_be_taken_over_after_a_later_one_has_ended():
     # Two threads of a lane take turns in any order. A staged batch used to be looked for by the time it would take.
     s = scheduler(2, slots=3)
-    s.timed = True
-    s.resize([3, 0], [AT_ONCE] * 2)
+    s.slots.timed = True
+    s.slots.resize([3, 0], [AT_ONCE] * 2)
     batches = []
     for seconds in (1.0, 2.0, 3.0):
         s._estimate = lambda lane, rows, bucket, seconds=seconds: seconds
         admit(s, BATCH)
         batches.append(s.bind(0.0)[1])
-    s.resize([3, 3], [AT_ONCE] * 2)
-    s.release(0, 1.0, batches[0])
-    s.release(0, 4.0, batches[2])
-    s.move(batches[1], 0, 1, 4.0)
-    assert (s.in_flight(0), s.in_flight(1)) == (0, 1)
+    s.slots.resize([3, 3], [AT_ONCE] * 2)
+    s.slots.release(0, 1.0, batches[0])
+    s.slots.release(0, 4.0, batches[2])
+    s.slots.move(batches[1], 0, 1, 4.0)
+    assert (s.slots.in_flight(0), s.slots.in_flight(1)) == (0, 1)
     assert batches[1].due == 6.0
 
 
 def test_a_lane_whose_last_batch_was_taken_over_is_idle_again():
     s = scheduler(2, slots=2, service=lambda rows: 1.0)
     admit(s, 2 * BATCH)
-    s.resize([2, 0], [AT_ONCE] * 2)
+    s.slots.resize([2, 0], [AT_ONCE] * 2)
     (_, first), (_, second) = s.bind(0.0), s.bind(0.0)
-    s.resize([2, 2], [AT_ONCE] * 2)
-    s.release(0, 1.0, first)
-    s.move(second, 0, 1, 1.0)
+    s.slots.resize([2, 2], [AT_ONCE] * 2)
+    s.slots.release(0, 1.0, first)
+    s.slots.move(second, 0, 1, 1.0)
     admit(s, 1)
     assert s.bind(1.0)[0] == 0
 
@@ -1076,8 +1076,8 @@ def test_a_lane_whose_last_batch_was_taken_over_is_idle_again():
 def test_a_call_that_several_small_executions_can_serve_in_time_is_not_hopeless():
     times = {1: 0.01, 8: 0.08}
     s = scheduler(4, sizes=(1, 8), service=times.get)
-    assert not s.hopeless(Waiting(3, "a", deadline=0.05), 0.0)
-    assert s.hopeless(Waiting(3, "a", deadline=0.005), 0.0)
+    assert not s.hopeless(Call(3, "a", deadline=0.05), 0.0)
+    assert s.hopeless(Call(3, "a", deadline=0.005), 0.0)
 
 
 def test_a_larger_size_that_is_faster_is_what_runs():

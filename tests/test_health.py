@@ -2,7 +2,7 @@
 
 import pytest
 
-from aneuron.engine.health import FIRST, LIMIT, LONGEST, STEADY, Health, Inquest
+from aneuron.engine.health import FIRST, LIMIT, LONGEST, STEADY, Bisection, Health
 
 
 def up(recoverable=True, proven=True):
@@ -75,11 +75,11 @@ def test_loads_that_fail_count_as_failures():
     assert health.state == "failed"
 
 
-# Inquests.
+# Bisections.
 
 
 def test_who_fails_beside_one_that_does_not_is_to_blame_at_once():
-    inquest = Inquest()
+    inquest = Bisection()
     inquest.split(2)
     assert inquest.ended(0, well=False, alone="a") == []
     assert inquest.ended(0, well=True) == ["a"]
@@ -87,7 +87,7 @@ def test_who_fails_beside_one_that_does_not_is_to_blame_at_once():
 
 
 def test_after_one_has_ended_well_the_others_are_not_held():
-    inquest = Inquest()
+    inquest = Bisection()
     inquest.split(2)
     assert inquest.ended(0, well=True) == []
     assert inquest.ended(0, well=False, alone="b") == ["b"]
@@ -95,14 +95,14 @@ def test_after_one_has_ended_well_the_others_are_not_held():
 
 
 def test_who_fails_on_two_cores_between_them_is_to_blame():
-    inquest = Inquest()
+    inquest = Bisection()
     inquest.split(2)
     assert inquest.ended(0, well=False, alone="a") == []
     assert inquest.ended(1, well=False, alone="b") == ["a", "b"]
 
 
 def test_where_all_fail_on_one_core_another_has_to_be_asked():
-    inquest = Inquest()
+    inquest = Bisection()
     inquest.split(2)
     inquest.split(2)  # the first half
     for alone in "abc":
@@ -115,7 +115,7 @@ def test_where_all_fail_on_one_core_another_has_to_be_asked():
 
 
 def test_parts_whose_callers_have_left_decide_nothing():
-    inquest = Inquest()
+    inquest = Bisection()
     inquest.split(2)
     assert inquest.ended(0, well=False) == []
     assert not inquest.open

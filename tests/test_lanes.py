@@ -362,7 +362,7 @@ async def test_results_are_handed_out_while_calls_come_and_the_loop_does_not_get
     async with model:
         first = call(model, 1)
         await settle()
-        future = next(iter(model._lanes.futures.calls)).future
+        future = next(iter(model._life.run.futures.calls)).future
         backend[0].release()
         assert not future.done()
         if asks == "calls":
@@ -421,7 +421,7 @@ async def test_bound_batches_wait_in_the_lanes_queue_and_can_be_revoked():
     async with model:
         calls = [call(model, n) for n in range(16)]
         await settle()
-        (lane,) = model._lanes.lanes
+        (lane,) = model._life.run.dispatcher.board.lanes
         assert isinstance(lane.queue, asyncio.Queue)
         assert (lane.queue.qsize(), len(lane.in_flight)) == (3, 1)
         for c in calls[12:]:
@@ -591,15 +591,15 @@ async def test_close_waits_for_a_batch_whose_caller_has_left():
     assert backend[0].closed
 
 
-@pytest.mark.parametrize("where", ["_settle", "_count", "failed", "end", "_execution", "_next"])
+@pytest.mark.parametrize("where", ["settle", "_count", "failed", "end", "execution", "next"])
 @scenario
 async def test_an_internal_error_leaves_nobody_waiting(caplog, monkeypatch, where):
     backend, model = puppets()
     await model.start()
     calls = [call(model, n) for n in range(12)]
     await settle()
-    lanes = model._lanes
-    owner = {"end": lanes.futures, "failed": lanes.recovery}.get(where, lanes)
+    run = model._life.run
+    owner = {"end": run.futures, "failed": run.recovery, "next": run.dispatcher.board}.get(where, run)
     real, broke = getattr(owner, where), []
 
     def broken(*args, **kwargs):
@@ -612,7 +612,7 @@ async def test_an_internal_error_leaves_nobody_waiting(caplog, monkeypatch, wher
     backend[0].release(ValueError("no") if where == "failed" else None)
     await settle()
     outcomes = await asyncio.gather(*calls, return_exceptions=True)
-    assert sum(isinstance(outcome, Closed) for outcome in outcomes) == (8 if where in ("_execution", "_next") else 12)
+    assert sum(isinstance(outcome, Closed) for outcome in outcomes) == (8 if where in ("execution", "next") else 12)
     assert not model.ready
     assert "a bug" in caplog.text
     assert check_sum(model).running == 0
@@ -670,7 +670,7 @@ async def test_a_broken_queue_leaves_nobody_waiting(monkeypatch, where):
     await settle()
     calls += [call(model, n) for n in range(8)]
     await settle()
-    scheduler = model._lanes._scheduler
+    scheduler = model._life.run.scheduler
 
     def broken(*_):
         raise ZeroDivisionError("a bug")
@@ -764,7 +764,7 @@ async def test_calls_that_no_lane_can_begin_cost_the_loop_nothing_and_leave_as_t
         await settle()
         late = [call(model, n) for n in range(1, 5)]
         await asyncio.sleep(0)
-        assert not model._lanes._scheduled  # nothing to dispatch: the worker that ends will take them
+        assert not model._life.run.dispatcher._scheduled  # nothing to dispatch: the worker that ends will take them
         assert check_sum(model).waiting == 4
         assert model.statistics().waiting_rows == 4
         late[1].cancel()

@@ -10,14 +10,15 @@ import threading
 import time
 import warnings
 import weakref
+from concurrent.futures import Future
 
 import pytest
 import torch
 from puppets import scenario
 
 from aneuron import AsyncDataParallel, Closed, CpuBackend, DeviceError, Fault, SimulatedBackend
-from aneuron.engine import lanes
-from aneuron.engine.lanes import SLOW_CLOSE
+from aneuron.engine import dispatcher
+from aneuron.engine.run import SLOW_CLOSE
 from aneuron.testing import PuppetBackend, VirtualTimeLoop, settle
 
 
@@ -35,8 +36,9 @@ class Reluctant(PuppetBackend):
 
     def workers(self, name):
         workers = super().workers(name)
+        real = workers.submit
         if name.endswith("core-0"):
-            workers.stop = lambda last_words=None: None
+            workers.submit = lambda fn: Future() if getattr(fn, "__name__", "") == "close" else real(fn)
         return workers
 
 
@@ -106,7 +108,7 @@ def test_a_model_that_a_forked_process_was_given_says_so():
     ids=["slow cores", "together faster than Python", "nobody knows yet"],
 )
 async def test_a_second_thread_is_for_cores_that_would_wait_for_the_first(monkeypatch, crowded, example, expected):
-    monkeypatch.setattr(lanes, "CROWDED", crowded)
+    monkeypatch.setattr(dispatcher, "CROWDED", crowded)
     inputs = torch.ones(1, 2) if example else None
     backend = SimulatedBackend(cores=2, service_time=0.001)
     async with AsyncDataParallel(torch.neg, backend=backend, batch_size=4, example_inputs=inputs) as model:
@@ -405,8 +407,8 @@ async def test_settings_made_while_the_model_loads_hold():
     model.num_workers, model.split_size = 1, 3
     gate.open.set()
     await start
-    assert model._lanes._scheduler._slots == [1, 0]
-    assert model._lanes.rules.split_size == 3
+    assert model._life.run.dispatcher.board.slots.slots == [1, 0]
+    assert model._life.run.rules.split_size == 3
     await model.aclose()
 
 
@@ -415,10 +417,10 @@ async def test_the_end_of_an_aborted_run_says_nothing_about_the_next():
     await model.start()
     call = asyncio.ensure_future(model(torch.ones(1, 4)))
     await asyncio.sleep(0.02)
-    old = model._lanes
+    old = model._life.run
     await model.abort()
     await model.start()
-    await asyncio.shield(old._closed)
+    await asyncio.shield(old.closed)
     assert [core.state for core in model.statistics().cores] == ["ready"]
     await call
     await model.aclose()
@@ -469,10 +471,10 @@ def test_calls_that_a_closed_loop_leaves_behind_are_counted_as_cancelled():
     gc.collect()
     counts = model.statistics().calls
     assert (counts.accepted, counts.cancelled, counts.running) == (5, 5, 0)
-    model._lanes.stop()
+    model._life.run.stop()
     for thread in threads():
         thread.join(60)
-    model._lanes = None
+    model._life.run = None
 
 
 async def test_a_failing_start_that_is_cancelled_while_it_cleans_up_ends_quietly():
@@ -502,9 +504,9 @@ async def test_a_start_that_is_cancelled_just_when_it_succeeds_frees_the_cores()
     backend = PuppetBackend(2)
     model = AsyncDataParallel(torch.neg, backend=backend)
     task = asyncio.create_task(model.start())
-    while model._starting is None:
+    while model._life._starting is None:
         await asyncio.sleep(0)
-    model._starting.task.add_done_callback(lambda _: task.cancel())
+    model._life._starting.task.add_done_callback(lambda _: task.cancel())
     with pytest.raises(asyncio.CancelledError):
         await task
     assert not model.ready
@@ -619,9 +621,9 @@ async def test_calls_that_leave_behind_a_long_execution_are_not_kept():
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-        lanes = model._lanes
-        queued = sum(len(flow.calls) for kind in lanes._scheduler._order.kinds.values() for flow in kind.flows.values())
-        assert len(lanes._arrivals) + queued < 100
+        waiting = model._life.run.scheduler
+        queued = sum(len(flow.calls) for kind in waiting._queue.kinds.values() for flow in kind.flows.values())
+        assert len(waiting.arrivals) + queued < 100
         assert model.statistics().calls.waiting == 0
         backend[0].release()
         await first
@@ -657,6 +659,6 @@ async def test_num_workers_may_be_set_while_too_few_cores_serve():
         assert not model.ready
         model.num_workers = 6
         await settle()
-        assert sum(model._lanes._scheduler._slots) == 6
+        assert sum(model._life.run.dispatcher.board.slots.slots) == 6
         next(core for core in backend.loaded.values() if core.executing is not None).release()
         await task

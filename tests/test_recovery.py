@@ -21,10 +21,10 @@ from aneuron import (
     NoHealthyCores,
     QueueFull,
     SimulatedBackend,
-    health,
 )
+from aneuron.engine import health
+from aneuron.engine.execution import Execution
 from aneuron.engine.health import FIRST, LIMIT
-from aneuron.engine.threads import Execution
 from aneuron.testing import PuppetBackend, settle
 
 CORE, FATAL, INPUT = OSError("the core"), SystemError("the process"), ValueError("the input")
@@ -147,7 +147,7 @@ async def test_a_core_that_cannot_be_mended_stays_failed_and_its_slots_move():
         assert states(model)[lost] == "failed"
         assert model.ready
         assert model.num_workers == 4
-        assert model._lanes._scheduler._slots == ([0, 4] if lost == 0 else [4, 0])
+        assert model._life.run.dispatcher.board.slots.slots == ([0, 4] if lost == 0 else [4, 0])
         assert len(backend.loads) == 2
 
 
@@ -521,7 +521,7 @@ async def test_an_idle_model_is_not_watched():
         await settle()
         await release_all(backend, task)
         await asyncio.sleep(6.0)
-        assert model._lanes.recovery._watch is None
+        assert model._life.run.recovery._watch is None
         late = call(model, 2)  # and is watched again when there is something to see
         await asyncio.sleep(5.1)
         assert "quarantined" in states(model)
@@ -596,13 +596,13 @@ async def test_what_waits_in_the_queue_of_a_device_that_hangs_is_not_to_blame(mo
     plan = [SimulatedBackend.fault("hang", core=0, execution=0, seconds=3.0)]
     model = AsyncDataParallel(torch.neg, batch_size=4, backend=Planned(plan, 2, 0.02), exec_timeout=1.5, num_workers=4)
     async with model:
-        again, real = [], model._lanes.run_again
+        again, real = [], model._life.run.run_again
 
-        def run_again(execution, chunks, **how):
-            again.append((chunks[0][0].rows, how["tried"]))
-            real(execution, chunks, **how)
+        def run_again(execution, chunks, retry):
+            again.append((chunks[0][0].rows, retry.tried))
+            real(execution, chunks, retry)
 
-        monkeypatch.setattr(model._lanes, "run_again", run_again)
+        monkeypatch.setattr(model._life.run, "run_again", run_again)
         calls = [call(model, n, rows=rows) for n, rows in enumerate([4, 4])]
         await until(lambda: [core.in_flight for core in model.statistics().cores] == [1, 1])
         calls += [call(model, n, rows=8) for n in range(2, 3)]  # a batch for each core's queue
@@ -617,9 +617,9 @@ async def test_time_in_the_queue_of_a_device_does_not_count_as_a_hang():
     async with model:
         task = call(model, 1)
         await settle()
-        lanes = model._lanes
+        lanes = model._life.run.dispatcher.board.lanes
         await asyncio.sleep(0.9)
-        lanes.lanes[0].since = 0.9  # an execution before it has ended just now
+        lanes[0].since = 0.9  # an execution before it has ended just now
         await asyncio.sleep(0.9)
         assert states(model) == ["ready"]
         await release_all(backend, task)
@@ -812,7 +812,7 @@ async def test_parts_of_a_batch_are_not_waited_for_where_some_could_not_run_agai
         await backend.end(9, CORE)
         assert isinstance((await asyncio.gather(other, return_exceptions=True))[0], CoreFailed)
         await backend.end(1, INPUT)
-        await until(lambda: model._lanes.recovery.in_service)
+        await until(lambda: model._life.run.recovery.in_service)
         await backend.end(3, INPUT)
         for first in (3, 4):
             await backend.end(first, INPUT)
@@ -848,9 +848,9 @@ async def test_what_has_ended_meanwhile_does_not_hang_and_what_is_behind_it_stay
     async with model:
         calls = [call(model, n) for n in (1, 2)]
         await until(lambda: len(backend.held) == 2)
-        ((lane, executions),) = model._lanes.running()
+        ((lane, executions),) = model._life.run.running()
         await backend.end(executions[0].chunks[0][0].leaves[0][0, 0].item())
-        model._lanes.recovery.lost(lane, executions, CoreFailed("a hang", 0))
+        model._life.run.recovery.lost(lane, executions, CoreFailed("a hang", 0))
         backend.end_all()
         assert [y[0, 0].item() for y in await asyncio.gather(*calls)] == [-1, -2]
         assert model.statistics().cores[0].errors == 0
@@ -862,7 +862,7 @@ async def test_rows_that_were_handed_out_before_their_execution_was_given_up_cou
     model = AsyncDataParallel(torch.neg, backend=backend, batch_size=4)
     async with model:
         go, there = threading.Event(), threading.Semaphore(0)
-        for lane in model._lanes.lanes:
+        for lane in model._life.run.dispatcher.lanes:
 
             def take(ended, take=lane.take):
                 if ended is not None:
@@ -873,12 +873,12 @@ async def test_rows_that_were_handed_out_before_their_execution_was_given_up_cou
             lane.take = take
         task = call(model, 1, rows=8)
         await until(lambda: len(backend.held) == 2)
-        running = model._lanes.running()
+        running = model._life.run.running()
         backend.end_all()
         for _ in range(2):  # blocking: the loop does not learn of it
             assert there.acquire(timeout=60.0)
         last = next(each for each in running if each[1][0].finished)
-        model._lanes.recovery.lost(*last, CoreFailed("a hang", last[0].core_id))
+        model._life.run.recovery.lost(*last, CoreFailed("a hang", last[0].core_id))
         go.set()
         assert torch.equal(await asyncio.wait_for(task, 60.0), -row(1, rows=8))
         check_sum(model)

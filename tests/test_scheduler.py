@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aneuron.sched.call import Cut, Waiting
-from aneuron.sched.filling import Batch
+from aneuron.sched.call import Call, Cut
+from aneuron.sched.filling import Batch, Retry
 from aneuron.sched.scheduler import Rules, Scheduler
 from aneuron.sched.sizes import Cover
 from aneuron.sched.slots import spread
@@ -23,12 +23,12 @@ def rules(**changes):
 def scheduler(slots=(2, 2, 2, 2), **changes):
     own = rules(cores=len(slots), **changes)
     made = Scheduler(own, {0: Cover([own.batch_size])} if own.batch_size else {})
-    made.resize(slots, [AT_ONCE] * len(slots))
+    made.slots.resize(slots, [AT_ONCE] * len(slots))
     return made
 
 
 def admit(target, rows, signature="a"):
-    call = Waiting(rows, signature, target.rules.cut(rows))
+    call = Call(rows, signature, target.rules.cut(rows))
     target.admit([call])
     return call
 
@@ -42,11 +42,11 @@ def bind_all(target, now=0.0):
 
 def stored(target):
     """Calls that are still held on to, with rows or without."""
-    return sum(len(flow.calls) for kind in target._order.kinds.values() for flow in kind.flows.values())
+    return sum(len(flow.calls) for kind in target._queue.kinds.values() for flow in kind.flows.values())
 
 
 def sizes(bound):
-    return [(lane, batch.rows, batch.because) for lane, batch in bound]
+    return [(lane, batch.rows, batch.reason) for lane, batch in bound]
 
 
 @pytest.mark.parametrize(
@@ -130,10 +130,10 @@ def test_an_executing_lane_gets_nothing_that_passes_the_head():
     for _ in range(64):
         admit(s, 1, "busy")
     assert bind_all(s) == []
-    s.release(0, 0.0)
+    s.slots.release(0, 0.0)
     (_, batch), *rest = bind_all(s)
     assert batch.chunks[0][0].signature == "rare"
-    assert batch.because == "signature"
+    assert batch.reason == "signature"
     assert sizes(rest) == [(0, 8, "full")]
 
 
@@ -142,7 +142,7 @@ def test_the_second_batch_goes_to_the_lane_that_began_first():
     for _ in range(24):
         admit(s, 1)
     assert [lane for lane, _ in bind_all(s)] == [0, 1, 2]
-    s.release(1, 1.0)
+    s.slots.release(1, 1.0)
     admit(s, 8)
     assert [lane for lane, _ in bind_all(s, 1.0)] == [1]  # idle, before executing ones
     admit(s, 8)
@@ -159,7 +159,7 @@ def test_calls_of_different_signatures_never_share_a_batch_and_keep_their_order(
         ((_, batch),) = bind_all(s)
         seen.append((batch.chunks[0][0].signature, batch.rows))
         assert len({call.signature for call, _, _ in batch.chunks}) == 1
-        s.release(0, 0.0)
+        s.slots.release(0, 0.0)
     assert seen == [("a", 6), ("b", 6)]
 
 
@@ -175,7 +175,7 @@ def test_pieces_are_never_cut_again():
     admit(s, 9)
     ((_, batch),) = bind_all(s)
     assert [chunk[1:] for chunk in batch.chunks] == [(0, 6)]  # a third piece of 3 does not fit in 8
-    assert batch.because == "full"
+    assert batch.reason == "full"
 
 
 def test_without_packing_a_batch_is_one_piece_of_one_call():
@@ -213,8 +213,8 @@ def test_one_signature_a_call_leaves_nothing_behind():
     for number in range(1000):
         admit(s, 1, number)
         bind_all(s)
-        s.release(0, 0.0)
-    assert len(s._order.kinds) < 50
+        s.slots.release(0, 0.0)
+    assert len(s._queue.kinds) < 50
 
 
 def test_small_calls_behind_a_long_one_in_pieces_do_not_pile_up():
@@ -224,8 +224,8 @@ def test_small_calls_behind_a_long_one_in_pieces_do_not_pile_up():
         for _ in range(31):
             admit(s, 1)
         for lane, _ in bind_all(s):
-            s.release(lane, 0.0)
-    assert stored(s) - s._order.live < 100
+            s.slots.release(lane, 0.0)
+    assert stored(s) - s._queue.live < 100
 
 
 @pytest.mark.parametrize(
@@ -250,10 +250,10 @@ def test_small_calls_behind_a_long_one_in_pieces_do_not_pile_up():
 def test_room(waiting, rows, room):
     s = scheduler(slots=(1,), max_pending=16)
     for n in waiting:
-        call = Waiting(n, "a")
+        call = Call(n, "a")
         assert s.make_room(call, 0.0) == []
         s.admit([call])
-    assert (s.make_room(Waiting(rows, "a"), 0.0) == []) is room
+    assert (s.make_room(Call(rows, "a"), 0.0) == []) is room
     assert (s.excess(rows) == 0) is room
 
 
@@ -264,14 +264,14 @@ def test_parts_of_a_failed_batch_run_next_and_alone():
     ((_, failed),) = bind_all(s)
     for _ in range(8):
         admit(s, 1)
-    s.release(0, 0.0)
-    s.rerun(failed, failed.chunks[3:])
-    s.rerun(failed, failed.chunks[:3])
+    s.slots.release(0, 0.0)
+    s.rerun(failed, failed.chunks[3:], Retry())
+    s.rerun(failed, failed.chunks[:3], Retry())
     seen = []
     for _ in range(3):
         ((_, batch),) = bind_all(s)
-        seen.append((batch.rows, batch.because))
-        s.release(0, 0.0)
+        seen.append((batch.rows, batch.reason))
+        s.slots.release(0, 0.0)
     assert seen == [(3, "rerun"), (2, "rerun"), (8, "full")]
 
 
@@ -281,24 +281,24 @@ def test_a_batch_that_must_avoid_a_lane_waits_for_another_and_holds_nobody_up():
     ((lane, failed),) = bind_all(s)
     admit(s, 8)
     assert [other for other, _ in bind_all(s)] == [1 - lane]
-    s.release(lane, 0.0, failed)
-    s.rerun(failed, failed.chunks, avoid=lane)
+    s.slots.release(lane, 0.0, failed)
+    s.rerun(failed, failed.chunks, Retry(avoid=lane))
     assert bind_all(s) == []
     admit(s, 8)
     ((other, batch),) = bind_all(s)
     assert (other, batch.rows) == (lane, 8)
-    s.release(1 - lane, 0.0)
+    s.slots.release(1 - lane, 0.0)
     ((other, batch),) = bind_all(s)
-    assert (other, batch.rows, batch.because) == (1 - lane, 1, "rerun")
+    assert (other, batch.rows, batch.reason) == (1 - lane, 1, "rerun")
 
 
 def test_a_batch_that_must_avoid_the_only_lane_left_does_not_wait():
     s = scheduler(slots=(1, 1))
     admit(s, 1)
     ((lane, failed),) = bind_all(s)
-    s.release(lane, 0.0, failed)
-    s.rerun(failed, failed.chunks, avoid=lane)
-    s.retire(1 - lane)
+    s.slots.release(lane, 0.0, failed)
+    s.rerun(failed, failed.chunks, Retry(avoid=lane))
+    s.slots.retire(1 - lane)
     assert [other for other, _ in bind_all(s)] == [lane]
 
 
@@ -309,11 +309,11 @@ def test_a_retired_lane_gets_nothing_and_its_bound_batches_run_elsewhere():
     bound = bind_all(s)
     assert len(bound) == 3
     first, second = [batch for lane, batch in bound if lane == 0]
-    s.retire(0)
+    s.slots.retire(0)
     s.recall(0, second)
-    s.release(0, 0.0, first)
+    s.slots.release(0, 0.0, first)
     assert bind_all(s) == []
-    s.release(1, 0.0)
+    s.slots.release(1, 0.0)
     assert bind_all(s) == [(1, second)]
     assert not s.has_work
 
@@ -330,14 +330,14 @@ def test_slots_can_be_taken_away_and_given_back_while_batches_are_in_flight():
     for _ in range(10):
         admit(s, 8)
     assert len(bind_all(s)) == 4
-    s.resize([1, 0], [AT_ONCE] * 2)
-    s.release(0, 0.0)
-    s.release(1, 0.0)
+    s.slots.resize([1, 0], [AT_ONCE] * 2)
+    s.slots.release(0, 0.0)
+    s.slots.release(1, 0.0)
     assert bind_all(s) == []
-    s.release(0, 0.0)
-    s.release(1, 0.0)
+    s.slots.release(0, 0.0)
+    s.slots.release(1, 0.0)
     assert [lane for lane, _ in bind_all(s)] == [0]
-    s.resize([2, 2], [AT_ONCE] * 2)
+    s.slots.resize([2, 2], [AT_ONCE] * 2)
     assert sorted(lane for lane, _ in bind_all(s)) == [0, 1, 1]
 
 
@@ -376,10 +376,10 @@ class History:
         elif event < 0.65:
             self.slots = [self.random.randrange(4) for _ in range(self.lanes)]
             self.slots[0] = max(1, self.slots[0])
-            self.scheduler.resize(self.slots, [AT_ONCE] * self.lanes)
+            self.scheduler.slots.resize(self.slots, [AT_ONCE] * self.lanes)
         elif event < 0.8 and self.flying:
             lane, _ = self.flying.pop(self.random.randrange(len(self.flying)))
-            self.scheduler.release(lane, 0.0)
+            self.scheduler.slots.release(lane, 0.0)
         else:
             self.bind()
 
@@ -387,7 +387,7 @@ class History:
         s = self.scheduler
         limit = s.rules.batch_size or s.rules.preferred
         while True:
-            idle = [lane for lane in range(self.lanes) if not s.in_flight(lane) and self.slots[lane]]
+            idle = [lane for lane in range(self.lanes) if not s.slots.in_flight(lane) and self.slots[lane]]
             before = s.waiting_rows
             bound = s.bind(0.0)
             if bound is None:
@@ -395,8 +395,8 @@ class History:
                 return
             lane, batch = bound
             assert not idle or lane in idle, "idle lanes first"
-            assert lane in idle or batch.because == "full", "a busy lane gets full batches only"
-            assert s.in_flight(lane) <= self.slots[lane]
+            assert lane in idle or batch.reason == "full", "a busy lane gets full batches only"
+            assert s.slots.in_flight(lane) <= self.slots[lane]
             assert batch.rows == sum(stop - start for _, start, stop in batch.chunks) > 0
             assert batch.rows <= max(limit, s.rules.split_size or 0) or len(batch.chunks) == 1
             assert len({call.signature for call, _, _ in batch.chunks}) == 1
@@ -409,7 +409,7 @@ class History:
     def finish(self):
         while self.scheduler.waiting_rows or self.flying:
             for lane, _ in self.flying:
-                self.scheduler.release(lane, 0.0)
+                self.scheduler.slots.release(lane, 0.0)
             self.flying = []
             self.bind()
         assert all(self.rows_bound[call] == call.rows for call in self.calls)

@@ -10,9 +10,10 @@ from puppets import call, check_sum, release_all, row, scenario
 
 from aneuron import AsyncDataParallel, Closed, Fault, SimulatedBackend
 from aneuron.engine import health
+from aneuron.engine.execution import Execution
 from aneuron.engine.health import FIRST
-from aneuron.engine.lanes import SLOW_CLOSE, SLOW_DRAIN
-from aneuron.engine.threads import Execution
+from aneuron.engine.lane import Lane
+from aneuron.engine.run import SLOW_CLOSE, SLOW_DRAIN
 from aneuron.map.sources import LoopSource
 from aneuron.map.window import _Window
 from aneuron.testing import PuppetBackend, settle
@@ -63,17 +64,18 @@ async def all_end_at_once(model, calls):
 
 
 @every_death
-@pytest.mark.parametrize("where", ["_bind", "_dispatch_at", "_end_late"])
+@pytest.mark.parametrize("where", ["bind", "_dispatch_at", "expire"])
 @scenario
 async def test_dispatch_dies(monkeypatch, where, death):
     _, model = served(2, max_delay=1.0)
     await model.start()
-    lanes = model._lanes
+    run = model._life.run
     executing = call(model, 1, rows=4)
     await settle()
-    kill(monkeypatch, lanes, where, death)
-    if where == "_end_late":
-        lanes._scheduler.late = [None]
+    owner = {"bind": run.dispatcher.board, "_dispatch_at": run.dispatcher}.get(where, run)
+    kill(monkeypatch, owner, where, death)
+    if where == "expire":
+        run.scheduler.late = [None]
     waiting = [call(model, n) for n in range(2)]  # held back, which takes a timer
     await all_end_at_once(model, [executing, *waiting])
 
@@ -85,21 +87,21 @@ async def test_a_dispatch_that_was_due_later_dies(monkeypatch, death):
     await model.start()
     calls = [call(model, 1, rows=4), *(call(model, n) for n in range(2))]
     await settle()
-    assert model._lanes._timer is not None
-    kill(monkeypatch, model._lanes._scheduler, "bind", death)
+    assert model._life.run.dispatcher._timer is not None
+    kill(monkeypatch, model._life.run.scheduler, "bind", death)
     await asyncio.sleep(1.01)
     await all_end_at_once(model, calls)
 
 
 @every_death
-@pytest.mark.parametrize("where", ["_settle", "_count"])
+@pytest.mark.parametrize("where", ["settle", "_count"])
 @scenario
 async def test_delivery_dies(monkeypatch, where, death):
     backend, model = served()
     await model.start()
     calls = [call(model, n) for n in range(12)]
     await settle()
-    kill(monkeypatch, model._lanes, where, death)
+    kill(monkeypatch, model._life.run, where, death)
     backend[0].release()
     await all_end_at_once(model, calls)
 
@@ -109,7 +111,7 @@ async def test_delivery_dies(monkeypatch, where, death):
 async def test_the_timer_of_a_deadline_dies(monkeypatch, death):
     _, model = served()
     await model.start()
-    kill(monkeypatch, model._lanes.futures, "expire", death)
+    kill(monkeypatch, model._life.run.futures, "expire", death)
     calls = [call(model, 0, rows=4), asyncio.ensure_future(model.options(timeout=1.0)(row(1)))]
     await asyncio.sleep(1.01)
     await all_end_at_once(model, calls)
@@ -122,7 +124,7 @@ async def test_the_watch_for_hangs_dies(monkeypatch, death):
     await model.start()
     calls = [call(model, n, rows=4) for n in range(2)]
     await settle()
-    kill(monkeypatch, model._lanes, "running", death)
+    kill(monkeypatch, model._life.run, "running", death)
     await asyncio.sleep(1.01)
     await all_end_at_once(model, calls)
 
@@ -133,11 +135,11 @@ async def test_the_watch_for_hangs_dies(monkeypatch, death):
 async def test_bringing_a_core_back_dies(monkeypatch, where, death):
     backend, model = served(2)
     await model.start()
-    recovery = model._lanes.recovery
+    recovery = model._life.run.recovery
     calls = [call(model, n, rows=4) for n in range(2)]
     await settle()
     backend[0].release(OSError("the core"))
-    kill(monkeypatch, recovery if where.startswith("_") else model._lanes, where, death)
+    kill(monkeypatch, recovery if where.startswith("_") else model._life.run, where, death)
     await settle()
     assert model.ready
     if where == "_load":  # bound before: the timer has it
@@ -177,7 +179,7 @@ async def test_a_resize_dies_and_the_slots_stay(monkeypatch, death):
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: seen.append(context["exception"]))
         seen = []
         with monkeypatch.context() as patch:
-            kill(patch, model._lanes, "change", death)
+            kill(patch, model._life.run.dispatcher, "spread", death)
             model.num_workers = 7
             await settle()
         assert seen == [death]
@@ -193,7 +195,7 @@ async def test_the_task_of_a_start_is_cancelled():
     calls = [call(model, n) for n in range(3)]
     await asyncio.sleep(0)
     await asyncio.sleep(0)
-    model._starting.task.cancel()
+    model._life._starting.task.cancel()
     await settle(20)
     assert model.ready  # those who waited have begun another
     await release_all(backend, *calls)
@@ -205,7 +207,7 @@ async def test_the_task_of_a_start_is_cancelled():
 async def test_what_says_that_a_core_is_closed_dies_and_the_close_ends(monkeypatch, death):
     backend, model = served(2)
     await model.start()
-    kill(monkeypatch, model._lanes, "_lane_closed", death)
+    kill(monkeypatch, model._life.run, "_left", death)
     calls = [call(model, n, rows=4) for n in range(3)]
     await settle()
     await model.abort()
@@ -215,14 +217,14 @@ async def test_what_says_that_a_core_is_closed_dies_and_the_close_ends(monkeypat
 
 
 @every_death
-@pytest.mark.parametrize("where", ["_lane_closed", "_check_closed"])
+@pytest.mark.parametrize("where", ["_left", "_check_closed"])
 @scenario
 async def test_a_drain_does_not_wait_for_what_has_died(monkeypatch, where, death):
     backend, model = served(2)
     await model.start()
     calls = [call(model, n, rows=4) for n in range(3)]
     await settle()
-    kill(monkeypatch, model._lanes, where, death)
+    kill(monkeypatch, model._life.run, where, death)
     closing = asyncio.ensure_future(model.aclose())
     await release_all(backend, *calls)
     await asyncio.sleep(SLOW_CLOSE + 0.01)
@@ -240,7 +242,7 @@ async def test_the_log_of_a_slow_drain_dies_and_the_drain_goes_on(monkeypatch, d
     await model.start()
     first = call(model, 1)
     await settle()
-    kill(monkeypatch, model._lanes, "_log_slow_drain", death)
+    kill(monkeypatch, model._life.run, "_log_slow_drain", death)
     closing = asyncio.ensure_future(model.aclose())
     await asyncio.sleep(SLOW_DRAIN + 0.01)
     assert not closing.done()
@@ -253,7 +255,7 @@ async def test_the_log_of_a_slow_drain_dies_and_the_drain_goes_on(monkeypatch, d
 async def test_the_task_that_drains_a_swapped_model_dies(monkeypatch, death):
     backend, model = served(1)
     async with model:
-        old = model._lanes
+        old = model._life.run
         first = call(model, 1, rows=9)  # a batch executes, two wait
         await settle()
         core = backend[0]
@@ -269,7 +271,7 @@ async def test_the_task_that_drains_a_swapped_model_dies(monkeypatch, death):
         core.release()
         await settle()
         assert core.closed
-        assert not model._retired
+        assert not model._life.retired
         assert model.ready
         await release_all(backend, call(model, 2))
 
@@ -373,15 +375,18 @@ async def test_handing_over_what_a_thread_has_read_dies():
 
 
 @every_death
-@pytest.mark.parametrize("step", ["prepare", "begin", "execute", "finish", "_post", "_deliver", "_take"])
+@pytest.mark.parametrize("step", ["prepare", "begin", "execute", "finish", "post", "_deliver", "take"])
 @pytest.mark.parametrize("copy_time", [0.0, 0.001], ids=["one", "two"])
 async def test_a_thread_dies(monkeypatch, step, death, copy_time):
     monkeypatch.setattr(health, "FIRST", 0.02)
     backend = SimulatedBackend(cores=2, service_time=0.001, copy_time=copy_time)
     async with AsyncDataParallel(torch.neg, batch_size=4, backend=backend) as model:
         await model(row(1))
-        lanes, died = model._lanes, []
-        real = getattr(Execution, step) if not step.startswith("_") else getattr(lanes, step)
+        run, died = model._life.run, []
+        dispatcher = run.dispatcher
+        real = {"post": dispatcher.post, "_deliver": None, "take": Lane.take}.get(step) or getattr(
+            Execution, step, None
+        )
 
         def dying(*args):
             if not died:
@@ -389,15 +394,14 @@ async def test_a_thread_dies(monkeypatch, step, death, copy_time):
                 raise death
             return real(*args)
 
-        if step == "_take":
-            for lane in lanes.lanes:
-                monkeypatch.setattr(lane, "take", lambda ended, lane=lane: dying(lane, ended))
-        elif step == "_post":
-            object.__setattr__(lanes._common, "post", dying)
+        if step == "take":
+            monkeypatch.setattr(Lane, "take", dying)
+        elif step == "post":
+            object.__setattr__(run._common, "post", dying)
         elif step == "_deliver":  # it does not come to the loop
-            call_loop = lanes._call_loop
-            patched = lambda callback: (dying if callback == lanes._deliver and not died else call_loop)(callback)  # noqa: E731
-            monkeypatch.setattr(lanes, "_call_loop", patched)
+            call_loop = dispatcher.call_loop
+            patched = lambda callback: (dying if callback == dispatcher._deliver and not died else call_loop)(callback)  # noqa: E731
+            monkeypatch.setattr(dispatcher, "call_loop", patched)
         else:
             monkeypatch.setattr(Execution, step, dying)
         async with asyncio.timeout(60.0):
@@ -416,7 +420,7 @@ async def test_what_a_thread_decides_dies(monkeypatch, death):
     model = AsyncDataParallel(torch.neg, batch_size=4, backend=SimulatedBackend(cores=2, service_time=0.001))
     await model.start()
     await model(row(1))
-    kill(monkeypatch, model._lanes, "_next", death)
+    kill(monkeypatch, model._life.run.dispatcher.board, "next", death)
     async with asyncio.timeout(60.0):
         outcomes = await asyncio.gather(*(model(row(n)) for n in range(40)), return_exceptions=True)
     assert all(isinstance(outcome, Closed) for outcome in outcomes)

@@ -801,7 +801,7 @@ def test_a_learned_hold_waits_a_cores_share_where_company_comes_and_is_off_by_de
     learned = run(held_seconds(None, frequent))[20:]
     assert 0.2 < max(learned) < 0.26
     assert run(held_seconds(0.0, frequent))[:3] == [0, 0, 0]
-    assert AsyncDataParallel(torch.neg)._max_delay == 0.0
+    assert AsyncDataParallel(torch.neg)._settings.max_delay == 0.0
 
 
 # Bound batches.

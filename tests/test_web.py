@@ -288,7 +288,7 @@ async def test_an_internal_error_ends_life_until_the_model_is_started_again(monk
     model = AsyncDataParallel(torch.neg, backend=backend)
     health = Health({"net": model})
     await model.start()
-    monkeypatch.setattr(model._lanes, "_bind", lambda now: 1 / 0)
+    monkeypatch.setattr(model._life.run, "_bind", lambda now: 1 / 0)
     with pytest.raises(Closed, match="internal error"):
         await model(row())
     await settle()

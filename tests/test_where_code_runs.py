@@ -36,14 +36,14 @@ def test_the_threads_of_a_core_that_is_loaded_again_do_too():
         VARIABLE.set(7)
         async with AsyncDataParallel(_reads, backend=CpuBackend(cores=1)) as model:
             VARIABLE.set(9)
-            again = model._lanes._new_lane(0)  # as recovery does
+            again = model._life.run._new_lane(0)  # as recovery does
             again.workers.grow(1)
             value = await asyncio.wrap_future(again.workers.submit(VARIABLE.get))
             closed = asyncio.Event()
             loop = asyncio.get_running_loop()
             again.stop(lambda: loop.call_soon_threadsafe(closed.set))
             await closed.wait()
-            model._lanes._open.discard(again)
+            model._life.run._open.discard(again)
             return value
 
     assert asyncio.run(main()) == 7

@@ -11,9 +11,8 @@ from functools import partial
 from typing import Any
 
 from aneuron.errors import DeadlineExceeded
-from aneuron.sched.call import Limit
+from aneuron.sched.call import Call, Limit
 from aneuron.stats import Counters
-from aneuron.tensors.rows import Call
 
 
 class Futures:

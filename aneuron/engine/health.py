@@ -74,7 +74,7 @@ class Health:
         self.state, self.until = "failed", None
 
 
-class Inquest(Generic[T]):
+class Bisection(Generic[T]):
     """A batch of several calls that has failed, by its input as it seems, and is run again in parts.
 
     As long as no part has ended well, and all has happened on one core, that core may be what fails: the calls that

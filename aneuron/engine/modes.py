@@ -1,9 +1,17 @@
 """What of torch's state belongs to a worker thread, and is put back when a model has left it changed.
 
-Lives here: which modes there are, and how one is put back. Must not be here: what runs when.
+Lives here: which modes there are, how one is put back, and the context that the user wants around executions. Must not
+be here: what runs when.
 """
 
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
 import torch
+
+from aneuron.backends import Core
 
 # Looked up once: they are asked for each execution.
 _length = torch._C._len_torch_function_stack  # of the modes, of which a default device is one
@@ -63,3 +71,46 @@ class Modes:
         torch.clear_autocast_cache()  # of weights: nobody else would, where a context was never left
         for _ in range(torch.autocast_increment_nesting()):
             torch.autocast_decrement_nesting()
+
+
+_local = threading.local()  # a worker thread's modes
+
+
+def keep() -> Modes:
+    """Keep the modes of the calling thread, which executes from now on."""
+    _local.modes = modes = Modes()
+    return modes
+
+
+def put_back() -> None:
+    """Put the calling thread's modes back, where it has any: a model may have left them changed."""
+    modes: Modes | None = getattr(_local, "modes", None)
+    if modes is not None:
+        modes.restore()
+
+
+def execute_in_own(core: Core, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Execute, and put the thread's modes back."""
+    modes: Modes | None = getattr(_local, "modes", None)  # puppets have none
+    if modes is None:
+        return core.execute(args, kwargs)
+    modes.note()
+    try:
+        return core.execute(args, kwargs)
+    finally:
+        modes.restore()
+
+
+class Within:
+    """A core each of whose executions is in a context that the user makes."""
+
+    def __init__(self, core: Core, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.concurrent = core.concurrent
+        self.close = core.close
+        self._core, self._context = core, context
+
+    def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the model in the context. What entering and leaving it raise is like an error of the model."""
+        with self._context():
+            return self._core.execute(args, kwargs)
+        raise RuntimeError("what context= has made suppressed an exception of the model: there is no result")

@@ -14,51 +14,58 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from aneuron.backends import Fault
+from aneuron.engine.execution import Execution
+from aneuron.engine.failures import carried, text
 from aneuron.engine.futures import Futures, has_left
-from aneuron.engine.health import Health, Inquest
-from aneuron.engine.lane import Lane
-from aneuron.engine.threads import Execution, carried, text
+from aneuron.engine.health import Bisection, Health
+from aneuron.engine.loading import Loaded
 from aneuron.errors import Closed, CoreFailed, NoHealthyCores
 from aneuron.sched.call import Chunk
-from aneuron.tensors.rows import Call
+from aneuron.sched.filling import Retry
 
 logger = logging.getLogger("aneuron")
 
-Chunks = Sequence[Chunk[Call]]
+Chunks = Sequence[Chunk]
 
 
 class Host(Protocol):
-    """The lanes of a run, as far as they concern recovery."""
+    """A run, as far as it concerns recovery."""
 
     futures: Futures
-    lanes: list[Lane]  # the last one of each core
+    loaded: list[Loaded]  # the last one on each lane
 
-    def running(self) -> list[tuple[Lane, list[Execution]]]:
-        """What executes, oldest first, by lane; also on those that are out of service."""
+    def running(self) -> list[tuple[Loaded, list[Execution]]]:
+        """What executes, oldest first, by core; also on those that are out of service."""
+
+    def since(self, loaded: Loaded) -> float:
+        """When the oldest execution in flight on a core's lane came to be the oldest."""
 
     def clock(self) -> float:
         """Seconds."""
 
     def call_later(self, delay: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
-        """Have the loop call; what it raises closes the lanes."""
+        """Have the loop call; what it raises closes the run."""
 
-    def reload(self, index: int, done: Callable[[Lane, BaseException | None], None]) -> None:
-        """Make a new lane for a core and load it."""
+    def reload(self, index: int, done: Callable[[Loaded, BaseException | None], None]) -> None:
+        """Load a core anew."""
 
-    def retire(self, lane: Lane) -> None:
-        """Take a lane out of service, and what has not begun there back into the queue. Its threads end."""
+    def install(self, loaded: Loaded) -> None:
+        """What has been loaded anew serves."""
 
-    def abandon(self, lane: Lane, execution: Execution) -> bool:
-        """Give an execution up, and wait no more for its lane; whether it had not ended."""
+    def retire(self, loaded: Loaded) -> None:
+        """Take a core out of service, and what has not begun there back into the queue."""
 
-    def run_again(self, execution: Execution, chunks: Chunks, **how: Any) -> None:
+    def give_up(self, execution: Execution) -> bool:
+        """Give an execution up: its thread hangs, and others serve the lane; whether it had not ended."""
+
+    def run_again(self, execution: Execution, chunks: Chunks, retry: Retry) -> None:
         """Queue rows of an execution ahead of everything else, as one batch."""
 
     def spread(self) -> None:
-        """Spread the slots over the lanes in service, and dispatch."""
+        """Cores have come into service, or gone."""
 
     def end_waiting(self, error: Callable[[], Exception]) -> None:
         """End the calls that wait, each with an error of its own."""
@@ -67,10 +74,10 @@ class Host(Protocol):
 class Held(NamedTuple):
     """Rows that failed alone, and why."""
 
-    chunk: Chunk[Call]
+    chunk: Chunk
     error: BaseException
     execution: Execution
-    lane: Lane
+    loaded: Loaded
 
 
 class Recovery:
@@ -82,7 +89,7 @@ class Recovery:
         self._exec_timeout = exec_timeout
         self._watch: asyncio.TimerHandle | None = None
         self._timers: dict[int, asyncio.TimerHandle] = {}  # of the cores that are to be loaded again
-        self._inquests: weakref.WeakSet[Inquest[Held]] = weakref.WeakSet()
+        self._bisections: weakref.WeakSet[Bisection[Held]] = weakref.WeakSet()
         self._stopped = False
         self._cause = ""  # of the last core's failure; not the error, which a caller may get: it would hold his frames
 
@@ -96,17 +103,17 @@ class Recovery:
         self._stopped = True
         for timer in self._timers.values():
             timer.cancel()
-        self._close_inquests()
+        self._close_bisections()
 
     def end(self) -> None:
         """Nothing executes any more, or will be waited for."""
         if self._watch is not None:
             self._watch.cancel()
 
-    def _close_inquests(self) -> None:
+    def _close_bisections(self) -> None:
         """Nothing will be run again: who has failed alone is to blame."""
-        for inquest in list(self._inquests):
-            self._blame(inquest.close())
+        for bisection in list(self._bisections):
+            self._blame(bisection.close())
 
     def none_left(self) -> NoHealthyCores:
         """What to say while no core serves."""
@@ -126,15 +133,16 @@ class Recovery:
 
     def succeeded(self, execution: Execution) -> None:
         """A batch has ended well, or nobody was left to execute it for."""
-        lane, batch = execution.lane, execution.batch
-        health = self.health[lane.index]
-        if execution.begun and not lane.out and health.state == "suspect":
+        loaded, batch = execution.loaded, execution.batch
+        health = self.health[loaded.index]
+        if execution.begun and not loaded.out and health.state == "suspect":
             health.served()
-            lane.show(health.state)
-        if batch.inquest is not None:
-            self._conclude(batch.inquest, batch.inquest.ended(lane.core_id, well=execution.begun))
-        if batch.trial is not None:
-            self._acquit(batch.trial, execution.begun)
+            loaded.show(health.state)
+        retry = batch.retry or Retry()
+        if retry.bisection is not None:
+            self._conclude(retry.bisection, retry.bisection.ended(loaded.core_id, well=execution.begun))
+        if retry.trial is not None:
+            self._acquit(retry.trial, execution.begun)
 
     def failed(self, execution: Execution, error: BaseException) -> None:
         """A batch has failed: give its calls the error, or another chance."""
@@ -142,50 +150,51 @@ class Recovery:
         if execution.fault is Fault.INPUT:
             self._input_failed(execution, error, chunks)
         else:
-            self.take_out(execution.lane, error, for_good=execution.fault is Fault.FATAL)
+            self.take_out(execution.loaded, error, for_good=execution.fault is Fault.FATAL)
             self._core_failed(execution, error, chunks)
 
-    def _input_failed(self, execution: Execution, error: BaseException, chunks: list[Chunk[Call]]) -> None:
+    def _input_failed(self, execution: Execution, error: BaseException, chunks: list[Chunk]) -> None:
         """Give the error to the call that caused it: a batch of several runs again in halves until it stands alone."""
-        batch, lane = execution.batch, execution.lane
+        retry, loaded = execution.batch.retry or Retry(), execution.loaded
         alone = len(execution.chunks) == 1  # a caller who has left since may be the one to blame: of those executed
-        held = [Held(chunk, error, execution, lane) for chunk in chunks]
+        held = [Held(chunk, error, execution, loaded) for chunk in chunks]
         if not alone and (self._stopped or not self.in_service):
             closed = "the model was closed before it could run this call again"
             errors = [Closed(closed) if self._stopped else self.none_left() for _ in chunks]
             calls = [call for call, _, _ in chunks]
-            self._host.futures.end(zip(calls, errors, strict=True), failed=True)  # their inquest is closed already
+            self._host.futures.end(zip(calls, errors, strict=True), failed=True)  # their bisection is closed already
         elif not alone:
-            inquest = batch.inquest or Inquest[Held]()
-            self._inquests.add(inquest)
+            bisection = retry.bisection or Bisection[Held]()
+            self._bisections.add(bisection)
             half = (len(chunks) + 1) // 2
             parts = [part for part in (chunks[:half], chunks[half:]) if part]
-            inquest.split(len(parts))
+            bisection.split(len(parts))
             for part in reversed(parts):
-                self._host.run_again(execution, part, inquest=inquest)
-            self._conclude(inquest, [])
-        elif batch.inquest is not None:
-            guilty = batch.inquest.ended(lane.core_id, False, held[0] if held else None)
-            self._conclude(batch.inquest, guilty)
+                self._host.run_again(execution, part, Retry(bisection=bisection))
+            self._conclude(bisection, [])
+        elif retry.bisection is not None:
+            guilty = retry.bisection.ended(loaded.core_id, False, held[0] if held else None)
+            self._conclude(retry.bisection, guilty)
         else:
-            self._blame(held if batch.trial is None else [*held, *batch.trial.let_go()])
+            self._blame(held if retry.trial is None else [*held, *retry.trial.let_go()])
 
-    def _conclude(self, inquest: "Inquest[Held]", guilty: list[Held]) -> None:
+    def _conclude(self, bisection: "Bisection[Held]", guilty: list[Held]) -> None:
         """Blame the guilty; where all parts have failed on one core, ask another core about one of them."""
         self._blame(guilty)
-        if inquest.open and self.in_service > 1:
-            asked = inquest.ask()
-            self._host.run_again(asked.execution, [asked.chunk], trial=inquest, avoid=asked.lane.index)
-        elif inquest.open:
-            self._blame(inquest.let_go())
+        if bisection.open and self.in_service > 1:
+            asked = bisection.ask()
+            retry = Retry(trial=bisection, avoid=asked.loaded.index)
+            self._host.run_again(asked.execution, [asked.chunk], retry)
+        elif bisection.open:
+            self._blame(bisection.let_go())
 
-    def _acquit(self, inquest: "Inquest[Held]", well: bool) -> None:
+    def _acquit(self, bisection: "Bisection[Held]", well: bool) -> None:
         """What failed on one core, with all its batch-mates, has ended well on another: the core is what fails."""
-        asked, held = inquest.asked, inquest.let_go()
+        asked, held = bisection.asked, bisection.let_go()
         if not well or asked is None:  # its caller has left: nothing is known
             self._blame(held)
             return
-        self.take_out(asked.lane, asked.error)
+        self.take_out(asked.loaded, asked.error)
         for chunk, error, execution, _ in held:
             if not has_left(chunk[0]):
                 self._core_failed(execution, error, [chunk])
@@ -193,34 +202,34 @@ class Recovery:
     def _blame(self, guilty: Iterable[Held]) -> None:
         """Each call gets the model's own exception."""
         outcomes = []
-        for (call, start, stop), error, _, lane in guilty:
-            note = f"aneuron: core {lane.core_id}, rows {start} to {stop - 1} of this call"
+        for (call, start, stop), error, _, loaded in guilty:
+            note = f"aneuron: core {loaded.core_id}, rows {start} to {stop - 1} of this call"
             outcomes.append((call, own(error, note)))
         self._host.futures.end(outcomes, failed=True)
 
     def _core_failed(self, execution: Execution, error: BaseException, chunks: Chunks) -> None:
         """The rows of a core that has failed run once more, on another, each call alone: the fault may be in one."""
-        batch, lane = execution.batch, execution.lane
-        if batch.inquest is not None:
-            self._conclude(batch.inquest, batch.inquest.ended(lane.core_id, well=False))
-        if batch.trial is not None:
-            self._blame(batch.trial.let_go())
-        if batch.tried is not None:
-            why = f"aneuron: failed on core {batch.tried} and then on core {lane.core_id}: the input is to blame"
+        retry, loaded = execution.batch.retry or Retry(), execution.loaded
+        if retry.bisection is not None:
+            self._conclude(retry.bisection, retry.bisection.ended(loaded.core_id, well=False))
+        if retry.trial is not None:
+            self._blame(retry.trial.let_go())
+        if retry.tried is not None:
+            why = f"aneuron: failed on core {retry.tried} and then on core {loaded.core_id}: the input is to blame"
             self._host.futures.end([(call, own(error, why)) for call, _, _ in chunks], failed=True)
         elif self.in_service and not self._stopped:
             for chunk in reversed(chunks):
-                self._host.run_again(execution, [chunk], tried=lane.core_id)
+                self._host.run_again(execution, [chunk], Retry(tried=loaded.core_id))
         else:
-            self._host.futures.end([(call, core_failed(lane, error)) for call, _, _ in chunks], failed=True)
+            self._host.futures.end([(call, core_failed(loaded, error)) for call, _, _ in chunks], failed=True)
 
     # Out of service, and back.
 
-    def take_out(self, lane: Lane, error: BaseException, *, for_good: bool = False) -> None:
+    def take_out(self, loaded: Loaded, error: BaseException, *, for_good: bool = False) -> None:
         """A core has failed; `for_good`: and no other will work in this process."""
-        if not for_good and (self._host.lanes[lane.index] is not lane or not self.health[lane.index].serves):
+        if not for_good and (self._host.loaded[loaded.index] is not loaded or not self.health[loaded.index].serves):
             return  # it is out already
-        for other in self._host.lanes if for_good else (lane,):
+        for other in self._host.loaded if for_good else (loaded,):
             health = self.health[other.index]
             served, delay = health.serves, None
             if for_good:
@@ -231,26 +240,26 @@ class Recovery:
             if served:
                 self._host.retire(other)
             self._come_back_in(other.index, delay)
-        what = self.health[lane.index].state
+        what = self.health[loaded.index].state
         if what == "failed":
             what = "fatal: restart the process" if for_good else "out of service until the process is restarted"
         level = logging.ERROR if for_good else logging.WARNING
-        logger.log(level, "core %d failed (%s): %s", lane.core_id, what, text(error), exc_info=error)
+        logger.log(level, "core %d failed (%s): %s", loaded.core_id, what, text(error), exc_info=error)
         self._cause = text(error)
         if self.in_service:
             self._host.spread()
         else:
-            self._close_inquests()
+            self._close_bisections()
             self._host.end_waiting(self.none_left)
 
-    def not_loaded(self, lane: Lane, error: BaseException) -> None:
+    def not_loaded(self, loaded: Loaded, error: BaseException) -> None:
         """A core could not be loaded: the others serve without it."""
-        health = self.health[lane.index]
+        health = self.health[loaded.index]
         delay = health.faulted(self._host.clock(), random.random())
-        lane.show(health.state)
-        lane.counters.errors += 1
-        logger.warning("core %d did not load (%s): %s", lane.core_id, health.state, text(error))
-        self._come_back_in(lane.index, delay)
+        loaded.show(health.state)
+        loaded.counters.errors += 1
+        logger.warning("core %d did not load (%s): %s", loaded.core_id, health.state, text(error))
+        self._come_back_in(loaded.index, delay)
 
     def _come_back_in(self, index: int, delay: float | None) -> None:
         if (timer := self._timers.pop(index, None)) is not None:
@@ -262,18 +271,17 @@ class Recovery:
         self.health[index].loads()
         self._host.reload(index, self._loaded)
 
-    def _loaded(self, lane: Lane, error: BaseException | None) -> None:
-        if self._stopped or self.health[lane.index].state != "loading":
+    def _loaded(self, loaded: Loaded, error: BaseException | None) -> None:
+        if self._stopped or self.health[loaded.index].state != "loading":
             return  # closed, or fatal, meanwhile
         if error is not None:
-            self.not_loaded(lane, error)
+            self.not_loaded(loaded, error)
             return
-        health = self.health[lane.index]
+        health = self.health[loaded.index]
         health.loaded(self._host.clock())
-        lane.show(health.state)
-        self._host.lanes[lane.index] = lane
-        logger.warning("core %d is back in service (%s)", lane.core_id, health.state)
-        self._host.spread()
+        loaded.show(health.state)
+        logger.warning("core %d is back in service (%s)", loaded.core_id, health.state)
+        self._host.install(loaded)
 
     # Hangs.
 
@@ -286,44 +294,42 @@ class Recovery:
         timeout, now = self._exec_timeout or 0.0, self._host.clock()
         self._watch = None
         due = [now + timeout] if self._host.futures.calls else []
-        for lane, executions in self._host.running():
+        for loaded, executions in self._host.running():
             oldest = executions[0]
-            since = max(oldest.started, oldest.since, lane.since)  # where a core takes several, it may have had to wait
+            since = max(oldest.started, oldest.since, self._host.since(loaded))  # it may have had to wait for others
             if since + timeout > now:
                 due.append(since + timeout)
             else:
-                why = f"core {lane.core_id} has not answered within exec_timeout={timeout:g} s"
-                self.lost(lane, executions, CoreFailed(why, lane.core_id))
+                why = f"core {loaded.core_id} has not answered within exec_timeout={timeout:g} s"
+                self.lost(loaded, executions, CoreFailed(why, loaded.core_id))
         if due:
             self._watch = self._host.call_later(max(min(due) - now, 0.001), self._look)
 
-    def lost(self, lane: Lane, executions: Sequence[Execution], error: BaseException) -> None:
+    def lost(self, loaded: Loaded, executions: Sequence[Execution], error: BaseException) -> None:
         """A thread of a core does not answer any more: give up what it executes, the first of these, and the core with
         it. What the core was given besides has failed nothing: it runs elsewhere as it would have run here.
         """
         first, *rest = executions
-        if not self._host.abandon(lane, first):
+        if not self._host.give_up(first):
             return
-        given_up = [first, *(each for each in rest if self._host.abandon(lane, each))]
-        lane.counters.errors += 1
+        given_up = [first, *(each for each in rest if self._host.give_up(each))]
+        loaded.counters.errors += 1
         if not self._stopped:
-            self.take_out(lane, error)
+            self.take_out(loaded, error)
         for execution in given_up:
             self._host.futures.end(execution.finished)  # its thread may have come as far as that
             chunks = [chunk for chunk in execution.chunks if not has_left(chunk[0])]
             if execution is first or not chunks or not self.in_service or self._stopped:
                 self._core_failed(execution, error, chunks)
             else:
-                was = execution.batch
-                how = {"tried": was.tried, "avoid": was.avoid, "inquest": was.inquest, "trial": was.trial}
-                self._host.run_again(execution, chunks, **how)
+                self._host.run_again(execution, chunks, execution.batch.retry or Retry())
 
 
-def core_failed(lane: Lane, error: BaseException) -> CoreFailed:
+def core_failed(loaded: Loaded, error: BaseException) -> CoreFailed:
     """What a call gets whose rows no other core could take."""
     failure = CoreFailed(
-        f"core {lane.core_id} failed while it ran this call, and no other could take its rows: {text(error)}",
-        lane.core_id,
+        f"core {loaded.core_id} failed while it ran this call, and no other could take its rows: {text(error)}",
+        loaded.core_id,
     )
     failure.__cause__ = error.with_traceback(None)  # its frames hold the rows of all who shared the batch
     return failure

@@ -18,7 +18,7 @@ from functools import partial
 from types import TracebackType
 from typing import Any, NoReturn, Self, TypeVar
 
-from aneuron.engine.threads import carried
+from aneuron.engine.failures import carried
 from aneuron.errors import Closed, InputModified
 from aneuron.map.sources import check_source, close_unread, open_source
 from aneuron.tensors.nested import is_leaf

@@ -5,31 +5,31 @@ Lives here: how long, and what may pass meanwhile. Must not be here: lanes, cloc
 
 from collections import deque
 from collections.abc import Hashable
-from typing import Generic
 
-from aneuron.sched.call import C
-from aneuron.sched.fair_queue import Flow, Kind, Order, first
+from aneuron.sched.call import Call
+from aneuron.sched.fair_queue import FairQueue
+from aneuron.sched.flows import Flow, Kind, first
 
 COMPANY = 1.5  # rows that must be expected during a learned hold to make it worth while
 
 
-class Hold(Generic[C]):
+class BatchDelay:
     """What is kept, while batches may be held back, to decide on it."""
 
-    def __init__(self, order: Order[C]) -> None:
+    def __init__(self, queue: FairQueue) -> None:
         self.over = False  # whether the last batch that was asked for had been held back
-        self._order = order
-        self._arrivals: deque[C] = deque()  # the waiting calls in order of coming, and some that have left
-        self._full: dict[Hashable, Kind[C]] = {}  # kinds with a full batch
+        self._queue = queue
+        self._arrivals: deque[Call] = deque()  # the waiting calls in order of coming, and some that have left
+        self._full: dict[Hashable, Kind] = {}  # kinds with a full batch
         self._rate = 0.0  # rows a second, lately
         self._arrived, self._since = 0, 0.0  # rows that came since then
 
-    def note(self, call: C) -> None:
+    def note(self, call: Call) -> None:
         """A call has come."""
         self._arrivals.append(call)
-        if len(self._arrivals) > 2 * self._order.live + 16:
+        if len(self._arrivals) > 2 * self._queue.live + 16:
             self._arrivals = deque(other for other in self._arrivals if other.bound < other.rows)
-        kind = self._order.kinds[call.signature]
+        kind = self._queue.kinds[call.signature]
         if kind.rows >= kind.limit:
             self._full[kind.signature] = kind
         self._arrived += call.rows
@@ -59,11 +59,11 @@ class Hold(Generic[C]):
         hold = service / max(1, cores)
         return hold if self._rate * hold >= COMPANY else 0.0
 
-    def a_full_batch(self) -> Flow[C] | None:
+    def a_full_batch(self) -> Flow | None:
         """Who starts a full batch, while the head is held back."""
         for kind in self._full.values():
             for heap in kind.every_heap():
-                flow: Flow[C] | None = first(heap)
+                flow: Flow | None = first(heap)
                 if flow is not None:
                     return flow
         return None

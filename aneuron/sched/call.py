@@ -1,10 +1,10 @@
-"""A waiting call as data: its rows, how they may be cut, and on what terms they wait.
+"""A call as data: its rows, how they may be cut, and on what terms they wait.
 
-Must not be here: anything that decides.
+Must not be here: anything that decides, or looks into tensors.
 """
 
 from collections.abc import Hashable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 
 class Terms(NamedTuple):
@@ -88,19 +88,18 @@ ANYWHERE = Cut()
 NEVER = float("inf")
 
 
-class Waiting:
-    """A call as the scheduler sees it. `bound` of its `rows` belong to a batch already, or never will.
+class Call:
+    """One `await model(...)`. `bound` of its `rows` belong to a batch already, or never will.
 
-    There may be one a row: what is as usual is a class attribute, and costs a call nothing.
+    Created and ended on the loop. While it is admitted its place among the waiting ones (`bound`, `sequence`, `since`)
+    is guarded by the board's lock; a worker that has rows of it in a batch reads the rest, and finds `leaves` gone when
+    the caller has left.
     """
 
-    __slots__ = ("__dict__", "admitted", "bound", "rows", "sequence", "signature")
-
-    cut: Cut = ANYWHERE
-    terms: Terms | None = None  # None: the usual ones
-    deadline: float = NEVER
-    bucket: int = 0
-    since: float | None = None  # when it had its last turn, if it has had one
+    __slots__ = (
+        "admitted", "bound", "bucket", "cut", "deadline", "future", "leaves", "limit", "pads", "parts", "rows",
+        "sequence", "settled", "signature", "since", "structure", "template", "terms", "timer", "trace", "version",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -113,12 +112,31 @@ class Waiting:
         bucket: int = 0,
     ) -> None:
         self.rows = rows
-        self.signature = signature  # equal for calls that may share a batch
-        self.admitted = admitted
+        self.signature = (
+            signature  # equal for calls that may share a batch; with a bucket (what is the same in all, it)
+        )
         self.bound = self.sequence = 0
-        self.cut, self.terms, self.deadline, self.bucket = cut, terms, deadline, bucket
+        self.admitted = admitted
+        self.deadline = deadline
+        self.cut = cut
+        self.terms = terms  # None: the usual ones
+        self.bucket = bucket  # the smallest that holds its length; 0: there are none
+        self.since: float | None = None  # when it had its last turn, if it has had one
+        # Its inputs; nothing here looks into them.
+        self.leaves: Any = None  # tensors and arrays, in the order of the walk; None again at the end
+        self.template: Any = None  # (args, kwargs); None for a single tensor
+        self.structure: tuple[Any, ...] = ()  # what is around its tensors; empty for a single one
+        self.version = 0  # of the leaves, see `version_of` in tensors/rows.py
+        self.pads: Any = None  # what brings them to the bucket
+        # Its end.
+        self.future: Any = None  # engine/futures.py alone touches it
+        self.settled = False
+        self.parts: Any = None  # its result, where that grows in parts
+        self.timer: Any = None  # that ends a call with a deadline
+        self.limit: Any = None  # whose deadline that is
+        self.trace: Any = None  # where it is noted how the call was run, if anybody asks
 
 
-C = TypeVar("C", bound=Waiting)
-
-Chunk = tuple[C, int, int]  # rows `start` to `stop` of a call, which travel together; a bare tuple: there is one a row
+Chunk = tuple[
+    Call, int, int
+]  # rows `start` to `stop` of a call, which travel together; a bare tuple: there is one a row

@@ -1,4 +1,4 @@
-"""Who goes first: the fair order of the waiting calls.
+"""Who goes first: the fair queue of the waiting calls.
 
 Lives here: levels, lines, tenants, and whose turn it is. Must not be here: forming batches (filling.py), lanes, slots,
 asyncio, threads, torch, a clock.
@@ -18,263 +18,16 @@ where they grow beyond a few the first of them makes no difference.
 Turns within a line are taken by start-time fair queueing (Goyal, Vin and Cheng, SIGCOMM 1996), in rows: each tenant has
 a tag, the lowest is served and its tag grows by the rows taken. A tenant that comes anew starts at the line's time, the
 highest tag served: it is owed nothing for the time that it was not there.
-
-Whoever can be first stands in a heap. Entries may lag behind, to the front only, and are mended when they come to the
-top: each step takes the time of a few heap operations, however many calls, tenants, signatures or priorities wait.
 """
 
 import heapq
-from bisect import insort
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import Any, Generic
 
-from aneuron.sched.call import ANYWHERE, NEVER, C, Terms
-
-STARTS = 3  # batches in a row that may start from the first line while others wait
-FEW = 4  # batches that a medium call is
-
-SMALL, MEDIUM, LARGE = range(3)  # standings: a medium call that has had its first batch is large
-LINES = (slice(0, 1), slice(0, 2), slice(1, 2))  # those that a flow of each standing is in
-
-Heap = list[tuple[float, int, Any]]  # tenants, or flows: by tag, then by the sequence of the first call
+from aneuron.sched.call import ANYWHERE, NEVER, Call, Terms
+from aneuron.sched.flows import FEW, LARGE, LINES, MEDIUM, SMALL, Flow, Kind, Level, Line, Load, Stake, Tenant
 
 
-class _Tenant(Generic[C]):
-    """A tenant within a line. `tag`: the rows it has had, in the line's time."""
-
-    __slots__ = ("heap", "listed", "live", "tag")
-
-    def __init__(self) -> None:
-        self.tag = 0.0
-        self.live = 0  # calls
-        self.listed = False  # in the line's heap
-        self.heap: list[tuple[int, Flow[C]]] = []  # by the sequence of the first call
-
-    def first(self) -> "Flow[C] | None":
-        """The flow whose first call came first."""
-        heap = self.heap
-        while heap:
-            sequence, flow = heap[0]
-            call = flow.first()
-            if call is None:
-                heapq.heappop(heap)
-                flow.listed = False
-            elif call.sequence != sequence:
-                heapq.heapreplace(heap, (call.sequence, flow))
-            else:
-                return flow
-        return None
-
-
-class _Line(Generic[C]):
-    """One of the lines of a level."""
-
-    __slots__ = ("begun", "heap", "live", "present", "second", "tenants", "time")
-
-    def __init__(self, second: bool) -> None:
-        self.second = second
-        self.present = 0  # tenants that have calls here
-        self.heap: Heap = []  # of tenants
-        self.tenants: dict[Hashable, _Tenant[C]] = {}
-        self.time = 0.0
-        self.live = 0  # calls
-        self.begun: deque[Flow[C]] = deque()  # their first call was cut by the end of a batch: it goes on at once
-
-    def first(self) -> "Flow[C] | None":
-        """The flow whose turn it is."""
-        while self.begun:
-            flow = self.begun[0]
-            call = flow.first()
-            if call is not None and call.bound:
-                return flow
-            self.begun.popleft()
-        heap = self.heap
-        while heap:
-            tag, sequence, tenant = heap[0]
-            due: Flow[C] | None = tenant.first()
-            if due is None:
-                heapq.heappop(heap)
-                tenant.listed = False
-            elif tag != tenant.tag or sequence != due.calls[0].sequence:
-                heapq.heapreplace(heap, (tenant.tag, due.calls[0].sequence, tenant))
-            else:
-                return due
-        return None
-
-
-class _Level(Generic[C]):
-    """The calls of one priority."""
-
-    __slots__ = ("key", "lines", "priority", "starts")
-
-    def __init__(self, priority: float) -> None:
-        self.priority = priority
-        self.lines: tuple[_Line[C], ...] = (_Line(False), _Line(True))
-        self.starts = 0  # batches since one started from the second line, while calls waited there
-        self.key: float | None = None  # as in the heap of levels; None: not there
-
-    def turn(self) -> _Line[C]:
-        """The line that starts the next batch: the first, but for every fourth while calls wait in the second.
-
-        Or up to every second, where more tenants wait in that: each is to have half its fair share at least.
-        """
-        line, other = self.lines
-        if not line.live:
-            return other
-        if other.live and self.starts >= max(1, min(STARTS, STARTS * line.present // other.present)):
-            return other
-        return line
-
-    def urgency(self) -> float | None:
-        """The time since which its eldest head waits, less a second for each unit of priority; None if empty."""
-        heads = [flow.calls[0] for line in self.lines if (flow := line.first()) is not None]
-        return min((call.since or call.admitted) for call in heads) - self.priority if heads else None
-
-
-class Stake:
-    """What a tenant has waiting, in all lines, levels and signatures."""
-
-    __slots__ = ("load", "rows")
-
-    def __init__(self, load: "Load") -> None:
-        self.load = load
-        self.rows = 0
-
-
-class Load:
-    """What waits and counts for the same room."""
-
-    __slots__ = ("large", "rows", "stakes", "tenants", "turns", "yields")
-
-    def __init__(self, yields: bool) -> None:
-        self.yields = yields
-        self.rows = 0  # of maps; those of callers are the others
-        self.large = 0  # rows of calls of more than one batch
-        self.turns = 0  # rows of one batch for each of these calls
-        self.stakes: dict[Hashable, Stake] = {}  # by tenant
-        self.tenants = 0  # that have rows here
-
-    @property
-    def rest(self) -> int:
-        """Rows of large calls that are not of their next batch."""
-        return max(0, self.large - self.turns)
-
-
-class Flow(Generic[C]):
-    """The waiting calls of one signature, priority, tenant and standing; those without rows are skipped on the way.
-
-    Where these stand in two lines there is a flow for each, with the same calls: its `twins`.
-    """
-
-    __slots__ = (
-        "calls", "filed", "heap", "kind", "level", "line", "listed", "live", "special", "stake", "standing", "tenant",
-        "twins",
-    )  # fmt: skip
-
-    def __init__(
-        self, kind: "Kind[C]", level: _Level[C], line: _Line[C], tenant: _Tenant[C], stake: Stake, standing: int
-    ) -> None:
-        self.calls: deque[C] = deque()
-        self.live = 0  # calls that still have rows
-        self.kind, self.level, self.line, self.tenant = kind, level, line, tenant
-        self.stake, self.standing = stake, standing
-        self.special = bool(standing) or stake.load.yields
-        self.heap = kind.heap(level.priority, standing == LARGE)
-        self.listed = False  # in the tenant's heap
-        self.filed = standing == MEDIUM and line.second  # in the kind's heap; of twins one is enough
-        self.twins: tuple[Flow[C], ...] = (self,)
-
-    def first(self) -> C | None:
-        """The first call that has rows."""
-        calls = self.calls
-        while calls:
-            call = calls[0]
-            if call.bound < call.rows:
-                return call
-            calls.popleft()
-        return None
-
-    def newest(self) -> C | None:
-        """The call that came last, if none of its rows has left."""
-        calls = self.calls
-        while calls and calls[-1].bound == calls[-1].rows:
-            calls.pop()
-        return calls[-1] if calls and not calls[-1].bound else None
-
-
-class Kind(Generic[C]):
-    """The waiting calls that may share a batch."""
-
-    __slots__ = ("_heaps", "_priorities", "anywhere", "bucket", "flows", "limit", "rows", "signature", "usual")
-
-    def __init__(self, signature: Hashable, bucket: int, limit: int) -> None:
-        self.signature = signature
-        self.bucket = bucket
-        self.limit = limit  # rows that a batch may hold
-        self.rows = 0  # that wait
-        self.anywhere = True  # whether all its calls may be cut anywhere
-        self.flows: dict[tuple[Terms, int], Flow[C]] = {}  # by terms and standing; of twins the one in the first line
-        self.usual: Flow[C] | None = None  # of small calls on the usual terms, to find it faster
-        self._heaps: dict[
-            float, tuple[Heap, Heap]
-        ] = {}  # of flows, by priority: those of the first line, and the others
-        self._priorities: list[float] = []  # negative, so rising: the highest comes first
-
-    def heap(self, priority: float, large: bool) -> Heap:
-        """The flows of a level and line."""
-        if priority not in self._heaps:
-            self._heaps[priority] = [], []
-            insort(self._priorities, -priority)
-        return self._heaps[priority][large]
-
-    def heaps(self, head: Flow[C]) -> Iterator[Heap]:
-        """The flows of all levels and lines, in the order in which they fill a batch that starts with `head`."""
-        large = head.line.second
-        first = self._heaps.get(head.level.priority)
-        if first is not None:
-            yield first[large]
-            yield first[not large]
-        for negative in self._priorities if len(self._priorities) > 1 else ():
-            pair = self._heaps[-negative]
-            if pair is not first:
-                yield pair[large]
-                yield pair[not large]
-
-    def every_heap(self) -> Iterator[Heap]:
-        """The flows of all levels and lines, the highest first."""
-        for negative in self._priorities:
-            yield from self._heaps[-negative]
-
-    def sweep(self) -> None:
-        """Let go of what nothing waits in."""
-        self.flows = {key: flow for key, flow in self.flows.items() if flow.live}
-        if self.usual is not None and not self.usual.live:
-            self.usual = None
-        for pair in self._heaps.values():
-            for heap in pair:
-                heap[:] = [entry for entry in heap if entry[2].live]
-                heapq.heapify(heap)
-        self._heaps = {priority: pair for priority, pair in self._heaps.items() if any(pair)}
-        self._priorities = sorted(-priority for priority in self._heaps)
-
-
-def first(heap: Heap) -> Any:
-    """The flow of a kind whose turn it is."""
-    while heap:
-        tag, sequence, flow = heap[0]
-        call = flow.first()
-        if call is None:
-            heapq.heappop(heap)
-            flow.filed = False
-        elif flow.tenant.tag != tag or call.sequence != sequence:
-            heapq.heapreplace(heap, (flow.tenant.tag, call.sequence, flow))
-        else:
-            return flow
-    return None
-
-
-class Order(Generic[C]):
+class FairQueue:
     """All waiting calls."""
 
     def __init__(self) -> None:
@@ -282,19 +35,19 @@ class Order(Generic[C]):
         self.loads = Load(False), Load(True)  # of callers, and of maps, which give way
         self.fresh = 0  # calls of which no row has left
         self.live = 0  # calls that have rows here
-        self.kinds: dict[Hashable, Kind[C]] = {}
-        self._levels: dict[float, _Level[C]] = {}
-        self._urgent: list[tuple[float, float, _Level[C]]] = []  # heap of levels, kept while there are several
-        self._dirty: set[_Level[C]] = set()  # those whose heads may have changed
+        self.kinds: dict[Hashable, Kind] = {}
+        self._levels: dict[float, Level] = {}
+        self._urgent: list[tuple[float, float, Level]] = []  # heap of levels, kept while there are several
+        self._dirty: set[Level] = set()  # those whose heads may have changed
         self._sequence = 0
         self._flows = 0  # that exist
         self._sweep_at = 32  # when there are so many
 
-    def flows(self) -> Iterator[Flow[C]]:
+    def flows(self) -> Iterator[Flow]:
         """All of them; of twins the one in the first line."""
         return (flow for kind in self.kinds.values() for flow in kind.flows.values())
 
-    def calls(self) -> Iterator[C]:
+    def calls(self) -> Iterator[Call]:
         """Those that have rows here."""
         return (call for flow in self.flows() for call in flow.calls if call.bound < call.rows)
 
@@ -311,9 +64,9 @@ class Order(Generic[C]):
 
     # Calls in, calls out.
 
-    def push(self, calls: Iterable[C], limit: Callable[[int], int]) -> None:
+    def push(self, calls: Iterable[Call], limit: Callable[[int], int]) -> None:
         """Queue calls; a batch of a bucket may hold `limit(bucket)` rows. Those that have left again are skipped."""
-        flow: Flow[C] | None = None
+        flow: Flow | None = None
         signature: Hashable = None
         terms: Terms | None = None
         most = count = rows = 0  # of a run of calls that go into one flow
@@ -339,7 +92,7 @@ class Order(Generic[C]):
         if flow is not None:
             self._come(flow, count, rows, count)
 
-    def _flow(self, call: C, limit: Callable[[int], int]) -> Flow[C]:
+    def _flow(self, call: Call, limit: Callable[[int], int]) -> Flow:
         """The flow that a call goes into."""
         kind = self.kinds.get(call.signature)
         if kind is None:
@@ -352,12 +105,12 @@ class Order(Generic[C]):
         flow = kind.usual if call.terms is None and not standing else kind.flows.get((call.terms or Terms(), standing))
         return flow or self._new_flow(kind, call.terms, standing)
 
-    def _standing(self, call: C, kind: Kind[C]) -> int:
+    def _standing(self, call: Call, kind: Kind) -> int:
         if call.rows <= kind.limit:
             return SMALL
         return MEDIUM if call.rows <= FEW * kind.limit and call.since is None else LARGE
 
-    def _new_flow(self, kind: Kind[C], own: Terms | None, standing: int) -> Flow[C]:
+    def _new_flow(self, kind: Kind, own: Terms | None, standing: int) -> Flow:
         if self._flows >= self._sweep_at:
             self._sweep(kind)
         terms = own or Terms()
@@ -365,17 +118,17 @@ class Order(Generic[C]):
         if level is None:
             if len(self._levels) == 1:
                 self._dirty.update(self._levels.values())  # while there was one only, nobody asked
-            level = self._levels[terms.priority] = _Level(terms.priority)
+            level = self._levels[terms.priority] = Level(terms.priority)
         load = self.loads[terms.yields]
         stake = load.stakes.get(terms.tenant)
         if stake is None:
             stake = load.stakes[terms.tenant] = Stake(load)
-        flows: list[Flow[C]] = []
-        lines: tuple[_Line[C], ...] = level.lines[LINES[standing]]
+        flows: list[Flow] = []
+        lines: tuple[Line, ...] = level.lines[LINES[standing]]
         for line in lines:
             tenant = line.tenants.get(terms.tenant)
             if tenant is None:
-                tenant = line.tenants[terms.tenant] = _Tenant()
+                tenant = line.tenants[terms.tenant] = Tenant()
             flows.append(Flow(kind, level, line, tenant, stake, standing))
         flow = kind.flows[terms, standing] = flows[0]
         if len(flows) > 1:
@@ -386,7 +139,7 @@ class Order(Generic[C]):
         self._flows += 1
         return flow
 
-    def _come(self, flow: Flow[C], calls: int, rows: int, fresh: int) -> None:
+    def _come(self, flow: Flow, calls: int, rows: int, fresh: int) -> None:
         """Calls have come into a flow, `fresh` of them new: count them, and see that it stands in the heaps."""
         flow.kind.rows += rows
         self.rows += rows
@@ -410,7 +163,7 @@ class Order(Generic[C]):
             if not (twin.listed and twin.filed and tenant.listed):
                 self._list(twin)
 
-    def _load(self, flow: Flow[C], rows: int, calls: int) -> None:
+    def _load(self, flow: Flow, rows: int, calls: int) -> None:
         """Count what has come into, or left, a flow of large calls or of calls of maps."""
         load = flow.stake.load
         if load.yields:
@@ -419,7 +172,7 @@ class Order(Generic[C]):
             load.large += rows
             load.turns += calls * flow.kind.limit
 
-    def _list(self, flow: Flow[C]) -> None:
+    def _list(self, flow: Flow) -> None:
         """See that a flow stands in the heaps."""
         line, tenant, sequence = flow.line, flow.tenant, flow.calls[0].sequence
         if not flow.listed:
@@ -432,7 +185,7 @@ class Order(Generic[C]):
             flow.filed = True
             heapq.heappush(flow.heap, (tenant.tag, sequence, flow))
 
-    def _sweep(self, kept: Kind[C]) -> None:
+    def _sweep(self, kept: Kind) -> None:
         """Let go of what nothing waits in: tenants, signatures and priorities come and go."""
         for kind in list(self.kinds.values()):
             kind.sweep()
@@ -455,7 +208,7 @@ class Order(Generic[C]):
         self._flows = sum(len(kind.flows) for kind in self.kinds.values())
         self._sweep_at = 2 * self._flows + 32
 
-    def discard(self, call: C) -> None:
+    def discard(self, call: Call) -> None:
         """Take a call's rows out; does nothing if none waits."""
         left = call.rows - call.bound
         if not left:
@@ -470,12 +223,12 @@ class Order(Generic[C]):
             flow.calls.clear()  # the deque stays: rows may be being taken from it
             flow.calls.extend(live)
 
-    def _flow_of(self, call: C) -> Flow[C]:
+    def _flow_of(self, call: Call) -> Flow:
         """The flow that a waiting call is in."""
         kind = self.kinds[call.signature]
         return kind.flows[call.terms or Terms(), self._standing(call, kind)]
 
-    def withdraw(self, call: C) -> None:
+    def withdraw(self, call: Call) -> None:
         """Take a call out of which no row has left, as if it had not come."""
         flow = self._flow_of(call)
         if flow.calls[-1] is call:
@@ -484,24 +237,24 @@ class Order(Generic[C]):
             flow.calls.remove(call)
         self._left(flow, call.rows, fresh=1, finished=1)
 
-    def restore(self, call: C) -> None:
+    def restore(self, call: Call) -> None:
         """Put a call back that was withdrawn, the last one of its flow."""
         flow = self._flow_of(call)
         flow.calls.append(call)
         self._come(flow, 1, call.rows, 1)
 
-    def taken(self, flow: Flow[C], rows: int, fresh: int, finished: int) -> None:
+    def taken(self, flow: Flow, rows: int, fresh: int, finished: int) -> None:
         """Rows of a flow are bound: count them, and charge them to the tenant."""
         self._left(flow, rows, fresh, finished)
         self.charge(flow, rows)
 
-    def charge(self, flow: Flow[C], rows: float) -> None:
+    def charge(self, flow: Flow, rows: float) -> None:
         """Charge a tenant for rows."""
         flow.tenant.tag = tag = flow.tenant.tag + rows
         if tag > flow.line.time:
             flow.line.time = tag
 
-    def _left(self, flow: Flow[C], rows: int, fresh: int, finished: int) -> None:
+    def _left(self, flow: Flow, rows: int, fresh: int, finished: int) -> None:
         """Count rows that have left a flow."""
         flow.kind.rows -= rows
         self.rows -= rows
@@ -522,12 +275,12 @@ class Order(Generic[C]):
                 if not twin.tenant.live:
                     twin.line.present -= 1
 
-    def cut(self, flow: Flow[C]) -> None:
+    def cut(self, flow: Flow) -> None:
         """The first call of a flow was cut by the end of a batch. It goes on with the next, but for a large one's."""
         if flow.standing != LARGE:
             flow.twins[0].line.begun.append(flow.twins[0])
 
-    def started(self, flow: Flow[C], call: C, now: float) -> None:
+    def started(self, flow: Flow, call: Call, now: float) -> None:
         """A batch has started with rows of a flow's call. If it has had a batch, and has more than one left, it goes
         to the end of the second line, to wait anew.
         """
@@ -552,9 +305,9 @@ class Order(Generic[C]):
 
     # Who is next.
 
-    def head(self) -> Flow[C] | None:
+    def head(self) -> Flow | None:
         """The flow whose first call starts the next batch."""
-        level = self._level()
+        level = self.level()
         return None if level is None else level.turn().first()
 
     def has_full(self) -> bool:
@@ -562,7 +315,7 @@ class Order(Generic[C]):
         head = self.head()
         return head is not None and (head.kind.rows >= head.kind.limit or not head.calls[0].cut.shared)
 
-    def _level(self) -> _Level[C] | None:
+    def level(self) -> Level | None:
         """The level whose head is most urgent: a second of waiting counts as much as a unit of priority."""
         if not self.rows:
             return None

@@ -5,41 +5,50 @@ Must not be here: who goes first (fair_queue.py), when and for which lane (sched
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Generic
+from typing import Any
 
-from aneuron.sched.call import NEVER, C, Chunk
-from aneuron.sched.fair_queue import Flow, Heap, Kind, Order, first
+from aneuron.sched.call import NEVER, Call, Chunk
+from aneuron.sched.fair_queue import FairQueue
+from aneuron.sched.flows import Flow, Heap, Kind, first
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Why rows run again, and what is to be learnt from it."""
+
+    tried: int | None = None  # the core that has failed with these rows
+    avoid: int | None = None  # a lane that must not take them
+    bisection: Any = None  # of the failed batch that they are a part of
+    trial: Any = None  # the bisection that asks this core
 
 
 @dataclass(slots=True, eq=False)
-class Batch(Generic[C]):
+class Batch:
     """What one core executes at once: `rows` rows in `chunks`, and why it was not made larger."""
 
-    chunks: list[Chunk[C]]
+    chunks: list[Chunk]
     rows: int
-    because: str  # "full" | "core_idle" | "delay" | "signature" | "drain" | "rerun"
+    reason: str  # "full" | "core_idle" | "delay" | "signature" | "drain" | "rerun"
     size: int | None = None  # rows to execute, as compiled; None = as many as there are
     bucket: int = 0
     expected: float = 0.0  # seconds that it will take, as far as is known
     due: float = 0.0  # when it should have ended
-    tried: int | None = None  # the core that has failed with these rows before
-    avoid: int | None = None  # a lane that must not take it
-    inquest: Any = None  # into the failed batch that this is a part of
-    trial: Any = None  # the inquest that asks this core
+    retry: Retry | None = None
+    scheduler: Any = None  # that formed it
 
 
-class Filling(Generic[C]):
+class Filling:
     """A batch that is being filled: room for `room` rows more."""
 
-    __slots__ = ("_order", "chunks", "end", "full", "horizon", "late", "limit", "one_piece", "pace", "room", "shares")
+    __slots__ = ("_queue", "chunks", "end", "full", "horizon", "late", "limit", "one_piece", "pace", "room", "shares")
 
     def __init__(
-        self, order: Order[C], room: int, limit: int, end: Callable[[], float], pace: float, one_piece: bool
+        self, queue: FairQueue, room: int, limit: int, end: Callable[[], float], pace: float, one_piece: bool
     ) -> None:
-        self._order = order
-        self.chunks: list[Chunk[C]] = []
-        self.shares: list[tuple[Flow[C], int]] = []  # rows of each flow
-        self.late: list[C] = []  # calls that were dropped because they cannot meet their deadline
+        self._queue = queue
+        self.chunks: list[Chunk] = []
+        self.shares: list[tuple[Flow, int]] = []  # rows of each flow
+        self.late: list[Call] = []  # calls that were dropped because they cannot meet their deadline
         self.full = False  # no further row would fit
         self.room = room
         self.limit = limit
@@ -48,7 +57,7 @@ class Filling(Generic[C]):
         self.pace = pace  # seconds for each further batch of a call
         self.one_piece = one_piece  # of each call, where calls are in pieces, so that they spread over the idle lanes
 
-    def take(self, head: Flow[C], kind: Kind[C]) -> None:
+    def take(self, head: Flow, kind: Kind) -> None:
         """Take rows of a kind for a batch that starts with `head`: first its own, then in fair order."""
         leader = head if kind is head.kind else None
         seen: set[int] = set()
@@ -64,19 +73,19 @@ class Filling(Generic[C]):
     def charge(self, padding: int, rows: int) -> None:
         """Charge the rows that were added to fill the batch to the tenants in it."""
         for flow, own in self.shares:
-            self._order.charge(flow, padding * own / rows)
+            self._queue.charge(flow, padding * own / rows)
 
-    def _is_late(self, call: C) -> bool:
+    def _is_late(self, call: Call) -> bool:
         """Drop a call that has a deadline and will miss it."""
         if self.horizon is None:
             self.horizon = self.end()
         if call.deadline >= self.horizon + (call.rows - call.bound - 1) // self.limit * self.pace:
             return False
-        self._order.discard(call)
+        self._queue.discard(call)
         self.late.append(call)
         return True
 
-    def _take_rows(self, heap: Heap, leader: Flow[C] | None) -> None:
+    def _take_rows(self, heap: Heap, leader: Flow | None) -> None:
         """From calls that may be cut anywhere; tenants take turns."""
         append, room = self.chunks.append, self.room
         while room and (flow := leader or first(heap)) is not None:
@@ -96,7 +105,7 @@ class Filling(Generic[C]):
                     break
                 if stop - start > room:
                     stop = start + room  # and it stays at the front
-                    self._order.cut(flow)
+                    self._queue.cut(flow)
                 else:
                     calls.popleft()
                     finished += 1
@@ -106,11 +115,11 @@ class Filling(Generic[C]):
                 call.bound = stop
                 room -= stop - start
             if room < had:
-                self._order.taken(flow, had - room, fresh, finished)
+                self._queue.taken(flow, had - room, fresh, finished)
                 self.shares.append((flow, had - room))
         self.room, self.full = room, not room
 
-    def _take_pieces(self, heap: Heap, leader: Flow[C] | None, seen: set[int]) -> None:
+    def _take_pieces(self, heap: Heap, leader: Flow | None, seen: set[int]) -> None:
         """Whole pieces, until the next one does not fit; one of each call, where they are to spread over lanes."""
         while not self.full and (flow := leader or first(heap)) is not None and id(flow.twins) not in seen:
             leader = None
@@ -119,7 +128,7 @@ class Filling(Generic[C]):
             calls, tag = flow.calls, flow.tenant.tag
             until = _others(heap, flow)
             rows = fresh = finished = 0
-            kept: list[C] = []  # calls that have given their piece
+            kept: list[Call] = []  # calls that have given their piece
             while calls and not self.full:
                 call = calls[0]
                 start, cut = call.bound, call.cut
@@ -147,12 +156,12 @@ class Filling(Generic[C]):
                     finished += 1
             calls.extendleft(reversed(kept))
             if rows:
-                self._order.taken(flow, rows, fresh, finished)
+                self._queue.taken(flow, rows, fresh, finished)
                 self.shares.append((flow, rows))
                 if kept and kept[0].bound:
-                    self._order.cut(flow)
+                    self._queue.cut(flow)
 
 
-def _others(heap: Heap, flow: Flow[C]) -> tuple[float, int]:
+def _others(heap: Heap, flow: Flow) -> tuple[float, int]:
     """When it is another flow's turn: its tag, and the sequence of its first call."""
     return min([(tag, sequence) for tag, sequence, other in heap[:3] if other is not flow], default=(NEVER, 0))

@@ -10,32 +10,32 @@ higher level from the lowest: the newest calls go, and none that has begun. Call
 
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Generic
 
-from aneuron.sched.call import C, Terms
-from aneuron.sched.fair_queue import SMALL, Flow, Load, Order
+from aneuron.sched.call import Call, Terms
+from aneuron.sched.fair_queue import FairQueue
+from aneuron.sched.flows import SMALL, Flow, Load
 
 
-class Room(Generic[C]):
+class Room:
     """The room of one order; `most`: the rows that may wait, None: no bound."""
 
-    def __init__(self, order: Order[C], limit: Callable[[int], int]) -> None:
-        self.outside: deque[C] = deque()  # calls of maps that wait for room, and some that have left
-        self._inside: deque[C] = deque()  # calls of maps that have found it, and some that have begun or left
-        self._order = order
+    def __init__(self, queue: FairQueue, limit: Callable[[int], int]) -> None:
+        self.outside: deque[Call] = deque()  # calls of maps that wait for room, and some that have left
+        self._inside: deque[Call] = deque()  # calls of maps that have found it, and some that have begun or left
+        self._queue = queue
         self._limit = limit  # rows that a batch of a bucket may hold
-        self._callers = order.loads[0]
-        self._huge: dict[Load, C] = {}  # the call of a load that is larger than the room
+        self._callers = queue.loads[0]
+        self._huge: dict[Load, Call] = {}  # the call of a load that is larger than the room
 
     def excess(self, rows: int, bucket: int, most: int | None, yields: bool = False) -> int:
         """Rows that must leave before a call of `rows` rows finds room; 0: it does. Calls of maps count for maps."""
         if most is None:
             return 0
         limit = self._limit(bucket)
-        there = self._order.next_rows(yields)
+        there = self._queue.next_rows(yields)
         if rows <= limit:
             return max(0, min(there, there + rows - most))
-        loads = self._order.loads if yields else (self._callers,)
+        loads = self._queue.loads if yields else (self._callers,)
         excess, rest = min(there, there + limit - most), rows - limit
         huge = sum([self._huge_rest(load) for load in loads])
         there = sum([load.rest for load in loads]) - huge
@@ -51,18 +51,18 @@ class Room(Generic[C]):
         """Whether a caller's call that finds room changes nothing here."""
         return not self._inside and (most is None or rows <= most)
 
-    def make(self, call: C, most: int | None, now: float) -> list[C] | None:
+    def make(self, call: Call, most: int | None, now: float) -> list[Call] | None:
         """Make room for a caller's call: the calls that are to be refused for it; None if it is to be itself."""
-        gone: list[C] = []
+        gone: list[Call] = []
         terms = call.terms or Terms()
         while self.excess(call.rows, call.bucket, most):
             victim = self._victim(call.rows, call.bucket, terms, most or 0, now)
             if victim is None:
                 for each in reversed(gone):
                     each.bound = 0
-                    self._order.restore(each)
+                    self._queue.restore(each)
                 return None
-            self._order.withdraw(victim)
+            self._queue.withdraw(victim)
             victim.bound = victim.rows
             gone.append(victim)
         self._note(call, most, self._callers)
@@ -78,10 +78,10 @@ class Room(Generic[C]):
         terms = Terms(tenant=object() if named else None)
         return self._victim(rows, bucket, terms, most or 0, now) is not None
 
-    def _victim(self, rows: int, bucket: int, terms: Terms, most: int, now: float) -> C | None:
+    def _victim(self, rows: int, bucket: int, terms: Terms, most: int, now: float) -> Call | None:
         """The call that is to give way to one of `rows` rows."""
         load = self._callers
-        lower = self._order.lowest() < terms.priority
+        lower = self._queue.lowest() < terms.priority
         own = load.stakes.get(terms.tenant)
         held = own.rows if own is not None else 0
         poor = held * (load.tenants + (not held)) < most  # it has less than its share
@@ -100,28 +100,28 @@ class Room(Generic[C]):
                 return max(richer, key=lambda each: (each[1].stake.rows, each[0].sequence))[0]
         return None
 
-    def _in_the_way(self, rows: int, bucket: int, most: int) -> Iterable[Flow[C]]:
+    def _in_the_way(self, rows: int, bucket: int, most: int) -> Iterable[Flow]:
         """The flows whose calls have the room that one of `rows` rows lacks."""
-        flows = [flow for flow in self._order.flows() if not flow.stake.load.yields]
+        flows = [flow for flow in self._queue.flows() if not flow.stake.load.yields]
         limit = self._limit(bucket)
-        if self._order.next_rows(False) + min(rows, limit) > most:
+        if self._queue.next_rows(False) + min(rows, limit) > most:
             return flows
         if rows - limit <= most:
             return [flow for flow in flows if flow.standing != SMALL]
         return [flow for flow in flows if flow.newest() is self._huge.get(self._callers)]
 
-    def _note(self, call: C, most: int | None, load: Load) -> None:
+    def _note(self, call: Call, most: int | None, load: Load) -> None:
         """A call is let in."""
         if most is not None and call.rows - self._limit(call.bucket) > most:
             self._huge[load] = call
 
     # Calls of maps.
 
-    def enter(self, call: C, most: int | None) -> bool:
+    def enter(self, call: Call, most: int | None) -> bool:
         """Whether a map's call finds room now, and nobody waits outside before it; else it is to be put there."""
         return not self.outside and self._let_in(call, most)
 
-    def next(self, most: int | None) -> C | None:
+    def next(self, most: int | None) -> Call | None:
         """The first call outside, if it has found room."""
         while self.outside:
             call = self.outside[0]
@@ -133,21 +133,21 @@ class Room(Generic[C]):
                 return call
         return None
 
-    def _let_in(self, call: C, most: int | None) -> bool:
+    def _let_in(self, call: Call, most: int | None) -> bool:
         if self.excess(call.rows, call.bucket, most, yields=True):
             return False
         while self._inside and self._inside[0].bound:
             self._inside.popleft()
         self._inside.append(call)
-        self._note(call, most, self._order.loads[1])
+        self._note(call, most, self._queue.loads[1])
         return True
 
-    def _give_way(self, call: C) -> None:
+    def _give_way(self, call: Call) -> None:
         """A map's call waits outside again, first of all, if it has not begun."""
         if not call.bound:
-            self._order.withdraw(call)
+            self._queue.withdraw(call)
             call.sequence = 0
-            load = self._order.loads[1]
+            load = self._queue.loads[1]
             if self._huge.get(load) is call:
                 del self._huge[load]
             self.outside.appendleft(call)

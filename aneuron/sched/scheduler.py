@@ -1,8 +1,8 @@
-"""Which rows form the next batch, for which lane, and when.
+"""Which rows of one model form the next batch, for which lane, and when.
 
-Lives here: the decision, deadlines, the arithmetic of backpressure. Who goes first is `fair_queue.py`'s, what the lanes
-have in flight `slots.py`'s, holding back `batch_delay.py`'s. Must not be here: asyncio, threads, torch, a clock: `now`
-is an argument. Decisions come back as data; the effects are the lane's.
+Lives here: the decision, deadlines, the arithmetic of backpressure. Who goes first is fair_queue.py's, what the lanes
+have in flight slots.py's, holding back batch_delay.py's, which of several models shares.py's. Must not be here:
+asyncio, threads, torch, a clock: `now` is an argument. Decisions come back as data; the effects are the engine's.
 
 Late binding is the rule that carries this file: rows stay in the queue, where they can be cancelled and joined by
 others, until a lane has a free slot. They are cut when the batch is formed, so a call of ten million rows is one
@@ -10,17 +10,20 @@ entry.
 """
 
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Generic, Protocol
+from typing import Any, Protocol
 
-from aneuron.sched.batch_delay import Hold
-from aneuron.sched.call import ANYWHERE, NEVER, C, Chunk, Cut
-from aneuron.sched.fair_queue import Flow, Kind, Order
-from aneuron.sched.filling import Batch, Filling
+from aneuron.sched.batch_delay import BatchDelay
+from aneuron.sched.call import ANYWHERE, NEVER, Call, Chunk, Cut
+from aneuron.sched.fair_queue import FairQueue
+from aneuron.sched.filling import Batch, Filling, Retry
+from aneuron.sched.flows import Flow, Kind
 from aneuron.sched.room import Room
-from aneuron.sched.slots import Estimate, Slots
+from aneuron.sched.slots import Slots
+
+Estimate = Callable[[int, int, int], float]  # seconds that a lane takes for a shape, (rows, bucket); 0 = unknown
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,48 +71,58 @@ class Sizes(Protocol):
         """Note what an execution took."""
 
 
-class Scheduler(Slots, Generic[C]):
-    """The slots of the lanes, and the one queue of all calls that wait for them."""
+class Scheduler:
+    """The queue of all calls of a model that wait for lanes, and the rules by which they get them.
+
+    `run` is whoever executes its batches; nothing of it is known here.
+    """
 
     def __init__(
         self,
         rules: Rules,
         sizes: Mapping[int, Sizes] | None = None,
         estimate: Estimate = lambda lane, rows, bucket: 0.0,
+        slots: Slots | None = None,
+        run: Any = None,
     ) -> None:
-        super().__init__(estimate)
         self.rules = rules
+        self.run = run
         self.draining = False
-        self.late: list[C] = []  # calls dropped because they cannot meet their deadline; whoever binds ends them
+        self.slots = slots or Slots()  # other models may have them, too
+        self.out: set[int] = set()  # lanes that do not serve this model
+        self.arrivals: deque[Call] = deque()  # appended without the lock, by the loop; taken with it, by whoever binds
+        self.due: float | None = None  # when to ask again, if nothing else happens before
+        self.late: list[Call] = []  # calls dropped because they cannot meet their deadline; whoever binds ends them
         self.slack = 0.0  # seconds to allow for beyond what was estimated, when deadlines are judged
-        self.timed = rules.max_delay is None
-        self._order: Order[C] = Order()
-        self._hold: Hold[C] = Hold(self._order)
+        self.slots.timed = self.slots.timed or rules.max_delay is None
+        self._estimate = estimate
+        self._queue: FairQueue = FairQueue()
+        self._delay: BatchDelay = BatchDelay(self._queue)
         self._sizes = sizes or {}
         self._buckets = sorted(self._sizes, reverse=True)
         self._preferred = rules.batch_size or rules.preferred  # as compiled: no setting changes it
-        self._room: Room[C] = Room(self._order, self._limit)
+        self._room: Room = Room(self._queue, self._limit)
         self.outside = self._room.outside  # calls of maps that wait for room, and some that have left
-        self._again: deque[Batch[C]] = deque()
+        self._again: deque[Batch] = deque()
 
     # Calls in, calls out.
 
     @property
     def waiting_rows(self) -> int:
         """Rows that belong to no batch yet."""
-        return self._order.rows
+        return self._queue.rows
 
     @property
     def waiting_calls(self) -> int:
         """Calls of which no row belongs to a batch."""
         outside = sum([call.bound < call.rows for call in self.outside]) if self.outside else 0
-        return self._order.fresh + outside
+        return self._queue.fresh + outside
 
     def excess(self, rows: int, bucket: int = 0) -> int:
         """Rows that must leave before `max_pending` admits a call of `rows` rows; 0: it does."""
         return self._room.excess(rows, bucket, self.rules.max_pending)
 
-    def make_room(self, call: C, now: float) -> list[C] | None:
+    def make_room(self, call: Call, now: float) -> list[Call] | None:
         """Make room for a call that is to be admitted: the calls to refuse for it, None if it is the one."""
         return self._room.make(call, self.rules.max_pending, now)
 
@@ -121,7 +134,7 @@ class Scheduler(Slots, Generic[C]):
         """Whether nothing is to be noted of a call that has found room: no map's call gives way, and it is not huge."""
         return self._room.is_plain(rows, self.rules.max_pending)
 
-    def has_room(self, call: C) -> bool:
+    def has_room(self, call: Call) -> bool:
         """Whether a map's call may be admitted; else it is to be put `outside`, and is when there is room."""
         return self._room.enter(call, self.rules.max_pending)
 
@@ -140,81 +153,100 @@ class Scheduler(Slots, Generic[C]):
         sizes = self._sizes.get(bucket)
         return rounded(rows) if sizes is None else sizes.fit(rows)
 
-    def hopeless(self, call: C, now: float) -> bool:
+    def hopeless(self, call: Call, now: float) -> bool:
         """Whether a call cannot meet its deadline even alone, on cores that wait for it."""
         limit, sizes = self._limit(call.bucket), self._sizes.get(call.bucket)
         shapes = [rounded(min(call.cut.piece or call.rows, limit))] if sizes is None else sizes.sizes
-        times = [self._estimate(lane, shape, call.bucket) for lane in self._lanes() for shape in shapes]
+        times = [self._estimate(lane, shape, call.bucket) for lane in self.lanes() for shape in shapes]
         rounds = -(-call.rows // (limit * max(1, self.rules.cores)))
         return call.deadline < now + rounds * min(times, default=0.0)
 
-    def admit(self, calls: Sequence[C]) -> None:
+    def flush(self) -> None:
+        """Queue the calls that have come."""
+        if count := len(self.arrivals):
+            self.admit([self.arrivals.popleft() for _ in range(count)])
+
+    def admit(self, calls: Sequence[Call]) -> None:
         """Queue calls."""
-        self._order.push(calls, self._limit)
+        self._queue.push(calls, self._limit)
         if self.rules.max_delay != 0.0:
             for call in calls:
                 if not call.bound:  # it has not left again
-                    self._hold.note(call)
+                    self._delay.note(call)
 
-    def discard(self, call: C) -> None:
+    def discard(self, call: Call) -> None:
         """Take a call's waiting rows out of the queue; does nothing if none waits."""
-        self._order.discard(call)
-        self._hold.mend(call.signature)
+        self._queue.discard(call)
+        self._delay.mend(call.signature)
 
-    def rerun(self, batch: Batch[C], chunks: Sequence[Chunk[C]], **how: Any) -> None:
+    def rerun(self, batch: Batch, chunks: Sequence[Chunk], retry: Retry) -> None:
         """Queue rows of a failed batch as one, ahead of everything else; they are not packed with others."""
         rows = sum(stop - start for _, start, stop in chunks)
         size = batch.size and self._sizes[batch.bucket].fit(rows)
-        self._again.appendleft(Batch(list(chunks), rows, "rerun", size, batch.bucket, batch.expected, **how))
+        again = Batch(list(chunks), rows, "rerun", size, batch.bucket, batch.expected, retry=retry, scheduler=self)
+        self._again.appendleft(again)
 
-    def recall(self, lane: int, batch: Batch[C]) -> None:
+    def recall(self, lane: int, batch: Batch) -> None:
         """A batch that was bound to a lane, and has not begun, is to run elsewhere."""
-        self._unbind(lane, batch)
+        self.slots.unbind(lane, batch)
         self._again.appendleft(batch)
 
-    def calls(self) -> list[C]:
+    def calls(self) -> list[Call]:
         """The calls that have rows here: waiting, also for room, or to be run again."""
         again = (call for batch in self._again for call, _, _ in batch.chunks)
-        return [*self._order.calls(), *again, *self.outside]
+        return [*self.arrivals, *self._queue.calls(), *again, *self.outside]
 
     # The decision.
 
-    @property
-    def wants_calls(self) -> bool:
-        """Whether a call that comes may begin, or be bound, before a lane ends what it executes."""
-        return self.staging or bool(self._idle)
+    def lanes(self) -> Iterator[int]:
+        """Those that may have batches of this model."""
+        return (lane for lane, slots in enumerate(self.slots.slots) if slots and lane not in self.out)
 
     @property
     def has_work(self) -> bool:
         """Whether anything waits for a lane."""
-        return self._order.rows > 0 or bool(self._again) or bool(self.outside)
+        return self._queue.rows > 0 or bool(self._again) or bool(self.outside)
 
-    def bind(self, now: float) -> tuple[int, Batch[C]] | None:
+    def head(self) -> tuple[float, float]:
+        """The level of what waits: its priority, and since when its eldest waits, less a second for each unit of that.
+
+        Only if anything does.
+        """
+        if self._again:
+            return 0.0, -NEVER
+        level = self._queue.level()
+        urgency = level.urgency() if level is not None else None
+        return (0.0, NEVER) if level is None or urgency is None else (level.priority, urgency)
+
+    def bind(self, now: float) -> tuple[int, Batch] | None:
         """The next batch and the lane that gets it, or None if none can start anywhere: ask again when a call comes, a
         lane is free, or it is `due`.
 
         An idle lane takes what is there; of several the one that has been idle for the longest. A lane that is
-        executing takes the batch that the head of the order would start, only if it is full, and as late as useful:
+        executing takes the batch that the head of the queue would start, only if it is full, and as late as useful:
         rows wait in the queue, not behind a lane. Of several the one that should end first.
         """
-        self.due = None
+        slots = self.slots
+        self.due = slots.due = None
         if self.outside:
             self._refill()
-        if not self._order.rows and not self._again:
+        if not self._queue.rows and not self._again:
             return None
-        lane = self._idlest() if self.timed or self._again else next(iter(self._idle), None)
-        if lane is None and self.staging and (self._again or self._order.has_full()):
+        lane = self._idlest() if slots.timed or self._again or self.out else next(iter(slots.idle), None)
+        if lane is None and slots.staging and (self._again or self._queue.has_full()):
             lane = self._next_to_end(now)
         batch = None if lane is None else self.pull(lane, now)
+        self.due = min(filter(None, (self.due, slots.due)), default=None)
         return None if lane is None or batch is None else (lane, batch)
 
-    def bind_at_once(self, calls: Sequence[C], now: float) -> tuple[int, Batch[C]] | None:
-        """What `bind` would make of calls that have just come, where it is one batch: nothing else waits, a lane is
+    def bind_at_once(self, now: float) -> tuple[int, Batch] | None:
+        """What `bind` would make of the calls that have just come, where it is one batch: nothing else waits, a lane is
         idle, and there is nothing to choose. They need not be queued then; None if they must be.
         """
-        first = calls[0]
-        if not self._idle or self.has_work or self.rules.max_delay != 0.0:
+        calls = self.arrivals
+        if not calls or not self.slots.idle or self.out or self.has_work or self.rules.max_delay != 0.0:
             return None
+        first = calls[0]
         rows = 0
         for call in calls:
             if call.signature is not first.signature or call.bound or call.deadline is not NEVER:
@@ -228,58 +260,69 @@ class Scheduler(Slots, Generic[C]):
             return None
         for call in calls:
             call.bound = call.rows
-        because = "full" if rows == size else "drain" if self.draining else "core_idle"
-        batch = Batch(
-            [(call, 0, call.rows) for call in calls], rows, because, None if sizes is None else size, first.bucket
-        )
-        lane = next(iter(self._idle))
-        if self.timed:
+        reason = "full" if rows == size else "drain" if self.draining else "core_idle"
+        chunks = [(call, 0, call.rows) for call in calls]
+        calls.clear()
+        batch = Batch(chunks, rows, reason, None if sizes is None else size, first.bucket, scheduler=self)
+        lane = next(iter(self.slots.idle))
+        if self.slots.timed:
             batch.expected = self._estimate(lane, self._shape(first.bucket, rows), first.bucket)
-        self._occupy(lane, batch, now)
+        self.slots.occupy(lane, batch, now)
         return lane, batch
 
     def _idlest(self) -> int | None:
         """The idle lane for the next batch: the fastest if it has a deadline, else the one longest idle."""
+        idle = [lane for lane in self.slots.idle if lane not in self.out] if self.out else list(self.slots.idle)
         if self._again:
-            return next((lane for lane in self._idle if not self._avoids(lane)), next(iter(self._idle), None))
-        head = self._order.head() if len(self._idle) > 1 else None
+            return next((lane for lane in idle if not self._avoids(lane)), next(iter(idle), None))
+        head = self._queue.head() if len(idle) > 1 else None
         if head is None or head.calls[0].deadline is NEVER:
-            return next(iter(self._idle), None)
+            return next(iter(idle), None)
         shape = self._shape(head.kind.bucket, min(head.kind.rows, head.kind.limit))
-        return min(self._idle, key=lambda lane: self._estimate(lane, shape, head.kind.bucket))
+        return min(idle, key=lambda lane: self._estimate(lane, shape, head.kind.bucket))
 
-    def pull(self, lane: int, now: float) -> Batch[C] | None:
+    def _next_to_end(self, now: float) -> int | None:
+        """The executing lane that another batch may be bound to now."""
+        slots = self.slots
+        lanes = [lane for lane in self.lanes() if slots.has_slot(lane) and not slots.is_too_early(lane, now)]
+        return min(lanes, key=slots.ends.__getitem__, default=None)
+
+    def pull(self, lane: int, now: float) -> Batch | None:
         """The next batch of a lane that has a free slot, by the rules of `bind`."""
+        slots = self.slots
         while True:
             if self.outside:
                 self._refill()
-            bound = len(self._bound[lane])
-            busy, waits = bound > 0, self._order.rows or self._again
-            if not waits or bound >= self._slots[lane] or (busy and self._too_early(lane, now)):
+            bound = len(slots.bound[lane])
+            busy, waits = bound > 0, self._queue.rows or self._again
+            if not waits or bound >= slots.slots[lane] or lane in self.out:
+                return None
+            if busy and slots.is_too_early(lane, now):
                 return None
             again = bool(self._again) and not self._avoids(lane)
             batch = self._again.popleft() if again else self._form(lane, busy, now)
             if batch is not None:
-                self._occupy(lane, batch, now)
-            if batch is not None or self._order.rows or not self.outside:  # else all were late: there is room anew
+                slots.occupy(lane, batch, now)
+            if batch is not None or self._queue.rows or not self.outside:  # else all were late: there is room anew
                 return batch
 
     def _avoids(self, lane: int) -> bool:
         """Whether the next batch to run again must go to another lane than this one."""
-        return self._again[0].avoid == lane and any(slots and other != lane for other, slots in enumerate(self._slots))
+        retry = self._again[0].retry
+        return retry is not None and retry.avoid == lane and any(other != lane for other in self.lanes())
 
-    def _form(self, lane: int, busy: bool, now: float) -> Batch[C] | None:
+    def _form(self, lane: int, busy: bool, now: float) -> Batch | None:
         """A batch that starts with the head of the order; None if nothing waits, or `busy` and it would not be full.
 
         Calls that cannot meet their deadline are dropped on the way; a busy lane's batch may be short of their rows.
         """
-        while (head := self._order.head()) is not None:
+        while (head := self._queue.head()) is not None:
             kind = head.kind
             if kind.rows < kind.limit and head.calls[0].cut.shared:
                 if busy:
                     return None
                 if self.rules.max_delay != 0.0 and self._is_held(lane, kind, now):
-                    other = self._hold.a_full_batch()
+                    other = self._delay.a_full_batch()
                     if other is None:
                         return None
                     head, kind = other, other.kind
@@ -288,15 +331,15 @@ class Scheduler(Slots, Generic[C]):
                 return batch
         return None
 
-    def _take(self, head: Flow[C], kind: Kind[C], lane: int, busy: bool, now: float) -> Batch[C] | None:
+    def _take(self, head: Flow, kind: Kind, lane: int, busy: bool, now: float) -> Batch | None:
         """A batch that starts with `head`; None if all its calls were late."""
         sizes = self._sizes.get(kind.bucket)
         size = kind.limit if sizes is None or not kind.anywhere else sizes.pick(min(kind.rows, kind.limit))
         shape = self._shape(kind.bucket, min(kind.rows, size))
-        expected = self._estimate(lane, shape, kind.bucket) if self.timed else 0.0
+        expected = self._estimate(lane, shape, kind.bucket) if self.slots.timed else 0.0
         end = partial(self._end, lane, busy, shape, kind.bucket, now)
         pace = expected / max(1, self.rules.cores)
-        filling = Filling(self._order, size, kind.limit, end, pace, one_piece=not busy and len(self._idle) > 1)
+        filling = Filling(self._queue, size, kind.limit, end, pace, one_piece=not busy and len(self.slots.idle) > 1)
         filling.take(head, kind)
         if kind.bucket and not filling.full and not busy:
             for shorter in self._shorter_kinds(kind):
@@ -306,55 +349,56 @@ class Scheduler(Slots, Generic[C]):
         chunks = filling.chunks
         if not chunks:
             return None
-        self._order.started(filling.shares[0][0], chunks[0][0], now)
+        self._queue.started(filling.shares[0][0], chunks[0][0], now)
         rows = size - filling.room
         if sizes is None:
             compiled = None
         else:
             compiled = size if kind.anywhere and not filling.late else sizes.fit(rows)
-            if rows < compiled and self._order.rows:
+            if rows < compiled and self._queue.rows:
                 filling.charge(compiled - rows, rows)
         for flow, _ in filling.shares:
-            self._hold.mend(flow.kind.signature)
-        because = "full" if filling.full else self._reason(kind)
-        return Batch(chunks, rows, because, compiled, kind.bucket, expected)
+            self._delay.mend(flow.kind.signature)
+        reason = "full" if filling.full else self._reason(kind)
+        return Batch(chunks, rows, reason, compiled, kind.bucket, expected, scheduler=self)
 
     def _end(self, lane: int, busy: bool, shape: int, bucket: int, now: float) -> float:
         """When an execution of that shape will have ended: behind what the lane executes, or else on the lane that is
         soonest; -inf if that is not known.
         """
         ends = []
-        for each in (lane,) if busy else self._lanes():
+        lanes: Iterable[int] = (lane,) if busy else self.lanes()
+        for each in lanes:
             if not (expected := self._estimate(each, shape, bucket)):
                 return -NEVER
-            ends.append(max(now, self._ends[each]) + expected)
-        return min(ends) + (self.slack if len(self._idle) < 2 else 0.0)
+            ends.append(max(now, self.slots.ends[each]) + expected)
+        return min(ends) + (self.slack if len(self.slots.idle) < 2 else 0.0)
 
-    def _reason(self, kind: Kind[C]) -> str:
+    def _reason(self, kind: Kind) -> str:
         """Why a batch that is not full starts."""
         if self.draining:
             return "drain"
-        if self._hold.over:
+        if self._delay.over:
             return "delay"
-        return "signature" if self._order.rows > kind.rows else "core_idle"
+        return "signature" if self._queue.rows > kind.rows else "core_idle"
 
-    def _shorter_kinds(self, kind: Kind[C]) -> Iterator[Kind[C]]:
+    def _shorter_kinds(self, kind: Kind) -> Iterator[Kind]:
         """The same kind of calls in shorter buckets: they may fill up an execution that would be padded anyway."""
         if kind.bucket and isinstance(kind.signature, tuple):
             for bucket in self._buckets:
                 if bucket < kind.bucket:
-                    shorter = self._order.kinds.get((kind.signature[0], bucket))
+                    shorter = self._queue.kinds.get((kind.signature[0], bucket))
                     if shorter is not None and shorter.rows:
                         yield shorter
 
-    def _is_held(self, lane: int, kind: Kind[C], now: float) -> bool:
+    def _is_held(self, lane: int, kind: Kind, now: float) -> bool:
         """Whether a batch that is not full is held back for company: while another lane executes, and not for long."""
-        others = any(bound for other, bound in enumerate(self._bound) if other != lane)
+        others = any(bound for other, bound in enumerate(self.slots.bound) if other != lane)
         seconds = self.rules.max_delay if others and not self.draining else 0.0
         if seconds is None:
             service = self._estimate(lane, self._shape(kind.bucket, kind.limit), kind.bucket)
-            seconds = self._hold.learned(service, self.rules.cores, now)
-        until = self._hold.until(seconds, now)
+            seconds = self._delay.learned(service, self.rules.cores, now)
+        until = self._delay.until(seconds, now)
         if until is not None:
             self.due = min(until, self.due or until)
         return until is not None

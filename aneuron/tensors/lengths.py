@@ -25,6 +25,7 @@ class Pads(NamedTuple):
 
     dim: int
     values: tuple[float | None, ...]
+    length: int  # that the call has
 
 
 def padded(piece: torch.Tensor, dim: int, bucket: int, value: float) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Rows into batches, and batches back into results: all the tensor work that is not the model's.
 
-Lives here: a call as data, collate and scatter, which run in worker threads. Must not be here: asyncio, threads,
+Lives here: collate and scatter, which run in worker threads. Must not be here: asyncio, threads,
 decisions about who runs when.
 """
 
@@ -13,8 +13,8 @@ import torch
 from torch import Tensor  # looked up for each row
 
 from aneuron.errors import InputModified, OutputError
-from aneuron.sched.call import Chunk, Waiting
-from aneuron.tensors.lengths import Pads, padded
+from aneuron.sched.call import Call, Chunk
+from aneuron.tensors.lengths import padded
 from aneuron.tensors.marked import Rows, Shared, is_mark
 from aneuron.tensors.nested import fill, is_array, walk
 from aneuron.tensors.outputs import Carried, Output, checked, tensor
@@ -23,59 +23,9 @@ from aneuron.tensors.quantized import QUANTIZED, grid, joined
 Guard = AbstractContextManager[Any]
 
 
-class Call(Waiting):
-    """One `await model(...)`: its inputs, and its result where that grows in parts."""
-
-    __slots__ = ("future", "leaves", "settled", "version")
-
-    future: Any  # the lanes alone touch it; set on admission
-    template: Any = None  # (args, kwargs); None for a single tensor
-    structure: tuple[Any, ...] = ()  # what is around its tensors; empty for a single one
-    parts: "Parts | None" = None
-    timer: Any = None  # that ends a call with a deadline
-    limit: Any = None  # whose deadline that is
-    trace: Any = None  # where the lanes note how the call was run, if anybody asks
-
-    # Without buckets; see `BucketCall`.
-    base: Hashable = None
-    length: int = 0
-    pads: Pads | None = None
-
-    def __init__(self, rows: int, signature: Hashable, leaves: Sequence[Any], template: Any, version: int = 0) -> None:
-        self.rows = rows
-        self.version = version  # of the leaves, see `version_of`
-        self.signature = signature
-        self.bound = self.sequence = 0
-        self.leaves: Sequence[Any] | None = leaves  # tensors and arrays, in the order of the walk; None at the end
-        self.settled = False
-        if template is not None:
-            self.template = template
-
-
-class BucketCall(Call):
-    """A call to a model with buckets: `bucket` is the smallest that holds its `length`, `pads` what brings it there.
-
-    Its signature is `(base, bucket)`; the base is the same in all buckets.
-    """
-
-    __slots__ = ("base", "bucket", "length", "pads")
-
-    def __init__(
-        self,
-        rows: int,
-        base: Hashable,
-        leaves: Sequence[Any],
-        template: Any,
-        version: int,
-        bucket: int,
-        length: int,
-        pads: Pads,
-    ) -> None:
-        super().__init__(rows, (base, bucket), leaves, template, version)
-        self.base = base
-        self.bucket = bucket
-        self.length = length
-        self.pads = pads
+def base_of(call: Call) -> Hashable:
+    """What is the same of the calls of all buckets, as their signature says it; None without buckets."""
+    return call.signature[0] if call.bucket else None  # type: ignore[index]
 
 
 class Parts:
@@ -141,7 +91,7 @@ class Parts:
 Finished = tuple[Call, Any]  # a call and its result
 
 
-def gather(chunks: Sequence[Chunk[Call]]) -> tuple[Sequence[Chunk[Call]], list[Sequence[Any]], Any]:
+def gather(chunks: Sequence[Chunk]) -> tuple[Sequence[Chunk], list[Sequence[Any]], Any]:
     """The chunks whose callers are still there, their calls' tensors, and what these stand in."""
     templates = [call.template for call, _, _ in chunks]  # before the leaves, of which the loop lets go first
     inputs: list[Any] = [call.leaves for call, _, _ in chunks]
@@ -179,7 +129,7 @@ MODIFIED = (
 )
 
 
-def check_unmodified(chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], template: Any) -> None:
+def check_unmodified(chunks: Sequence[Chunk], inputs: Sequence[Sequence[Any]], template: Any) -> None:
     """Raise `InputModified` if a tensor has been written to since its call; after they are read, not before."""
     if template is None:  # the short way, same results
         with suppress(AttributeError, RuntimeError):  # an array, or an inference tensor, among them
@@ -193,7 +143,7 @@ def check_unmodified(chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[An
 
 
 def columns(
-    chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], size: int, dim: int, bucket: int = 0
+    chunks: Sequence[Chunk], inputs: Sequence[Sequence[Any]], size: int, dim: int, bucket: int = 0
 ) -> list[Any]:
     """A batch's inputs, one after the other: the chunks' rows, padded to `size` rows. `inputs` are the calls' tensors.
 
@@ -233,13 +183,13 @@ def arguments(template: Any, joined: Sequence[Any]) -> tuple[tuple[Any, ...], di
 
 
 def collate(
-    chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], template: Any, size: int, dim: int, bucket: int = 0
+    chunks: Sequence[Chunk], inputs: Sequence[Sequence[Any]], template: Any, size: int, dim: int, bucket: int = 0
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The model's arguments for a batch: its `columns`, in what they stand in."""
     return arguments(template, columns(chunks, inputs, size, dim, bucket))
 
 
-def _objects(chunks: Sequence[Chunk[Call]], column: Sequence[Any], size: int) -> list[Any]:
+def _objects(chunks: Sequence[Chunk], column: Sequence[Any], size: int) -> list[Any]:
     """The objects of a batch's rows; the last one is repeated."""
     objects = [each for (_, start, stop), own in zip(chunks, column, strict=True) for each in own[start:stop]]
     return objects + objects[-1:] * (size - len(objects))
@@ -268,7 +218,7 @@ def _piece(leaf: Any, start: int, stop: int, dim: int) -> torch.Tensor:
 
 
 def scatter(
-    value: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, guard: Guard, cut: Carried | None = None
+    value: Any, chunks: Sequence[Chunk], size: int, dim: int, guard: Guard, cut: Carried | None = None
 ) -> list[Finished]:
     """Hand the rows of a batch's output to its calls, each in storage of its own; the calls that are complete now.
 
@@ -304,7 +254,7 @@ def scatter(
     return finished
 
 
-def _keep_piece(value: Any, chunk: Chunk[Call], dim: int, guard: Guard, cut: Carried | None) -> list[Finished]:
+def _keep_piece(value: Any, chunk: Chunk, dim: int, guard: Guard, cut: Carried | None) -> list[Finished]:
     """The same where batches are not shared: the output of a piece may have any number of rows."""
     call, start, stop = chunk
     output = value if isinstance(value, Output) else Output(value, None, dim)
@@ -329,7 +279,7 @@ def _parts(call: Call, output: Output, guard: Guard) -> Parts:
 def _cut_up(
     leaf: Any,
     rows: int,
-    chunks: Sequence[Chunk[Call]],
+    chunks: Sequence[Chunk],
     sizes: list[int],
     dim: int,
     spread: bool,
@@ -357,7 +307,7 @@ def own(value: Any) -> Any:
 
 def _split(
     leaf: torch.Tensor,
-    chunks: Sequence[Chunk[Call]],
+    chunks: Sequence[Chunk],
     sizes: list[int],
     dim: int,
     spread: bool,
@@ -383,7 +333,7 @@ def _split(
 def _cut(leaf: torch.Tensor, call: Call, dims: tuple[int, ...]) -> torch.Tensor:
     """A view of a leaf as long as the call was."""
     for dim in dims:
-        leaf = leaf.narrow(dim, 0, call.length) if call.bucket and leaf.shape[dim] != call.length else leaf
+        leaf = leaf.narrow(dim, 0, call.pads.length) if call.bucket and leaf.shape[dim] != call.pads.length else leaf
     return leaf
 
 

@@ -5,21 +5,20 @@ anything that touches a tensor's data (rows.py), who runs when (sched/scheduler.
 """
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, strided  # looked up for each call
 
 from aneuron.errors import ShapeError
+from aneuron.sched.call import Call
 from aneuron.tensors.buckets import Buckets
 from aneuron.tensors.lengths import Lengths, Pads, check_pad, choose_pads, common_length, size_at
 from aneuron.tensors.marked import Rows, Shared, is_mark
 from aneuron.tensors.nested import Path, Sealed, children, is_array, is_masked, listed, paths, walk
 from aneuron.tensors.outputs import PLAIN, SPECIAL
 from aneuron.tensors.quantized import QUANTIZED, grid
-from aneuron.tensors.rows import BucketCall, Call, arguments, collate, columns, version_of
-
-T = TypeVar("T", bound=Call)
+from aneuron.tensors.rows import arguments, base_of, collate, columns, version_of
 
 
 def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Path]:
@@ -70,10 +69,12 @@ def measure(
                     version = x._version
                 except RuntimeError:  # made under inference mode: it counts nothing, and to ask first costs all calls
                     version = 0
-                return Call(rows, signature, args, None, version)
-            call = _lone(args, buckets, lengths)
-            if call is not None:
+                call = Call(rows, signature)
+                call.leaves, call.version = args, version
                 return call
+            found = _lone(args, buckets, lengths)
+            if found is not None:
+                return found
         else:
             raise _unfit(args, kwargs, list(args), dim)
     return _measure(args, kwargs, dim, buckets, lengths, known)
@@ -121,7 +122,7 @@ def _measure(
     version = version_of(leaves)
     if buckets is None:
         signature = (structure, *shapes) if structure else shapes[0]
-        return _structured(Call(rows, signature, leaves, template, version), structure)
+        return _made(Call(rows, signature), leaves, template, structure, version)
     where = _inputs(args, kwargs)
     sizes = [size_at(leaf, dim, buckets) for leaf in leaves]
     pads = choose_pads(where, sizes, buckets, lengths)
@@ -134,13 +135,14 @@ def _measure(
             check_pad(where[index].text, pad, dtype)
             shapes[index] = (*row[:axis], row[axis + 1 :], dtype)
     base = (structure, *shapes) if structure else shapes[0]
-    bucket, pads_of = buckets.fit(length), Pads(buckets.dim, pads)
-    return _structured(BucketCall(rows, base, leaves, template, version, bucket, length, pads_of), structure)
+    bucket = buckets.fit(length)
+    call = Call(rows, (base, bucket), bucket=bucket)
+    call.pads = Pads(buckets.dim, pads, length)
+    return _made(call, leaves, template, structure, version)
 
 
-def _structured(call: T, structure: tuple[Any, ...]) -> T:
-    if structure:
-        call.structure = structure
+def _made(call: Call, leaves: Sequence[Any], template: Any, structure: tuple[Any, ...], version: int) -> Call:
+    call.leaves, call.template, call.structure, call.version = leaves, template, structure, version
     return call
 
 
@@ -156,8 +158,10 @@ def _lone(args: tuple[torch.Tensor], buckets: Buckets, lengths: Lengths | None) 
     row = (None, *shape[2:]) if at == 1 else (*shape[1:at], None, *shape[at + 1 :])
     check_pad("input 0", pad, x.dtype)
     version = 0 if x.is_inference() else x._version
-    pads = Pads(buckets.dim, (pad,))
-    return BucketCall(shape[0], (row, x.dtype), args, None, version, buckets.fit(length), length, pads)
+    bucket = buckets.fit(length)
+    call = Call(shape[0], ((row, x.dtype), bucket), bucket=bucket)
+    call.pads = Pads(buckets.dim, (pad,), length)
+    return _made(call, args, None, (), version)
 
 
 def _flatten_inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Any], tuple[Any, ...], Any]:
@@ -348,7 +352,7 @@ class Compiled:
         self._dim = dim
         self._call = measure(args, kwargs, dim, buckets)
         self.rows = self._call.rows
-        self.base = self._call.base
+        self.base = base_of(self._call)
         self.leaves = self._call.leaves or ()
         self.names = [path.text for path in _inputs(args, kwargs)]
         pads = self._call.pads

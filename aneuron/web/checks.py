@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from aneuron import AsyncDataParallel
-from aneuron.options import seconds
+from aneuron.arguments import seconds
 from aneuron.web.views import installed
 
 # Of all doors: what one of them takes is no name for a model in another, where the same models go in.

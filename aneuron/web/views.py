@@ -56,7 +56,7 @@ class RequestView(View):
         """Run the model on the inputs' rows. To be awaited."""
         if self._timings is not None:
             return self._result(inputs, kwargs)
-        return self._model._run(inputs, kwargs, self._terms, self._limit())
+        return self._model._call(inputs, kwargs, self._terms, self._limit())
 
     async def _result(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result, _ = await self.timed(*inputs, **kwargs)

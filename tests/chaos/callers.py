@@ -61,14 +61,14 @@ class Turns:
 
     def begun(self, execution):
         """A batch begins; large calls have had their turns before it, and no more. Reruns are nobody's turn."""
-        if execution.batch.because == "rerun":
+        if execution.batch.reason == "rerun":
             return
         for value in execution.prepared[0][0][:, 0].tolist():
             before = self.waiting.pop(value // WIDTH, None)
             seen = self.seen[before:] if before is not None else ""
             self.slots = max(self.slots, self.model.num_workers or 0)
             assert seen.count("l") <= seen.count("s") + self.slots, f"a small call has waited for the batches {seen}"
-        limit = FEW * self.model._models.batch_size
+        limit = FEW * self.model._life.program.batch_size
         self.seen += "s" if any(call.rows <= limit for call, _, _ in execution.batch.chunks) else "l"
 
 
@@ -151,7 +151,7 @@ class Callers:
         self.fates[fate] = self.fates.get(fate, 0) + 1
 
     async def _call(self, number):
-        pick, closings, lanes = self.random, self.closings, self.model._lanes
+        pick, closings, lanes = self.random, self.closings, self.model._life.run
         was_open = lanes is not None and lanes.serving
         serves = version(lanes) if was_open else 1
         rows, width = pick.choice([1, 1, 1, 2, 3, 8, 9, 30, 60]), pick.choice([2, 2, 2, 3])
@@ -217,7 +217,7 @@ def check_now(model, min_cores):
     assert calls.accepted == calls.completed + calls.failed + calls.cancelled + calls.waiting + calls.running, calls
     assert min(calls.waiting, calls.running) >= 0, calls
     serve = sum(core.state in SERVING for core in stats.cores)
-    is_open = model._lanes is not None and model._lanes.serving
+    is_open = model._life.run is not None and model._life.run.serving
     assert model.ready == (is_open and serve >= (min_cores or 1)), f"ready={model.ready}, {serve} cores serve"
 
 
@@ -229,8 +229,9 @@ def check_nothing_left(model, lanes, callers):
     assert (calls.waiting, calls.running, stats.waiting_rows) == (0, 0, 0)
     for run in lanes:
         assert not run.futures.calls
-        assert all(call.settled for call in run._scheduler.calls())
-        bound = [call for lane in run.lanes for batch in lane.queue._queue for call, _, _ in batch.chunks]
+        assert all(call.settled for call in run.scheduler.calls())
+        lanes = run.dispatcher.board.lanes
+        bound = [call for lane in lanes for batch in lane.queue._queue for call, _, _ in batch.chunks]
         assert all(call.settled for call in bound)
     left = callers.left + fates.get("scope", 0)
     answers = fates.get("answer", 0) + callers.elements

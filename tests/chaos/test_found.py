@@ -10,7 +10,7 @@ from puppets import call, row, scenario
 
 from aneuron import AsyncDataParallel, CoreFailed, Fault, NoHealthyCores, SimulatedBackend
 from aneuron.engine import recovery
-from aneuron.engine.lanes import Staged
+from aneuron.engine.board import Board
 from aneuron.testing import PuppetBackend, settle
 
 
@@ -71,21 +71,21 @@ async def test_a_batch_that_its_thread_has_claimed_is_not_taken_away(monkeypatch
     backend = SimulatedBackend(cores=2, service_time=0.0, copy_time=0.001)  # concurrent: a second thread has a claim
     async with AsyncDataParallel(torch.neg, backend=backend, batch_size=1, num_workers=4) as model:
         claimed, go_on, taken = threading.Event(), threading.Event(), []
-        real = Staged.claim
+        real = Board.claim
 
-        def claim(staged):
-            mine = real(staged)
+        def claim(board, lane, execution):
+            mine = real(board, lane, execution)
             if mine and not taken:
-                taken.append(staged._lane)
+                taken.append(execution.loaded)
                 claimed.set()
                 go_on.wait(60.0)
             return mine
 
-        monkeypatch.setattr(Staged, "claim", claim)
+        monkeypatch.setattr(Board, "claim", claim)
         calls = [call(model, n) for n in range(40)]
         while not claimed.is_set():
             await asyncio.sleep(0.001)
-        model._lanes.recovery.take_out(taken[0], OSError("the core"))
+        model._life.run.recovery.take_out(taken[0], OSError("the core"))
         go_on.set()
         results = await asyncio.gather(*calls)
         assert [y[0, 0].item() for y in results] == [-n for n in range(40)]

@@ -56,7 +56,7 @@ async def schedule(seed, callers_made):
         exec_timeout=0.1,
     )
     await model.start()
-    lanes = [model._lanes]
+    lanes = [model._life.run]
     callers = Callers(pick, model)
     callers_made.append(callers)
 
@@ -75,14 +75,14 @@ async def schedule(seed, callers_made):
         if pick.random() < 0.03:
             await end()
             await model.start()
-            lanes.append(model._lanes)
+            lanes.append(model._life.run)
         check_now(model, None)
     await end()
     if callers.tasks:
         await asyncio.wait(callers.tasks)
     await callers.finish()
     for run in lanes:
-        await asyncio.shield(run._closed)
+        await asyncio.shield(run.closed)
     check_nothing_left(model, lanes, callers)
     assert asyncio.all_tasks() == {asyncio.current_task()}, "a task is left"
 

@@ -205,8 +205,8 @@ class Schedule:
 
     def note(self):
         """The runs of the model, of which a swap makes more."""
-        if self.model._lanes not in (None, *self.lanes):
-            self.lanes.append(self.model._lanes)
+        if self.model._life.run not in (None, *self.lanes):
+            self.lanes.append(self.model._life.run)
 
     async def unloadable(self):
         self.backend.unloadable = self.pick.choice([0.0, 0.5, 1.0])
@@ -220,7 +220,7 @@ class Schedule:
 
     async def probe(self):
         """A call that comes while no core serves is told so before the clock moves."""
-        lanes = self.model._lanes
+        lanes = self.model._life.run
         swapped = any(not swap.done() for swap in self.swaps)  # soon, to cores that may serve
         if lanes is None or not lanes.serving or lanes.recovery.in_service or swapped:
             return
@@ -259,7 +259,7 @@ class Schedule:
         closing = asyncio.ensure_future(end())
         await asyncio.sleep(0)
         self.callers.closings += 1  # calls that came before this iteration ended found it open
-        while not closing.done() or not all(run._closed.done() for run in self.lanes):
+        while not closing.done() or not all(run.closed.done() for run in self.lanes):
             assert not self.model.ready, "ready while it closes"
             while any(each not in self.hung for each in self.backend.executing()):
                 await self.release()

@@ -1,0 +1,399 @@
+"""The lanes of a pool at work, on one loop: batches out to threads, what they have done back in.
+
+Lives here: what wakes whom, which models are served (run.py), and the end of all of it. Must not be here: callers'
+futures (futures.py), faults (recovery.py), tensors, decisions (ask the board), blocking.
+
+Lanes are driven by callbacks, not by tasks: `asyncio.run` cancels every task before a drain in `finally` gets its turn.
+A worker that ends an execution takes its lane's next one itself (lane.py): rows are bound when the core is free for
+them, not before, and the way round by the loop is saved.
+"""
+
+import asyncio
+import logging
+import os
+import threading
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from contextvars import Context, copy_context
+from functools import partial
+from typing import Any, Protocol, TypeVar
+
+from aneuron.backends import Backend
+from aneuron.backends.traits import Traits
+from aneuron.engine.board import Board
+from aneuron.engine.execution import Execution
+from aneuron.engine.failures import text
+from aneuron.engine.lane import TICK, Lane
+from aneuron.engine.loading import Loaded
+from aneuron.engine.threads import Workers
+from aneuron.sched.call import Call
+from aneuron.sched.filling import Batch
+from aneuron.sched.scheduler import Scheduler
+from aneuron.sched.slots import spread
+from aneuron.stats import Counters, PoolStatistics, ShareStatistics
+
+logger = logging.getLogger("aneuron")
+
+T = TypeVar("T")
+
+CROWDED = 4000.0  # executions a second that the cores could do, beyond which it is Python that they wait for
+FORKED = (
+    "this process was forked while the model was running: threads and devices stay with the parent; use the spawn "
+    "method, or make and start a model of its own after the fork"
+)
+
+
+class Served(Protocol):
+    """A run of a model, as the lanes know it."""
+
+    scheduler: Scheduler
+    counters: Counters
+    loaded: list[Loaded]  # the last one on each lane
+
+    def serves(self, lane: int) -> bool:
+        """Whether it may have batches on a lane."""
+
+    def execution(self, batch: Batch, lane: int) -> Execution:
+        """A batch as it is executed on a lane. Worker thread."""
+
+    def settle(self, execution: Execution, now: float) -> None:
+        """End the calls that an execution has completed."""
+
+    def relax(self) -> None:
+        """Results have been handed out."""
+
+    def expire(self, call: Call) -> None:
+        """A call that waits cannot meet its deadline."""
+
+    def close_what_is_out(self) -> None:
+        """Close the cores that are out of service, if nothing executes on them."""
+
+    def threads_died(self, lane: int, error: BaseException) -> None:
+        """Threads of a lane have died: what they had in hand is lost."""
+
+    def crash(self, why: str) -> None:
+        """A bug of ours: end everything, whatever of it is broken."""
+
+    def forget(self, why: str) -> None:
+        """Be in a process that was forked."""
+
+    async def drain(self) -> None:
+        """Refuse new calls, finish those accepted, free the cores."""
+
+    def abort(self) -> None:
+        """Fail what has not begun to execute, and free the cores after what they execute."""
+
+    def stop(self) -> None:
+        """Begin nothing more, and free the cores as soon as nothing executes on them."""
+
+
+class Dispatcher:
+    """The lanes of a pool, from its start to its close."""
+
+    def __init__(
+        self, backend: Backend, traits: Traits, core_ids: Sequence[int], num_workers: int | None, held: bool
+    ) -> None:
+        self.loop = asyncio.get_running_loop()
+        self.thread = threading.get_ident()  # the loop's; to ask for the running loop costs a system call
+        self.backend, self.traits = backend, traits
+        self.core_ids = core_ids
+        self.board = Board(len(core_ids))
+        self.runs: list[Served] = []  # that are loaded on the lanes, or being loaded
+        self.context = copy_context()  # that of the start, for all threads there will be
+        self.num_workers = num_workers  # batches that may be in flight, on all lanes; None: two for each in service
+        self.slots = num_workers or 0  # the same, as it is
+        self.held = held  # the threads stay, also without a model
+        self.forked = self.stopped = False
+        self._scheduled = False  # a dispatch is
+        self._timer: asyncio.TimerHandle | None = None  # a dispatch that is due later
+        self._done: deque[Execution] = deque()  # filled by the workers
+        self._posted = False  # a delivery is
+        self.lanes = [self._new_lane(index) for index in range(len(core_ids))]
+        self.clock = self.lanes[0].workers.clock
+        _all.add(self)
+
+    # Lanes.
+
+    def workers(self, core_id: int, context: Context | None = None) -> Workers:
+        """Threads of a core, which start in a copy of a context; None: that of the pool's start."""
+        name, make = f"aneuron-core-{core_id}", self.traits.workers
+        return make(name) if make is not None else Workers(name, context or self.context)
+
+    def _new_lane(self, index: int) -> Lane:
+        core_id = self.core_ids[index]
+        lane = Lane(index, core_id, self.workers(core_id), self.board, self)
+        lane.workers.on_death = lambda error: self.call_loop(partial(self._thread_died, lane, error))
+        return lane
+
+    def replace(self, lane: Lane) -> None:
+        """Threads of a lane do not come back: others serve in its place."""
+        if self.lanes[lane.index] is not lane:
+            return
+        with self.board.lock:
+            lane.gone = True
+        self.lanes[lane.index] = self._new_lane(lane.index)
+        lane.workers.stop(lambda: self.call_loop(partial(self._threads_ended, lane)))
+
+    def _threads_ended(self, lane: Lane) -> None:
+        """Whatever threads of a lane that was replaced had in hand, they have it no longer."""
+        with self.board.lock:
+            self.board.forget(lane.index, lane)
+        for run in self.runs:
+            run.close_what_is_out()
+
+    def _thread_died(self, lane: Lane, error: BaseException) -> None:
+        """A worker thread has ended that was not told to: what its lane had in hand runs elsewhere."""
+        self.replace(lane)
+        for run in list(self.runs):
+            self.guard(partial(run.threads_died, lane.index, error))
+        self.spread()
+
+    def resize(self, num_workers: int) -> None:
+        """Let so many batches be in flight; those that are, are left alone."""
+        self.num_workers = self.slots = num_workers
+        self.spread()
+
+    def spread(self) -> None:
+        """Spread the slots over the lanes in service, and dispatch."""
+        serving = [[run.loaded[index] for run in self.runs if run.serves(index)] for index in range(len(self.lanes))]
+        in_service = sum(map(bool, serving))
+        if self.num_workers is None:
+            self.slots = max(self.slots, 2 * in_service)
+        shares = iter(spread(self.slots, max(1, in_service)))
+        slots = [next(shares) if loaded else 0 for loaded in serving]
+        crowded = sum([min([each.pace for each in loaded]) for loaded in serving if loaded]) > CROWDED
+        leads = [
+            lane.widen(own, all(each.concurrent for each in loaded), crowded) if own else None
+            for lane, own, loaded in zip(self.lanes, slots, serving, strict=True)
+        ]
+        with self.board.lock:
+            self.board.slots.resize(slots, leads)
+        self.dispatch_soon()
+
+    # Batches out.
+
+    def dispatch_soon(self) -> None:
+        """Dispatch at the end of this iteration of the loop, so that calls made in the same one are packed together."""
+        if not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self.dispatch)
+
+    @property
+    def wants_calls(self) -> bool:
+        """Whether a call that has come is to be dispatched, and is not going to be."""
+        return not self._scheduled and self.board.shares.wants_calls
+
+    def dispatch(self) -> None:
+        """Queue what has come, and wake the lanes that can begin with it."""
+        self._scheduled = False
+        try:
+            now = self.clock()
+            decision = self.board.bind(now)
+            for index, _ in decision.batches:
+                lane = self.lanes[index]
+                lane.workers.wake(lane)
+            if decision.due is not None and not self.stopped:
+                self._dispatch_at(decision.due, now)
+            for scheduler, call in decision.late:
+                scheduler.run.expire(call)
+        except BaseException as error:
+            self.crash(error)
+
+    def _dispatch_at(self, due: float, now: float) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self.loop.call_later(max(due - now, TICK), self.dispatch)
+
+    # For the lanes' threads.
+
+    def execution(self, batch: Batch, lane: int) -> Execution:
+        """A batch as it is executed on a lane. Worker thread."""
+        return batch.scheduler.run.execution(batch, lane)  # type: ignore[no-any-return]
+
+    def moved(self, execution: Execution, lane: int) -> None:
+        """An execution that was prepared for another lane goes on here. Worker thread."""
+        execution.loaded = execution.batch.scheduler.run.loaded[lane]
+
+    def ended(self, execution: Execution, lane: int) -> None:
+        """With the lock: a thread has come back with an execution, whose core has failed or is out of service."""
+        if execution.loaded.out:
+            if not self.board.holds(lane, execution.loaded):
+                self.call_loop(partial(self.guard, execution.batch.scheduler.run.close_what_is_out))
+        elif not execution.abandoned:
+            self.board.recall(lane, execution.batch.scheduler)
+
+    def ask(self) -> None:
+        """Have the loop dispatch. Worker thread."""
+        self.call_loop(self.dispatch_soon)
+
+    def failed(self, error: BaseException) -> None:
+        """A thread has met a bug of ours. Worker thread."""
+        self.call_loop(partial(self.crash, error))
+
+    def crash(self, error: BaseException) -> None:
+        """A bug of ours must not leave anybody waiting, nor may a cancellation or an exit that has gone astray."""
+        logger.critical("the lanes failed and are closed; please report this", exc_info=error)
+        why = f"the model was closed by an internal error ({text(error)}); please report it. aclose(), then start()"
+        for run in list(self.runs):
+            run.crash(why)
+        if isinstance(error, (KeyboardInterrupt, SystemExit)):
+            raise error
+
+    def took(self, execution: Execution, seconds: float, now: float) -> None:
+        """An execution has ended, and has taken so many seconds of its core."""
+        lane = execution.lane
+        if lane.copied(execution.copied, execution.preparing, now):
+            self.board.slots.lead(lane.index, lane.lead)
+        self.board.shares.took(execution.batch, seconds)
+
+    # Results back.
+
+    def post(self, execution: Execution) -> None:
+        """An execution has ended. Worker thread."""
+        self._done.append(execution)
+        if not self._posted:
+            self._posted = True
+            try:
+                self.call_loop(self._deliver)
+            except BaseException:
+                self._posted = False  # the next one tries again
+                raise
+
+    def call_loop(self, callback: Callable[[], Any]) -> None:
+        """Have the loop call. From any thread."""
+        try:
+            self.loop.call_soon_threadsafe(callback)
+        except RuntimeError:
+            logger.debug("the loop is closed, nobody waits")
+
+    def _deliver(self) -> None:
+        self._posted = False  # before the queue is emptied: what is posted from here on posts again
+        self.hand_out()
+        if self.board.slots.staging and self.board.shares.has_work:
+            self.dispatch_soon()
+
+    def hand_out(self) -> None:
+        """End the calls that executions have completed; results need not wait for the end of a long iteration."""
+        if not self._done:
+            return
+        now = self.clock()
+        try:
+            runs: set[Served] = set()
+            while self._done:
+                execution = self._done.popleft()
+                run = execution.batch.scheduler.run
+                if run not in runs:  # of those that wait, the first has waited longest
+                    runs.add(run)
+                    run.counters.loop_lag_seconds.add(now - execution.posted)
+                run.settle(execution, now)
+            for run in runs:
+                run.relax()
+        except BaseException as error:
+            self.crash(error)
+
+    # The loop.
+
+    def call_later(self, delay: float, callback: Callable[[], None]) -> asyncio.TimerHandle:
+        """Have the loop call; what it raises closes the lanes."""
+        return self.loop.call_later(delay, self.guard, callback)
+
+    def guard(self, callback: Callable[[], None]) -> None:
+        """Call; what it raises closes the lanes."""
+        try:
+            callback()
+        except BaseException as error:
+            self.crash(error)
+
+    # Models come and go.
+
+    def add(self, run: Served, weight: float) -> None:
+        """A model is to be loaded on the lanes; it is served as soon as it serves on one of them."""
+        self.runs.append(run)
+        with self.board.lock:
+            self.board.shares.add(run.scheduler, weight)
+
+    def remove(self, run: Served) -> None:
+        """A model has left."""
+        with suppress(ValueError):
+            self.runs.remove(run)
+        with self.board.lock:
+            self.board.shares.remove(run.scheduler)
+        if not self.runs and not self.held:
+            self.stop()
+        elif not self.stopped:
+            self.spread()
+
+    async def drain(self) -> None:
+        """Have every model finish what it has accepted, and end the threads. If cancelled, at once."""
+        try:
+            await asyncio.gather(*[run.drain() for run in list(self.runs)])
+        except BaseException:
+            for run in list(self.runs):
+                run.abort()
+            raise
+        finally:
+            self.stop()
+        self.join()
+
+    def stop(self) -> None:
+        """Let every lane's threads end."""
+        if self.stopped:
+            return
+        self.stopped = True
+        with self.board.lock:
+            self.board.stopped = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for lane in self.lanes:
+            lane.workers.stop()
+
+    def join(self) -> None:
+        """Wait for the threads to end, which have been told to and have nothing in hand."""
+        for lane, bound in zip(self.lanes, self.board.lanes, strict=True):
+            if not bound.in_flight:
+                lane.workers.join(1.0)
+
+    def statistics(self) -> PoolStatistics:
+        """The frozen snapshot of now, from any thread."""
+        board = self.board
+        with board.lock:
+            models = tuple(
+                ShareStatistics(
+                    share.weight, sum(board.in_flight(share.scheduler)), share.scheduler.waiting_rows, share.busy
+                )
+                for share in board.shares.shares
+            )
+            in_flight = tuple(map(len, board.slots.bound))
+            return PoolStatistics(tuple(self.core_ids), tuple(board.slots.slots), in_flight, models)
+
+    def forget(self) -> None:
+        """Be in a process that was forked: nothing here works any more, and nothing may wait."""
+        self.forked, self.thread = True, 0
+        self.board.lock = threading.Lock()
+        for run in self.runs:
+            run.forget(FORKED)
+
+
+async def in_a_thread(fn: Callable[[], T], make: Callable[[str], Any] | None = None) -> T:
+    """What may take long; `make` makes threads, or what stands for them."""
+    workers = (make or Workers)("aneuron-start")
+    workers.grow(1)
+    try:
+        future: asyncio.Future[T] = asyncio.wrap_future(workers.submit(fn))
+        return await future
+    finally:
+        workers.stop()
+
+
+_all: "weakref.WeakSet[Dispatcher]" = weakref.WeakSet()
+
+
+def _forget_all() -> None:
+    for each in list(_all):
+        each.forget()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_all)

@@ -1,0 +1,230 @@
+"""One batch on its way through a core: collate, execute, scatter.
+
+Lives here: an execution as data, its steps, and what of it is found out once. Must not be here: asyncio, callers'
+futures, threads and locks (threads.py, board.py), decisions.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from contextvars import Context
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from aneuron.backends import Backend, Core, Fault
+from aneuron.engine.evidence import Evidence, Trials, identities, snapshot, varies
+from aneuron.engine.loading import Loaded
+from aneuron.engine.modes import execute_in_own, put_back
+from aneuron.sched.call import Call, Chunk
+from aneuron.sched.filling import Batch
+from aneuron.tensors import rows
+from aneuron.tensors.outputs import Carried, Output, Unpad
+from aneuron.tensors.rows import Finished
+from aneuron.tensors.verdicts import Seen
+
+logger = logging.getLogger("aneuron")
+
+NOTABLE = 5e-5  # seconds: no less than it takes to copy half a megabyte
+
+
+@dataclass(frozen=True, slots=True)
+class Common:
+    """What all executions of a run of a model have in common."""
+
+    backend: Backend
+    dim: int
+    unpad: Unpad | None  # what of the outputs is to be cut back to each call's length
+    evidence: Evidence  # what of them has rows
+    sizes: Mapping[int, Sequence[int]]  # the compiled ones, by bucket; none where any number will do
+    guard: AbstractContextManager[Any]  # held while two workers agree about one call
+    post: "Callable[[Execution], None]"  # to the loop
+    context: Context | None = None  # to execute in, where it is not that of the threads
+
+
+class Execution:
+    """One batch on its way through a core: `prepare`, `begin`, `execute`, `finish`, in this order.
+
+    Between two steps it belongs to one thread: that which has taken it from the board, then the loop, to which it is
+    posted. `error` or `finished` is the outcome; `begun` tells the loop that the batch can no longer be revoked.
+    """
+
+    __slots__ = (
+        "_cut", "_inputs", "_template", "abandoned", "batch", "begun", "chunks", "common", "copied", "ended", "error",
+        "failed", "fault", "finished", "lane", "loaded", "may_be_stolen", "output", "over", "posted", "prepared",
+        "preparing", "rows", "since", "size", "started", "watch",
+    )  # fmt: skip
+
+    def __init__(self, batch: Batch, loaded: Loaded, common: Common) -> None:
+        self.batch = batch
+        self.chunks: Sequence[Chunk] = batch.chunks
+        self.rows = batch.rows  # that callers sent
+        self.size = batch.size if batch.chunks[0][0].cut.shared else None  # rows to pad to; None = as many as there are
+        self.loaded, self.common = loaded, common
+        self.prepared: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self.output: Any = None
+        self.begun = self.over = self.failed = False
+        self.abandoned = False  # given up as hung: whatever comes of it is too late
+        self.lane: Any = None  # whose thread has it in hand; nothing of it is known here
+        self.may_be_stolen = False  # by another lane: it waits behind another execution
+        self.watch: Callable[[Execution], AbstractContextManager[Any]] | None = None  # around it, if calls are observed
+        self.started = self.ended = self.posted = 0.0
+        self.since = 0.0  # when the core began with what it runs now: this, or what its output has to be compared with
+        self.preparing = 0.0  # seconds
+        self.copied = 0  # bytes that were collated and scattered, seen at a glance, where that took a notable time
+        self.error: BaseException | None = None
+        self.fault = Fault.INPUT
+        self.finished: Sequence[Finished] = ()
+        self._cut: Carried | None = None
+        self._inputs: Sequence[Sequence[Any]] = ()  # the callers' tensors, and what they stand in
+        self._template: Any = None
+
+    @property
+    def core(self) -> Core:
+        """What is to execute it."""
+        return self.loaded.core(self.batch.size, self.batch.bucket)
+
+    def prepare(self, clock: Callable[[], float]) -> None:
+        """Collate the rows of the callers that are still there."""
+        if self.prepared is not None or self.failed:  # on a lane that another has taken it over from
+            return
+        begin = clock()
+        try:
+            self.prepared = self._collate()
+        except BaseException as error:
+            self._fail(error)
+            self._inputs = ()
+        self.preparing = clock() - begin
+
+    def _collate(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self.chunks, self._inputs, self._template = rows.gather(self.chunks)
+        if not self._inputs:
+            return None
+        self.rows = sum([stop - start for _, start, stop in self.chunks])
+        size, dim = self.size or self.rows, self.common.dim
+        try:
+            return rows.collate(self.chunks, self._inputs, self._template, size, dim, self.batch.bucket)
+        finally:  # an input that has another shape by now cannot even be collated
+            rows.check_unmodified(self.chunks, self._inputs, self._template)
+
+    def begin(self, clock: Callable[[], float]) -> bool:
+        """With the core's turn in hand: whether there is still something to execute."""
+        if self.prepared is not None:
+            for call, _, _ in self.chunks:
+                if call.settled:
+                    self.prepared = None
+                    self.prepare(clock)
+                    break
+        self.started = clock()
+        self.begun = self.prepared is not None
+        return self.begun
+
+    def execute(self, clock: Callable[[], float]) -> None:
+        """Run the model."""
+        assert self.prepared is not None
+        args, kwargs = self.prepared
+        self.prepared = None
+        try:
+            if self.preparing > NOTABLE:
+                self.copied = _bytes(args) + _bytes(kwargs)
+            if self.watch is None:
+                self._run(args, kwargs, clock)
+            else:
+                with self.watch(self):
+                    self._run(args, kwargs, clock)
+        except BaseException as error:
+            args, kwargs = (), {}  # a traceback holds this frame
+            self.output = None
+            self._fail(error)
+        self.ended = self.ended or clock()
+        self._inputs, self._template = (), None
+        self.over = True
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], clock: Callable[[], float]) -> None:
+        """Execute, and see what of the output is whose; if nobody knows, further executions tell."""
+        self.output = value = self.core.execute(args, kwargs)
+        self.ended = clock()  # what else is executed, to know what the output means, counts for nobody
+        common, call = self.common, self.chunks[0][0]
+        if self.batch.bucket and common.unpad is not None:
+            self.output = self._evidenced(call, clock)
+            self.output.asked = rows.base_of(call)
+            self._cut = self._carried(common.unpad, self.output)
+        elif (
+            type(value) is not torch.Tensor
+            or (call.cut.shared, call.structure, value.ndim) not in common.evidence.plain
+        ):
+            self.output = self._evidenced(call, clock)
+
+    def _evidenced(self, call: Call, clock: Callable[[], float]) -> Output:
+        put_back()
+        common, size = self.common, self.size or self.rows
+        if not call.cut.shared and call.cut.count(call.rows) == 1:
+            return Output(self.output, None, common.dim, rows.base_of(call))  # all of it is the call's
+        lone = self.rows == 1 and not varies(self._inputs[0])
+        first = partial(self._as_evidence, clock)
+        return common.evidence.look(self.output, call.structure, size, call.cut.shared, lone, first)
+
+    def _as_evidence(self, clock: Callable[[], float]) -> tuple[Seen, Trials]:
+        """What was executed, and what else can be."""
+        common, bucket, sizes = self.common, self.batch.bucket, self.common.sizes.get(self.batch.bucket)
+        size = self.size or self.rows
+        inputs = rows.columns(self.chunks, self._inputs, self.rows, common.dim, bucket)
+        rows.check_unmodified(self.chunks, self._inputs, self._template)
+        numbers = identities(inputs, common.dim)
+        again = self._inputs, self._template
+
+        def execute(columns: list[Any], count: int) -> Any:
+            core = self.core if sizes is None or count == size else self.loaded.core(count, bucket)
+            return execute_in_own(core, *rows.arguments(again[1], columns))
+
+        def go_on() -> None:
+            self.since = clock()
+
+        seen = Seen((*numbers, *numbers[-1:] * (size - self.rows)), snapshot(self.output))
+        return seen, Trials(inputs, common.dim, sizes, execute, go_on, lambda: self.abandoned)
+
+    def _carried(self, unpad: Unpad, output: Output) -> Carried:
+        """What of the output is to be cut back; if nobody knows, one more run in another bucket tells."""
+        dim, bucket, call = self.common.dim, self.batch.bucket, self.chunks[0][0]
+        size, packing = self.size or self.rows, call.cut.shared
+        carried = unpad.known(output, bucket)
+        if carried is not None:
+            return carried
+        found = self.loaded.other(self.batch.size, bucket)
+        if found is None:
+            return unpad.learn(output, bucket)
+        core, other = found
+        args, kwargs = rows.collate(self.chunks, self._inputs, self._template, size, dim, other)
+        value = execute_in_own(core, args, kwargs)
+        return unpad.learn(output, bucket, self.common.evidence.marked(value, call.structure, size, packing), other)
+
+    def finish(self, clock: Callable[[], float]) -> None:
+        """Give each call its rows, and post the outcome to the loop."""
+        if self.error is None and self.begun and not self.abandoned:
+            try:
+                size, common = self.size or self.rows, self.common
+                self.finished = rows.scatter(self.output, self.chunks, size, common.dim, common.guard, self._cut)
+                if self.copied:
+                    self.copied += _bytes(self.output)
+            except BaseException as error:
+                self._fail(error)
+        self.output = None
+        self.posted = clock()
+        self.common.post(self)
+
+    def _fail(self, error: BaseException) -> None:
+        self.error, self.failed = error, True  # the loop takes the error away, in time
+        try:
+            self.fault = self.common.backend.classify(error) if self.begun else Fault.INPUT
+        except BaseException:
+            logger.exception("the %s backend could not classify an error", self.common.backend.name)
+
+
+def _bytes(value: Any) -> int:
+    """What the tensors at the top of an argument or output take."""
+    if type(value) is torch.Tensor:
+        return value.nbytes
+    values = value.values() if isinstance(value, dict) else value if isinstance(value, (tuple, list)) else ()
+    return sum([each.nbytes for each in values if isinstance(each, torch.Tensor)])

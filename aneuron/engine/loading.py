@@ -1,0 +1,200 @@
+"""A program on one lane: the cores that it is loaded on, and what is known of their speed.
+
+Lives here: loading, warming up, what the example tells, closing; all of it blocking, in threads. Must not be here: who
+runs when, callers' futures.
+"""
+
+import logging
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from aneuron.backends import Backend, Core
+from aneuron.engine.evidence import Evidence, Trials, identities, snapshot
+from aneuron.engine.modes import Within, execute_in_own
+from aneuron.program import Shape
+from aneuron.sched.scheduler import rounded
+from aneuron.stats import CoreCounters, ServiceTimes
+from aneuron.tensors.outputs import Output, Unpad, kind
+from aneuron.tensors.signature import Compiled
+from aneuron.tensors.verdicts import Seen
+
+logger = logging.getLogger("aneuron")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What every lane loads, and how the batches for it are laid out."""
+
+    models: Mapping[Shape, Any]
+    dim: int
+    compiled: Compiled | None  # the example to warm up with
+    packing: bool  # whether calls share batches
+    dynamic: bool  # whether cores may cut batches, where that is what they do
+    evidence: Evidence  # what of the outputs has rows
+    cuts_batches: bool = False  # whether the backend's cores may
+    unpad: Unpad | None = None  # which outputs carry the length of their bucket
+    context: Callable[[], AbstractContextManager[Any]] | None = None  # around each execution
+
+
+class Loaded:
+    """A program on one lane. Written to by the thread that loads it, then by nobody; `out` by the loop."""
+
+    def __init__(
+        self, index: int, core_id: int, backend: Backend, counters: CoreCounters, times: ServiceTimes,
+        clock: Callable[[], float], run: object,
+    ) -> None:  # fmt: skip
+        self.index = index  # the lane's
+        self.core_id = core_id
+        self.counters = counters
+        self.times = times  # of this program
+        self.run = run  # whose it is
+        self.out = False  # of service, for good: what serves later on this lane is another one
+        self.closed = False  # or being closed
+        self.loading = False
+        self.workers: Any = None  # the last thread that has loaded or closed it
+        self.hung = False  # a thread that has an execution of it does not come back
+        self.warming = False  # loaded, and not warmed up
+        self.ended = 0.0  # when the last execution did
+        self.kinds: dict[Shape, Hashable] = {}  # of the outputs that the example gave
+        self.concurrent = False
+        self._backend = backend
+        self._clock = clock
+        self._cores: dict[Shape, Core] = {}
+
+    def load(self, load: Load) -> None:
+        """Load every shape and run the example twice on each. Blocking."""
+        loaded: dict[tuple[int, int | None], Core] = {}
+        for (size, bucket), model in load.models.items():
+            with _naming(size, bucket, len(load.models)):
+                key = (id(model), size)
+                core = loaded.get(key) or self._load_one(model, size, load)
+                loaded[key] = self._cores[size, bucket] = core
+        self.concurrent = all(core.concurrent for core in loaded.values())
+        if load.compiled is not None:
+            self.warming = True
+            self._warm_up(load, load.compiled)
+            self.warming = False
+
+    def _load_one(self, model: Any, size: int | None, load: Load) -> Core:
+        cuts = {"dynamic_batching": load.dynamic} if load.cuts_batches else {}
+        core = self._backend.load(model, self.core_id, size, **cuts)
+        return core if load.context is None else Within(core, load.context)
+
+    def _warm_up(self, load: Load, compiled: Compiled) -> None:
+        clock, asked = self._clock, compiled.structure
+        values: dict[Shape, Any] = {}
+        seen: list[Seen] = []  # the executions in the first bucket
+        wanted = load.packing and load.evidence.wants(asked)
+        _, bucket = next(iter(load.models))
+        numbers = identities(compiled.columns(bucket), load.dim) if wanted else []
+        for shape in load.models:
+            with _naming(*shape, len(load.models)):
+                first, value, seconds = warm_up(self._cores[shape], compiled, *shape, clock, wanted)
+                rows = shape[0] or compiled.rows
+                self.times.learn((shape[0] or rounded(rows), shape[1]), seconds, clock())
+                values[shape] = value
+                if wanted and shape[1] == bucket:
+                    order = tuple(numbers[row % compiled.rows] for row in range(rows))
+                    seen += [Seen(order, first), Seen(order, value)]
+        if wanted:
+            load.evidence.take(seen, asked, True, self._trials(load, compiled, bucket))
+        self._learn(load, compiled, values)
+
+    def _trials(self, load: Load, compiled: Compiled, bucket: int) -> Trials:
+        """What else of the example can be executed."""
+        compiled_sizes = [size for size, of in load.models if of == bucket and size is not None]
+
+        def execute(columns: list[Any], count: int) -> Any:
+            core = self._cores[count if compiled_sizes else None, bucket]
+            return execute_in_own(core, *compiled.arguments(columns))
+
+        return Trials(compiled.columns(bucket), load.dim, compiled_sizes or None, execute)
+
+    def _learn(self, load: Load, compiled: Compiled, values: Mapping[Shape, Any]) -> None:
+        """Note what the outputs are like, and what in them carries the length."""
+        outputs: dict[int | None, tuple[Output, int]] = {}  # by size, that of the first bucket
+        for (size, bucket), value in values.items():
+            with _naming(size, bucket, len(load.models)):
+                output = load.evidence.marked(value, compiled.structure, size or compiled.rows, load.packing)
+                output.asked = compiled.base
+                self.kinds[size, bucket] = kind(output)
+                if not load.packing:
+                    continue
+                one, of = outputs.setdefault(size, (output, bucket))
+                if load.unpad is not None and load.unpad.known(output, bucket) is None:
+                    if one is not output:
+                        load.unpad.learn(output, bucket, one, of)
+                    elif len({bucket for _, bucket in load.models}) == 1:
+                        load.unpad.learn(output, bucket)
+
+    def other(self, size: int | None, bucket: int) -> tuple[Core, int] | None:
+        """Another bucket, and the core to execute it."""
+        return next(((core, b) for (s, b), core in self._cores.items() if s == size and b != bucket), None)
+
+    def core(self, size: int | None, bucket: int) -> Core:
+        """The core loaded with the shape of a batch."""
+        return self._cores[size, bucket]
+
+    def own(self) -> None:
+        """Show what this run makes of the core from now on, and no other run of the model."""
+        self.counters.owner, self.counters.times = self.run, self.times
+
+    def show(self, state: str) -> None:
+        """Its state, for the statistics: of two runs of a model on a core, the one that owns it shows its own."""
+        if self.counters.owner is self.run:
+            self.counters.state = state
+
+    @property
+    def pace(self) -> float:
+        """Executions a second, of the shape that takes longest; 0 while that is not known."""
+        slowest = max(self.times.medians().values(), default=0.0)
+        return 1 / slowest if slowest else 0.0
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to close."""
+        return not self._cores
+
+    def close(self) -> None:
+        """Free the cores. Blocking."""
+        cores = {id(core): core for core in self._cores.values()}
+        self._cores = {}
+        for core in cores.values():
+            try:
+                core.close()
+            except BaseException:
+                logger.warning("core %d did not close", self.core_id, exc_info=True)
+
+
+def warm_up(
+    core: Core, compiled: Compiled, size: int | None, bucket: int, clock: Callable[[], float], keep: bool
+) -> tuple[Any, Any, float]:
+    """Run the example twice, padded to `size` rows and to `bucket`: throughput climbs over the first runs, and a fault
+    of a compiled model can show in the second. Both outputs, in memory of their own if they are to be kept, and the
+    seconds that the second run took.
+    """
+    own = snapshot if keep else _as_it_is
+    args, kwargs = compiled.example(size, bucket)
+    first = own(execute_in_own(core, args, kwargs))
+    begin = clock()
+    output = execute_in_own(core, args, kwargs)
+    seconds = clock() - begin
+    return first, own(output), seconds
+
+
+def _as_it_is(output: Any) -> Any:
+    return output
+
+
+@contextmanager
+def _naming(size: int | None, bucket: int, of: int) -> Iterator[None]:
+    """Say in an error which of several models it came from."""
+    try:
+        yield
+    except Exception as error:
+        if of > 1:
+            rows = "any number of" if size is None else size
+            error.add_note(f"aneuron: with the model for {rows} rows" + (f", bucket {bucket}" if bucket else ""))
+        raise
