@@ -1,7 +1,8 @@
 """Compiles the core: the build hook of wheels and editable installs, and `python aneuron/_native/build.py`.
 
-What has not changed is not compiled again. What cannot be compiled, for want of a compiler, say, is no error: the
-package runs as Python. With ANEURON_PURE=1 nothing is compiled; with ANEURON_PURE=0 all must be.
+What has not changed is not compiled again. Where nothing can be compiled the package runs as Python. With
+ANEURON_PURE=1 nothing is compiled; with ANEURON_PURE=0 all must be. By hand, an error of a compiler that works is an
+error as well.
 
 Must not be here: which modules are compiled (sources.py); the package, and torch, which a build has not.
 """
@@ -13,7 +14,9 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import module_from_spec, spec_from_file_location
@@ -47,44 +50,55 @@ MANIFEST = FOLDER / sources.MANIFEST
 
 
 def build() -> str | None:
-    """Compile what has changed; None, or why the package runs as Python."""
-    pure = os.environ.get("ANEURON_PURE") or None
-    if pure not in (None, "0"):
+    """Compile what has changed; None, or why the package runs as Python.
+
+    Raises RuntimeError where there is a compiler and it fails, or, with ANEURON_PURE=0, where there is none.
+    """
+    pure = os.environ.get("ANEURON_PURE") or "0"
+    if pure != "0":
         return f"ANEURON_PURE={pure}"
     found = sources.digests(PACKAGE)
-    keys = _keys(found)
+    names, keys = sources.modules(found), _keys(found)
     try:
-        kept = json.loads(MANIFEST.read_text())["modules"]
+        made = json.loads(MANIFEST.read_text())["modules"]
     except (OSError, ValueError, KeyError):
-        kept = {}
-    kept = {name: key for name, key in kept.items() if keys.get(name) == key and _extension(found, name).exists()}
-    todo = [name for name in keys if name not in kept]
+        made = {}
+    made = {name: key for name, key in made.items() if keys.get(name) == key and _extension(names[name]).exists()}
+    todo = {name: source for name, source in names.items() if name not in made}
     try:
-        _write({"failed": "its compilation was not finished", "modules": kept})
-        _compile(todo, sources.modules(found))
+        _write(made, failed="it was not compiled to the end")
+        if todo and (why := _run("--try")):
+            _write(made, failed=f"there was no compiler for it: {why[-1]}")
+            return _unless_required("there is no compiler for it:", why)
+        for name in _compile(todo):
+            made[name] = keys[name]
         if sources.digests(PACKAGE) != found:
             raise RuntimeError("its sources changed while it was compiled")
-    except (OSError, RuntimeError) as error:
-        if pure == "0":
-            raise
-        failed = f"it could not be compiled: {error}"
-        if FOLDER.exists():
-            _write({"failed": failed.partition("\n")[0], "modules": kept})
-        return failed
-    _write({"sources": found, "modules": keys})
-    print(f"aneuron: compiled {len(todo)} of {len(keys)} modules", file=sys.stderr)
+    except OSError as error:  # a folder that is not ours to write in
+        return _unless_required("it cannot be compiled here:", [str(error)])
+    except RuntimeError:
+        _write(made, failed="its compilation failed")
+        raise
+    _write(made, sources=found)
+    print(f"aneuron: compiled {len(todo)} of {len(names)} modules", file=sys.stderr)
     return None
 
 
-def _extension(found: dict[str, str], name: str) -> Path:
-    path: Path = FOLDER / sources.extension(sources.modules(found)[name])
+def _unless_required(why: str, lines: list[str]) -> str:
+    if os.environ.get("ANEURON_PURE") == "0":
+        raise RuntimeError("\n".join([f"ANEURON_PURE=0, and {why}", *lines]))
+    return f"{why} {lines[-1]}"
+
+
+def _extension(source: str) -> Path:
+    path: Path = FOLDER / sources.extension(source)
     return path
 
 
-def _write(manifest: dict[str, Any]) -> None:
+def _write(made: dict[str, str], **state: Any) -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     new = MANIFEST.with_suffix(".new")
-    new.write_text(json.dumps(manifest, indent=1))
+    new.write_text(json.dumps({**state, "modules": made}, indent=1))
     new.replace(MANIFEST)  # whoever reads it meanwhile sees it whole
 
 
@@ -98,54 +112,78 @@ def _keys(found: dict[str, str]) -> dict[str, str]:
     words = {path: set(re.findall(r"\w+", PACKAGE.joinpath(path).read_text())) for path in found if path[-1] != "y"}
     keys = {}
     for name, source in sources.modules(found).items():
-        used = {source}
-        new = used | ({source.rpartition(".")[0] + ".pxd"} & words.keys())
-        while new > used:  # a declaration is used by whoever says its name: too often rather than too seldom
-            said = set().union(*(words.get(path, ()) for path in new))
-            used, new = new, new | {path for path in words if Path(path).suffix == ".pxd" and Path(path).stem in said}
+        used = {source, source.rpartition(".")[0] + ".pxd"} & found.keys()
+        while True:  # a declaration is used by whoever says its name: too often rather than too seldom
+            said = set().union(*(words.get(path, ()) for path in used))
+            more = {path for path in words if path.endswith(".pxd") and Path(path).stem in said} - used
+            if not more:
+                break
+            used |= more
         key = "\n".join([*parts, *(found[path] for path in sorted(used))])
         keys[name] = hashlib.sha256(key.encode()).hexdigest()
     return keys
 
 
-def _compile(names: list[str], modules: dict[str, str]) -> None:
-    """Compile in processes, JOBS at a time; RuntimeError says which failed, with what was printed."""
-
-    def one(name: str) -> None:
-        command = [sys.executable, str(Path(__file__).resolve()), name, modules[name]]
-        done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
-        if done.returncode:
-            lines = (done.stdout + done.stderr).strip().splitlines()
-            last = lines[-1] if lines else f"the compilation of {name} failed"
-            raise RuntimeError("\n".join([last, f"While compiling {name}:", *lines]))
-
+def _compile(todo: dict[str, str]) -> Iterator[str]:
+    """Compile modules in processes, JOBS at a time: the names of those made. RuntimeError says what was printed."""
     with ThreadPoolExecutor(JOBS) as pool:
-        futures = [pool.submit(one, name) for name in names]
-        try:
-            for future in futures:
-                future.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        running = {name: pool.submit(_run, name, source) for name, source in todo.items()}
+        for name, future in running.items():
+            if lines := future.result():
+                pool.shutdown(cancel_futures=True)
+                raise RuntimeError("\n".join([f"{name} does not compile:", *lines]))
+            yield name
+
+
+def _run(*arguments: str) -> list[str]:
+    """Run this file; what it printed if it failed."""
+    command = [sys.executable, str(Path(__file__).resolve()), *arguments]
+    # In the folder above the package: tracebacks name files from there.
+    done = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True)
+    return (done.stdout + done.stderr).strip().splitlines() or ["it ended without a word"] if done.returncode else []
 
 
 def _compile_one(name: str, source: str) -> None:
-    """In a process of its own, in the folder above the package: tracebacks name files from there."""
+    """Make one extension, in a process of its own."""
     from Cython.Build import cythonize
-    from setuptools import Distribution, Extension
+    from setuptools import Extension
 
     with tempfile.TemporaryDirectory() as scratch:
         extension = Extension(name, [f"{PACKAGE.name}/{source}"], extra_compile_args=FLAGS)
-        extensions = cythonize([extension], force=True, build_dir=scratch, compiler_directives=DIRECTIVES)
-        command = Distribution({"name": "aneuron", "ext_modules": extensions}).get_command_obj("build_ext")
-        command.build_lib, command.build_temp = f"{scratch}/lib", f"{scratch}/objects"
-        command.ensure_finalized()
-        command.run()
-        made = Path(command.get_ext_fullpath(name))
-        target = FOLDER / sources.extension(source)
+        (extension,) = cythonize([extension], force=True, build_dir=scratch, compiler_directives=DIRECTIVES)
+        made = _build_ext(extension, scratch)
+        target = _extension(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         new = target.with_suffix(".new")
         shutil.copy(made, new)
         new.replace(target)  # a process that runs the old one keeps it
+
+
+def _try() -> None:
+    """Exit with the reason where there is no Cython, or no C compiler that finds Python's headers."""
+    try:
+        import Cython  # noqa: F401
+        from setuptools import Extension
+    except ImportError as error:
+        sys.exit(f"{error.name} is not installed")
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Path(scratch, "tried.c")
+        source.write_text("#include <Python.h>\nPyMODINIT_FUNC PyInit_tried(void) { return NULL; }\n")
+        try:
+            _build_ext(Extension("tried", [str(source)], extra_compile_args=FLAGS), scratch)
+        except Exception as error:  # of many kinds, by platform
+            used = os.environ.get("CC") or sysconfig.get_config_var("CC") or "the C compiler"
+            sys.exit(f"{error}\n{used} does not compile what includes Python.h")
+
+
+def _build_ext(extension: Any, scratch: str) -> str:
+    from setuptools import Distribution
+
+    command = Distribution({"name": "aneuron", "ext_modules": [extension]}).get_command_obj("build_ext")
+    command.build_lib, command.build_temp = f"{scratch}/lib", f"{scratch}/objects"
+    command.ensure_finalized()
+    command.run()
+    return str(command.get_ext_fullpath(extension.name))
 
 
 class BuildHook(BuildHookInterface):  # type: ignore[misc]
@@ -153,18 +191,31 @@ class BuildHook(BuildHookInterface):  # type: ignore[misc]
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Called by hatchling before it makes a wheel."""
-        if why := build():
+        try:
+            why = build()
+        except RuntimeError as error:
+            if os.environ.get("ANEURON_PURE") == "0":
+                raise
+            why = str(error)
+        if why:
             self.app.display_warning(f"aneuron will run as Python, more slowly: {why}")
         elif version != "editable":
             made = sources.modules(sources.digests(PACKAGE)).values()
-            files = [MANIFEST, *(FOLDER / sources.extension(source) for source in made)]
+            files = [MANIFEST, *(_extension(source) for source in made)]
             build_data["force_include"].update({str(file): f"aneuron/{file.relative_to(PACKAGE)}" for file in files})
             build_data["pure_python"] = False
             build_data["infer_tag"] = True
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1:
+    if sys.argv[1:] == ["--try"]:
+        _try()
+    elif sys.argv[1:]:
         _compile_one(*sys.argv[1:])
-    elif why := build():
-        print(f"aneuron will run as Python, more slowly: {why}", file=sys.stderr)
+    else:
+        try:
+            why = build()
+        except RuntimeError as error:
+            sys.exit(str(error))
+        if why:
+            print(f"aneuron will run as Python, more slowly: {why}", file=sys.stderr)
