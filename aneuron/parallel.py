@@ -16,6 +16,7 @@ from threading import get_ident
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
+from aneuron._native import why_pure_once
 from aneuron.backends import (
     Backend,
     automatic,
@@ -642,7 +643,9 @@ class AsyncDataParallel:
             del start  # whose task has the exception whose traceback holds this frame
 
     def _say_started(self, what: str, lanes: Lanes, began: float) -> None:
-        """One line for the log."""
+        """One line for the log, and one for the first model if the core is not compiled."""
+        if why := why_pure_once():
+            logger.info("the core runs as Python, more slowly: %s", why)
         ids = [lane.core_id for lane in lanes.lanes if lanes.recovery.health[lane.index].serves]
         shapes = [
             ("1 row" if rows == 1 else f"{rows or 'any number of'} rows") + (f" of length {bucket}" if bucket else "")
