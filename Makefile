@@ -35,10 +35,11 @@ demo: $(VENV)/.demo
 	@echo '  See what it costs      make bench'
 	@echo '  Use this environment   . $(VENV)/bin/activate'
 
-# All tests on the compiled core; those of the core once more as Python. Without a compiler the first run is as Python too.
+# All tests on the compiled core, then those of the core as Python; all as Python where nothing could be compiled.
 test: $(VENV)/.test $(VENV)/.tools compiled
 	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
-	ANEURON_PURE=1 $(RUN) -m pytest --numprocesses 2 --dist loadgroup -m 'core or pure'
+	@if $(RUN) -c 'from aneuron import _native; raise SystemExit(bool(_native.why_pure))'; then set -x; \
+		ANEURON_PURE=1 $(RUN) -m pytest --numprocesses 2 --dist loadgroup -m 'core or pure'; fi
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check $(SOURCES)

@@ -5,12 +5,15 @@ import gc
 import threading
 import weakref
 
+import pytest
 import torch
 from puppets import call, row, scenario
 
 from aneuron import AsyncDataParallel, CoreFailed, Fault, NoHealthyCores, SimulatedBackend, recovery
 from aneuron.engine.lanes import Staged
 from aneuron.testing import PuppetBackend, settle
+
+pytestmark = pytest.mark.core
 
 
 @scenario
