@@ -22,8 +22,24 @@ SMALL = {
     "aneuron/__init__.py": "import aneuron._native\n",
     "aneuron/py.typed": "",
     "aneuron/sched/__init__.py": "",
-    "aneuron/sched/shared.py": "class Counter:\n    def __init__(self):\n        self.count = 1\n",
-    "aneuron/sched/shared.pxd": "cdef class Counter:\n    cdef public long count\n",
+    "aneuron/sched/shared.py": """\
+class Counter:
+    def __init__(self):
+        self.count = 1
+
+    def square(self) -> str:
+        self.count *= self.count
+        return self.count
+
+    def of(self, other):
+        return other.count
+""",
+    "aneuron/sched/shared.pxd": """\
+cdef class Counter:
+    cdef public long long count
+    cpdef long long square(self)
+    cpdef long long of(self, Counter other)
+""",
     "aneuron/sched/user.py": "from aneuron.sched.shared import Counter\n\n\ndef count():\n    return Counter().count\n",
     "aneuron/sched/user.pxd": "from aneuron.sched.shared cimport Counter\n",
     "aneuron/_quick.pyx": "from libc.string cimport strlen\n\n\ndef length(char *text):\n    return strlen(text)\n",
@@ -167,6 +183,23 @@ def test_what_must_be_compiled_and_cannot_be_is_an_error(tmp_path):
     done = compile_again(tree(tmp_path), ANEURON_PURE="0", CC="/bin/false")
     assert done.returncode == 1
     assert "ANEURON_PURE=0, and there is no compiler" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("call", "outcome"),
+    [
+        ("counter.square()", "9"),  # not a str, as its annotation has it
+        ("counter.of(None)", "AttributeError: 'NoneType' object has no attribute 'count'"),
+        ("counter.of(other=counter)", "3"),
+        ("counter.of(3)", "TypeError: Argument 'other' has incorrect type"),
+        ("setattr(counter, 'count', 2**40), counter.square()", "OverflowError: value too large"),
+    ],
+)
+def test_compiled_code_is_right_or_raises(built, call, outcome):
+    done = run(
+        built[3], "-c", f"from aneuron.sched.shared import *\ncounter = Counter()\ncounter.count = 3\nprint({call})"
+    )
+    assert (done.stdout + done.stderr).splitlines()[-1].startswith(outcome)
 
 
 # What runs.

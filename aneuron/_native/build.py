@@ -30,8 +30,10 @@ except ImportError:  # run by hand
 
 PACKAGE = Path(__file__).resolve().parent.parent
 JOBS = 2  # compilers at a time
-# Annotations are for readers and mypy, as in Python: types that change what is compiled stand in the .pxd alone.
-DIRECTIVES = {"language_level": 3, "annotation_typing": False, "binding": True, "freethreading_compatible": True}
+DIRECTIVES = {"language_level": 3, "binding": True, "freethreading_compatible": True}
+# Compiled, a .py means what it says in Python: annotations are for readers, types of C stand in the .pxd alone; an
+# attribute of None, and a whole number beyond 64 bits, raise instead of reading what is no object, and wrapping round.
+AS_PYTHON = {"annotation_typing": False, "nonecheck": True, "overflowcheck": True}
 FLAGS = [] if sys.platform == "win32" else ["-O2", "-g0"]
 
 
@@ -150,7 +152,8 @@ def _compile_one(name: str, source: str) -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         extension = Extension(name, [f"{PACKAGE.name}/{source}"], extra_compile_args=FLAGS)
-        (extension,) = cythonize([extension], force=True, build_dir=scratch, compiler_directives=DIRECTIVES)
+        directives = DIRECTIVES | (AS_PYTHON if source.endswith(".py") else {})
+        (extension,) = cythonize([extension], force=True, build_dir=scratch, compiler_directives=directives)
         made = _build_ext(extension, scratch)
         target = _extension(source)
         target.parent.mkdir(parents=True, exist_ok=True)
