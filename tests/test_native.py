@@ -146,6 +146,11 @@ def test_what_is_compiled_is_used_here():
     assert set(chosen) == set(modules(digests(ROOT / "aneuron")))
 
 
+def test_no_extension_lies_beside_its_source():
+    """Python would import it, whatever it was made from."""
+    assert [path for path in (ROOT / "aneuron").rglob(f"*{SUFFIX}") if "compiled" not in path.parts] == []
+
+
 # Wheels.
 
 
@@ -177,6 +182,14 @@ def test_without_a_compiler_a_wheel_is_for_any_python_and_works(tmp_path, change
     assert why == "it was not compiled for this Python"
     assert files == ["py"] * 3
     assert rest == [NAMES, 1, 4]
+
+
+def test_an_editable_install_finds_extensions_in_place(built):
+    build = "import hatchling.build; print(hatchling.build.build_editable('dist/editable'))"
+    done = run(built[0], "-c", build)
+    assert done.stdout.endswith("-py3-none-any.whl\n"), done.stderr
+    assert "of 3 modules" in done.stderr
+    assert look(built[0])[0] is None
 
 
 def test_what_must_be_compiled_and_cannot_be_is_an_error(tmp_path):
