@@ -62,11 +62,15 @@ def build() -> str | None:
     found = sources.digests(PACKAGE)
     names, keys = sources.modules(found), _keys(found)
     try:
-        made = json.loads(MANIFEST.read_text())["modules"]
-    except (OSError, ValueError, KeyError):
-        made = {}
-    made = {name: key for name, key in made.items() if keys.get(name) == key and _extension(names[name]).exists()}
+        before = json.loads(MANIFEST.read_text())
+    except (OSError, ValueError):
+        before = {"modules": {}}
+    old = before["modules"]
+    made = {name: keys[name] for name in names if old.get(name) == keys[name] and _extension(names[name]).exists()}
     todo = {name: source for name, source in names.items() if name not in made}
+    print(f"aneuron: compiling {len(todo)} of {len(names)} modules", file=sys.stderr)
+    if not todo and before.get("sources") == found:
+        return None
     try:
         _write(made, failed="it was not compiled to the end")
         if todo and (why := _run("--try")):
@@ -82,7 +86,6 @@ def build() -> str | None:
         _write(made, failed="its compilation failed")
         raise
     _write(made, sources=found)
-    print(f"aneuron: compiled {len(todo)} of {len(names)} modules", file=sys.stderr)
     return None
 
 
