@@ -10,7 +10,7 @@ from aneuron import _native
 
 async def main() -> None:
     """Await a model."""
-    async with aneuron.AsyncDataParallel(torch.nn.Linear(3, 2), batch_size=4, backend="cpu") as model:
+    async with aneuron.AsyncDataParallel(torch.nn.Linear(3, 2).eval(), batch_size=4, backend="cpu") as model:
         answers = await asyncio.gather(*(model(torch.ones(1, 3)) for _ in range(9)))
     assert [answer.shape for answer in answers] == [(1, 2)] * 9
 
