@@ -7,7 +7,7 @@ TORCH ?= torch==2.13.0
 # takes the newest.
 CONSTRAINTS ?= constraints.txt
 
-BUILD := hatchling editables
+BUILD := hatchling editables cython setuptools
 
 VENV := .venv
 RUN := $(VENV)/bin/python
@@ -15,16 +15,17 @@ PIP := $(RUN) -m pip --disable-pip-version-check install $(addprefix --constrain
 # Not README.md, which ruff would format too: its programs are set for reading.
 SOURCES := aneuron benchmarks examples tests
 
-.PHONY: help demo test lint bench soak constraints clean
+.PHONY: help demo test lint bench soak compiled constraints clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo    search the standard library with a real embedding model (a minute or two, after installation)'
-	@echo 'make test    run the tests'
+	@echo 'make test    run the tests, on the compiled core and on the same as Python'
 	@echo 'make lint    check style and types'
 	@echo 'make bench   measure against hand-written loops and other packages (a quarter of an hour)'
 	@echo 'make soak    serve more than the cores can take, with faults, for SECONDS (ten minutes)'
+	@echo 'make compiled   compile the core anew where it has changed: until then it runs as Python'
 	@echo 'make constraints   write constraints.txt, the versions that all of these use, anew from the newest releases'
 	@echo 'make clean   remove what these made, the virtual environment included'
 
@@ -34,19 +35,22 @@ demo: $(VENV)/.demo
 	@echo '  See what it costs      make bench'
 	@echo '  Use this environment   . $(VENV)/bin/activate'
 
-test: $(VENV)/.test $(VENV)/.tools
+# All tests on the compiled core, then those of the core as Python; all as Python where nothing could be compiled.
+test: $(VENV)/.test $(VENV)/.tools compiled
 	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
+	@if $(RUN) -c 'from aneuron import _native; raise SystemExit(bool(_native.why_pure))'; then set -x; \
+		ANEURON_PURE=1 $(RUN) -m pytest --numprocesses 2 --dist loadgroup -m 'core or pure'; fi
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check $(SOURCES)
 	$(RUN) -m ruff format --check $(SOURCES)
 	$(RUN) -m mypy
 
-bench: $(VENV)/.bench
+bench: $(VENV)/.bench compiled
 	$(RUN) -m benchmarks
 
 SECONDS ?= 600
-soak: $(VENV)/.test
+soak: $(VENV)/.test compiled
 	$(RUN) tests/chaos/soak.py --seconds $(SECONDS)
 	CHAOS_SECONDS=$(SECONDS) $(RUN) -m pytest -s tests/chaos/test_chaos.py
 
@@ -77,13 +81,18 @@ $(VENV)/.tools: $(VENV)/.torch
 	@touch $@
 
 # One stamp for each extra of pyproject.toml. The package is built with what is installed: what pip fetches for a build by
-# itself heeds no constraints.
+# itself heeds no constraints. Nor is it compiled here, which `make demo` need not wait for.
 $(VENV)/.%: $(VENV)/.torch pyproject.toml $(CONSTRAINTS)
 	$(PIP) --quiet $(BUILD)
-	$(PIP) --quiet --no-build-isolation --no-deps --editable .
+	ANEURON_PURE=1 $(PIP) --quiet --no-build-isolation --no-deps --editable .
 	$(PIP) --quiet 'aneuron[$*]'
 	@touch $@
 
+# What is compiled lies in the package, beside what says how (aneuron/_native); only what changed is compiled again.
+compiled: $(VENV)/.torch
+	@$(RUN) -c 'import Cython, setuptools' 2>/dev/null || $(PIP) --quiet $(BUILD)
+	@$(RUN) aneuron/_native/build.py
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) aneuron/_native/compiled build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

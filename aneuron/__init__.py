@@ -3,6 +3,7 @@
 This is the front door; what is not exported here may move.
 """
 
+import aneuron._native  # noqa: F401 - first: it decides what the others are imported from
 from aneuron.backends import Backend, Core, Fault
 from aneuron.backends.cpu import CpuBackend
 from aneuron.backends.cuda import CudaBackend

@@ -10,6 +10,7 @@ import os
 import time
 from typing import Any
 
+from aneuron._native import why_pure_once
 from aneuron.engine.dispatcher import FORKED, Dispatcher, in_a_thread
 from aneuron.engine.evidence import Evidence
 from aneuron.engine.loading import Load
@@ -222,7 +223,9 @@ class Lifecycle:
         self.program, self.run = program, run
 
     def _say_started(self, what: str, run: Run, began: float) -> None:
-        """One line for the log."""
+        """One line for the log, and one for the first model if the core is not compiled."""
+        if why := why_pure_once():
+            logger.info("the core runs as Python, more slowly: %s", why)
         ids = [loaded.core_id for loaded in run.loaded if run.recovery.health[loaded.index].serves]
         shapes = [
             ("1 row" if rows == 1 else f"{rows or 'any number of'} rows") + (f" of length {bucket}" if bucket else "")

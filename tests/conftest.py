@@ -7,6 +7,8 @@ import hypothesis
 import pytest
 import torch
 
+import aneuron._native
+
 hypothesis.settings.register_profile(
     "same", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -20,6 +22,17 @@ def seed():
 
 def pytest_collectstart(collector):
     seed()  # what a module draws when it is imported
+
+
+def pytest_collection_modifyitems(items):
+    if aneuron._native.why_pure is None:
+        for item in items:
+            if item.get_closest_marker("pure"):
+                item.add_marker(pytest.mark.skip(reason="runs only as Python: ANEURON_PURE=1"))
+
+
+def pytest_report_header():
+    return f"aneuron's core: {aneuron._native.why_pure or 'compiled'}"
 
 
 @pytest.fixture(autouse=True)

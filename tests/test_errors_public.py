@@ -41,7 +41,7 @@ ERRORS = {
 
 # Design § 13: a file may import those above it.
 ORDER = [
-    "errors", "names", "arguments", "sched", "sched.call", "sched.flows", "sched.fair_queue", "sched.room",
+    "_native.sources", "_native", "errors", "names", "arguments", "sched", "sched.call", "sched.flows", "sched.fair_queue", "sched.room",
     "sched.filling", "sched.slots", "sched.batch_delay", "sched.sizes", "sched.scheduler", "sched.shares",
     "engine.health", "engine.failures", "tensors", "tensors.buckets", "tensors.marked", "tensors.nested",
     "tensors.quantized", "tensors.lengths", "tensors.outputs", "tensors.verdicts", "engine.evidence", "tensors.rows",
@@ -366,7 +366,7 @@ def test_a_file_keeps_out_what_must_not_be_there(name, forbidden):
 def test_the_package_needs_torch_and_anyio_only():
     allowed = set(sys.stdlib_module_names) | {"aneuron", "torch", "anyio"}
     for name, path in modules().items():
-        if name.partition(".")[0] in ("web", "cli") or name in ("backends.neuron", "backends.cuda"):
+        if name.partition(".")[0] in ("web", "cli") or name in ("backends.neuron", "backends.cuda", "_native.build"):
             continue
         assert {module.partition(".")[0] for module in every_import(path)} <= allowed
 

@@ -15,6 +15,8 @@ from aneuron.sched.call import NEVER, Call, Terms
 from aneuron.sched.scheduler import Rules, Scheduler
 from aneuron.sched.sizes import Cover
 
+pytestmark = pytest.mark.core
+
 AT_ONCE = float("inf")
 BATCH = 8
 SERVICE = 0.005

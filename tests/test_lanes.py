@@ -12,6 +12,8 @@ from puppets import call, check_sum, release_all, row, scenario
 from aneuron import AsyncDataParallel, Closed, CoreFailed, Fault, NoHealthyCores, QueueFull, SimulatedBackend
 from aneuron.testing import PuppetBackend, run, settle
 
+pytestmark = pytest.mark.core
+
 
 def values(args_and_kwargs):
     """The first column of what a puppet executes or has executed."""

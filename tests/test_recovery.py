@@ -27,6 +27,8 @@ from aneuron.engine.execution import Execution
 from aneuron.engine.health import FIRST, LIMIT
 from aneuron.testing import PuppetBackend, settle
 
+pytestmark = pytest.mark.core
+
 CORE, FATAL, INPUT = OSError("the core"), SystemError("the process"), ValueError("the input")
 BACK = 1.25 * FIRST + 0.01  # seconds until a core is back for sure
 

@@ -12,6 +12,8 @@ from aneuron.sched.scheduler import Rules, Scheduler
 from aneuron.sched.sizes import Cover
 from aneuron.sched.slots import spread
 
+pytestmark = pytest.mark.core
+
 AT_ONCE = float("inf")  # lanes that execute may be given their next batch at any time
 RULES = Rules(cores=4, batch_size=8, preferred=32, split_size=None, packing=True, max_pending=None)
 

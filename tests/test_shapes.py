@@ -18,6 +18,8 @@ from puppets import scenario
 from aneuron import AsyncDataParallel, Buckets, OutputError, ShapeError, SimulatedBackend
 from aneuron.testing import PuppetBackend, run, settle
 
+pytestmark = pytest.mark.core
+
 TIMES = {1: 0.001, 8: 0.006}  # inf2: a row takes 1 ms on the batch-1 model, and up to eight take 6 ms on the other
 
 

@@ -18,6 +18,8 @@ from aneuron.map.sources import LoopSource
 from aneuron.map.window import _Window
 from aneuron.testing import PuppetBackend, settle
 
+pytestmark = pytest.mark.core
+
 BUG = ZeroDivisionError("a bug")
 DEATHS = [BUG, asyncio.CancelledError("from nowhere")]
 ids = [type(death).__name__ for death in DEATHS]

@@ -21,6 +21,8 @@ from aneuron import AsyncDataParallel, Closed, SimulatedBackend
 from aneuron.errors import AneuronError, DeadlineExceeded, QueueFull
 from aneuron.testing import PuppetBackend, run, settle
 
+pytestmark = pytest.mark.core
+
 NAN, INF = float("nan"), float("inf")
 
 

@@ -12,6 +12,8 @@ import threads
 import virtual
 from callers import check_freed
 
+pytestmark = pytest.mark.core
+
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "0"))
 

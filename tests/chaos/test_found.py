@@ -5,6 +5,7 @@ import gc
 import threading
 import weakref
 
+import pytest
 import torch
 from puppets import call, row, scenario
 
@@ -12,6 +13,8 @@ from aneuron import AsyncDataParallel, CoreFailed, Fault, NoHealthyCores, Simula
 from aneuron.engine import recovery
 from aneuron.engine.board import Board
 from aneuron.testing import PuppetBackend, settle
+
+pytestmark = pytest.mark.core
 
 
 @scenario
