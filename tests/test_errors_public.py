@@ -44,11 +44,12 @@ ORDER = [
     "errors", "names", "sched", "sched.call", "sched.fair_queue", "sched.room", "sched.filling", "sched.slots",
     "sched.batch_delay", "sched.sizes", "sched.scheduler", "engine.health", "tensors", "tensors.buckets",
     "tensors.marked", "tensors.nested", "tensors.quantized", "tensors.lengths", "tensors.outputs", "tensors.verdicts",
-    "engine.evidence", "tensors.rows", "tensors.signature", "backends", "backends.files", "backends.unwarned",
-    "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu", "backends.simulated",
+    "engine.evidence", "tensors.rows", "tensors.signature", "backends.traits", "backends", "backends.files",
+    "backends.unwarned", "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu", "engine",
+    "engine.modes", "backends.timer", "backends.simulated",
     "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores", "backends.neuron.placement",
-    "backends.neuron.native", "backends.neuron", "backends.cuda", "stats", "program", "observing", "engine",
-    "engine.modes", "engine.threads", "engine.lane", "engine.futures", "engine.recovery", "engine.lanes", "map",
+    "backends.neuron.native", "backends.neuron", "backends.cuda", "stats", "program", "observing",
+    "engine.threads", "engine.lane", "engine.futures", "engine.recovery", "engine.lanes", "map",
     "map.sources", "map.window", "options", "parallel", "testing", "web", "cli", "__main__",
 ]  # fmt: skip
 
