@@ -264,6 +264,8 @@ class PuppetBackend:
 
 # The contract of a backend.
 
+PATIENCE = 60.0  # seconds that a submission of a batch of the example may take
+
 
 def check_backend(backend: Backend, model: Any = None, example_inputs: tuple[torch.Tensor, ...] | None = None) -> None:
     """Check a backend against the contract of `aneuron.Backend`; raises AssertionError with what is broken.
@@ -345,9 +347,9 @@ class _Submission:
             with selectors.DefaultSelector() as selector:
                 selector.register(core.completions, selectors.EVENT_READ)
                 while not self._ended.is_set():
-                    assert selector.select(60.0), "the descriptor of a polled core is readable when something is done"
+                    assert selector.select(PATIENCE), "the descriptor of a polled core is readable when something ends"
                     core.complete()
-        assert self._ended.wait(60.0), "done() is called when a submission has ended: 60 s have passed"
+        assert self._ended.wait(PATIENCE), f"done() is called when a submission has ended, not within {PATIENCE:g} s"
 
     def check(self, expected: torch.Tensor) -> None:
         """It has ended once, and well."""

@@ -18,7 +18,7 @@ import torch
 from aneuron.backends import Done, Fault
 from aneuron.backends.copies import own
 from aneuron.backends.cpu import open_model
-from aneuron.backends.timer import Timer
+from aneuron.backends.timer import INFINITY, Timer
 from aneuron.tensors.nested import walk
 
 _KINDS = ("input", "core", "fatal", "hang", "slow")
@@ -157,6 +157,7 @@ class SimulatedCore:
         self._device = threading.Lock()
         self._free = 0.0  # when the device will have done all that it was given
         self._executions = 0
+        self._took: deque[float] = deque(maxlen=8)  # seconds that the model has computed
         self._random = chance
 
     def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -167,12 +168,18 @@ class SimulatedCore:
         with self._device:
             begin = max(self._free, time.monotonic())
             seconds = self._seconds(rows)
-            output = self._model(*args, **kwargs)
-            end = begin + seconds
-            self._free = end = max(end, time.monotonic())
+            output = self._answer(args, kwargs)
+            self._free = end = max(begin + seconds, time.monotonic())
         if (rest := end - time.monotonic()) > 0:
             time.sleep(rest)
         return output
+
+    def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        begin = time.monotonic()
+        try:
+            return self._model(*args, **kwargs)
+        finally:
+            self._took.append(time.monotonic() - begin)
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """The rows of a batch, if they are as many as the core is compiled for."""
@@ -216,6 +223,7 @@ class _Run:
     seconds: float
     begin: float = 0.0
     end: float = 0.0
+    outcome: tuple[Any, BaseException | None] = (None, None)
 
 
 class SubmittingSimulatedCore(SimulatedCore):
@@ -226,7 +234,6 @@ class SubmittingSimulatedCore(SimulatedCore):
         self._context = copy_context()  # that of the load: what the model sees
         self._lock = threading.Lock()
         self._queue: deque[_Run] = deque()  # the first of them is running
-        self._took: deque[float] = deque(maxlen=8)  # seconds that the model has computed
 
     def submit(self, args: tuple[Any, ...], kwargs: dict[str, Any], done: Done) -> None:
         """Queue a batch on the device. Its answer is computed when it is due, in the timer's thread."""
@@ -245,49 +252,39 @@ class SubmittingSimulatedCore(SimulatedCore):
     def _start(self, run: _Run) -> None:
         """The device is free: it begins with a batch, or will when that has been copied.
 
-        A model that takes its time computes from the beginning, beside others; one that was not seen yet might.
+        A model that takes its time computes from the beginning, beside others; one that was not seen yet might. Others
+        do so just in time: nobody has to be woken for it.
         """
         run.begin = max(self._free, run.ready)
-        run.end = run.begin + run.seconds
-        long = not self._took or min(self._took) > _NOTABLE
-        _timer.at(run.begin if long else run.end, partial(self._compute, run), self, long)
+        self._free = run.end = run.begin + run.seconds
+        takes = min(self._took, default=INFINITY)
+        long = takes > _NOTABLE
+        _timer.at(run.begin if long else max(run.begin, run.end - takes), partial(self._compute, run), self, long)
 
     def _compute(self, run: _Run) -> None:
-        output, error, model = None, None, self._model
         begin = time.monotonic()
         try:
             with self._device:
-                output = self._context.copy().run(model, *run.args, **run.kwargs)
-        except BaseException as raised:
-            error = raised
+                run.outcome = self._context.copy().run(self._answer, run.args, run.kwargs), None
+        except BaseException as error:
+            run.outcome = None, error
         now = time.monotonic()
-        self._took.append(now - begin)
         run.end = max(run.end, run.begin + now - begin)
         if now < run.end:
-            try:
-                _timer.at(run.end, partial(self._end, run, output, error), self)
-                return
-            except RuntimeError as failed:
-                output, error = None, failed
-        self._end(run, output, error)
+            _timer.at(run.end, partial(self._end, run), self)
+        else:
+            self._end(run)
 
-    def _end(self, run: _Run, output: Any, error: BaseException | None) -> None:
+    def _end(self, run: _Run) -> None:
         """A batch is done: the device goes on with the next."""
-        stuck: list[_Run] = []
         with self._lock:
             self._free = max(self._free, run.end)
             if self._queue and self._queue[0] is run:  # else the core has been closed
                 self._queue.popleft()
-            if self._queue:
-                try:
+                if self._queue:
                     self._start(self._queue[0])
-                except RuntimeError as failed:
-                    stuck = list(self._queue)
-                    self._queue.clear()
-                    no_thread = failed
-        run.done(output, error)
-        for other in stuck:
-            other.done(None, no_thread)
+        outcome, run.outcome = run.outcome, (None, None)  # an error's traceback holds a frame, and that the run
+        run.done(*outcome)
 
     def close(self) -> None:
         """Let the model go; what is still in the queue was given up."""

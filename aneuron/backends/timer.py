@@ -14,6 +14,7 @@ import os
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -22,7 +23,9 @@ from aneuron.engine.modes import Modes
 logger = logging.getLogger("aneuron")
 
 PATIENCE = 0.005  # seconds after which a call counts as blocked
+QUIET = 0.1  # seconds between two looks whether one has, where nothing is due sooner
 IDLE = 1.0  # seconds without a call after which a thread ends
+INFINITY = float("inf")
 
 _Planned = tuple[float, int, Callable[[], None], object, bool]  # due, in turn, what, whose, whether it takes long
 
@@ -48,60 +51,77 @@ class Timer:
 
     def forget(self) -> None:
         """Be in a process that was forked: the threads are the parent's, and may hold the lock."""
-        self._lock = threading.Lock()
-        self._plan: list[_Planned] = []  # a heap
+        self._new: deque[_Planned] = deque()  # appended by anybody, without the lock: the loop does not wait for it
         self._turn = itertools.count()
+        self._lock = threading.Lock()  # around what follows
+        self._plan: list[_Planned] = []  # a heap
         self._leader: _Thread | None = None
         self._spare: list[_Thread] = []  # wait for the lead
         self._watcher: _Thread | None = None
         self._threads: set[_Thread] = set()
         self._began: float | None = None  # when the leader began with a call that is not over
+        self._over = False  # threads with nothing to do are to end
+        self._asleep_until = INFINITY  # what is due sooner has to wake somebody
 
     def at(self, due: float, call: Callable[[], None], owner: object, long: bool = False) -> None:
         """Plan a call, at a time of `time.monotonic()`. Those of one time are made in the order of their planning.
 
         `long`: it may take a while, and is made beside others. Raises `RuntimeError` if a thread is needed and none can
-        be had.
+        be had, but not within a call of this timer.
         """
-        with self._lock:
-            leader = self._leader or self._pass_on()
-            planned = due, next(self._turn), call, owner, long
-            heapq.heappush(self._plan, planned)
-            if self._plan[0] is planned:
-                leader.wake.notify()
+        planned = due, next(self._turn), call, owner, long
+        self._new.append(planned)  # before the question: a leader looks here when it has said how long it sleeps
+        if due < self._asleep_until:
+            with self._lock:
+                try:
+                    leader = self._leader or self._pass_on()
+                except RuntimeError:
+                    if threading.current_thread() in self._threads:  # it has the lead when it has made its call
+                        return
+                    self._new.remove(planned)
+                    raise
+            leader.wake()
 
     def drop(self, owner: object) -> None:
-        """Forget what was planned for an owner. Threads that have nothing to do any more end at once."""
+        """Forget what was planned for an owner. Threads that have nothing else to do end at once."""
         with self._lock:
+            self._take_in()
             self._plan = [planned for planned in self._plan if planned[3] is not owner]
             heapq.heapify(self._plan)
             if not self._plan:
-                for thread in self._threads:
-                    thread.wake.notify()
+                self._end_threads()
 
     def stop(self) -> "set[_Thread]":
         """Forget all that was planned, and let the threads end; those that there are."""
         with self._lock:
-            threads, self._plan = set(self._threads), []
-            for thread in threads:
-                thread.wake.notify()
+            self._take_in()
+            self._plan = []
+            return self._end_threads()
+
+    def _end_threads(self) -> "set[_Thread]":
+        self._over = True
+        threads = set(self._threads)
+        for thread in threads:
+            thread.wake()
         return threads
 
-    def _start(self, name: str, work: "Callable[[_Thread], None]") -> "_Thread":
-        thread = _Thread(name, work, self._lock, self._threads)
-        thread.start()
-        self._threads.add(thread)
-        return thread
+    def _take_in(self) -> None:
+        while self._new:
+            self._over = False
+            heapq.heappush(self._plan, self._new.popleft())
 
     def _pass_on(self) -> "_Thread":
         """With the lock: give the lead to a thread that has nothing to do."""
-        if self._spare:
-            self._leader = self._spare.pop()
-            self._leader.wake.notify()
-        else:
-            self._leader = self._start(self._name, self._work)
-        self._began = None
-        return self._leader
+        leader = self._spare.pop() if self._spare else self._start(self._name, self._work)
+        self._leader, self._began, self._asleep_until = leader, None, -INFINITY
+        leader.wake()
+        return leader
+
+    def _start(self, name: str, work: "Callable[[_Thread], None]") -> "_Thread":
+        thread = _Thread(name, work, self._threads)
+        thread.start()
+        self._threads.add(thread)
+        return thread
 
     def _work(self, me: "_Thread") -> None:
         modes = Modes()
@@ -115,52 +135,82 @@ class Timer:
 
     def _next(self, me: "_Thread") -> Callable[[], None] | None:
         """What a thread is to call now. None: it is to end."""
-        with self._lock:
-            if self._leader is not me:  # the lead was passed on meanwhile
-                self._spare.append(me)
-                me.wake.wait(IDLE)
-                if self._leader is not me:
-                    self._spare.remove(me)
+        idle = time.monotonic() + IDLE
+        while True:
+            with self._lock:
+                now, due = time.monotonic(), INFINITY
+                if self._leader is None:
+                    self._leader, self._spare = me, [each for each in self._spare if each is not me]
+                if self._leader is me:
+                    self._began, due = None, self._first_due()
+                elif me not in self._spare:  # the lead was passed on meanwhile
+                    self._spare.append(me)
+                if due <= now:
+                    return self._begin(now)
+                if due == INFINITY and (self._over or now >= idle):
+                    self._leave(me)
                     return None
-            self._began = None
-            while not self._plan or (pause := self._plan[0][0] - time.monotonic()) > 0:
-                me.wake.wait(pause if self._plan else IDLE)
-                if not self._plan:
-                    self._leader = None
-                    if self._watcher is not None:
-                        self._watcher.wake.notify()
-                    return None
-            _, _, call, _, long = heapq.heappop(self._plan)
-            self._began = time.monotonic()
-            with suppress(RuntimeError):  # there is no other thread to be had: then this one does it all
-                if long:
-                    self._pass_on()
-                if self._watcher is None:
-                    self._watcher = self._start(f"{self._name}-watch", self._watch)
-            return call
+            me.sleep((idle if due == INFINITY else due) - now)
+
+    def _first_due(self) -> float:
+        """When the leader has to be awake again. Others wake it for what is due sooner."""
+        while True:
+            self._take_in()
+            self._asleep_until = self._plan[0][0] if self._plan else INFINITY
+            if not self._new:  # else it came in between
+                return self._asleep_until
+
+    def _begin(self, now: float) -> Callable[[], None]:
+        _, _, call, _, long = heapq.heappop(self._plan)
+        self._began, self._asleep_until = now, -INFINITY
+        with suppress(RuntimeError):  # there is no other thread to be had: then this one does it all
+            if long:
+                self._pass_on()
+            if self._watcher is None:
+                self._watcher = self._start(f"{self._name}-watch", self._watch)
+        return call
+
+    def _leave(self, me: "_Thread") -> None:
+        if self._leader is me:
+            self._leader = None
+            if self._watcher is not None:
+                self._watcher.wake()
+        else:
+            self._spare.remove(me)
 
     def _watch(self, me: "_Thread") -> None:
         """Pass the lead on when the one who has it does not come back."""
-        with self._lock:
-            while self._leader is not None:
+        while True:
+            with self._lock:
+                if self._leader is None:
+                    self._watcher = None
+                    return
                 now = time.monotonic()
                 if self._began is not None and now - self._began > PATIENCE:
                     with suppress(RuntimeError):
                         self._pass_on()
-                quiet = 20 * PATIENCE if self._began is None else PATIENCE
-                me.wake.wait(min(quiet, max(PATIENCE, self._plan[0][0] - now)) if self._plan else quiet)
-            self._watcher = None
+                quiet = self._asleep_until > now + QUIET
+            me.sleep(QUIET if quiet else PATIENCE)
 
 
 class _Thread(threading.Thread):
-    """One that can be woken, and is in a set until it ends."""
+    """One that sleeps until it is woken, and is in a set until it ends."""
 
-    def __init__(
-        self, name: str, work: "Callable[[_Thread], None]", lock: threading.Lock, among: "set[_Thread]"
-    ) -> None:
+    def __init__(self, name: str, work: "Callable[[_Thread], None]", among: "set[_Thread]") -> None:
         super().__init__(name=name, daemon=True)
-        self.wake = threading.Condition(lock)
         self._work, self._among = work, among
+        self._bell = threading.Lock()  # what is waited for; cheaper than a condition
+        self._bell.acquire()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, at most so long."""
+        if seconds > 0:
+            self._bell.acquire(timeout=min(seconds, threading.TIMEOUT_MAX))
+
+    def wake(self) -> None:
+        """Have it sleep no longer, or not at all the next time."""
+        with suppress(RuntimeError):
+            self._bell.release()
 
     def run(self) -> None:
         try:
