@@ -90,7 +90,7 @@ def test_what_a_backend_says_is_read():
     ("traits", "rule"),
     [
         *(({name: value}, "expected True or False")
-          for name in ("cuts_batches", "loads_scripts", "probes", "inline") for value in (1, None, "yes", lambda: True)),
+          for name in ("cuts_batches", "loads_scripts", "probes", "inline") for value in (1, None, "yes", all)),
         *(({"preferred_rows": value}, "expected an int of at least 1") for value in (0, -1, True, 8.0, "8", None)),
         *(({"cores_per_device": value}, "expected an int of at least 1") for value in (0, True, "2")),
         *(({name: 8}, "expected a method, or None for none") for name in ("compiled_rows", "global_id", "workers")),
@@ -617,7 +617,7 @@ def test_cores_submit_where_they_take_time(settings, submits):
     backend = SimulatedBackend(1, **settings)
     core = backend.load(torch.neg, 0, None)
     assert isinstance(core, SubmittingCore) is submits
-    assert core.concurrent is (settings.get("service_time") != 0.0 or len(settings) > 1 and "inline" not in settings)
+    assert core.concurrent is (submits or not backend.submits)
 
 
 @pytest.mark.parametrize(
@@ -843,11 +843,12 @@ class Early(Device):
     def run(self, args, kwargs, done):
         output, error = self.outcome(args, kwargs)
         if error is not None:
-            return done(None, error)
-        right = output.clone()
-        output.zero_()
-        done(output, None)
-        output.copy_(right)
+            done(None, error)
+        else:
+            right = output.clone()
+            output.zero_()
+            done(output, None)
+            output.copy_(right)
 
 
 class Reuses(Device):
