@@ -254,7 +254,8 @@ class SubmittingCudaCore(CudaCore):
 
     def _look(self, flight: _Flight) -> None:
         """Whether the device has done all of it; if not, look again, soon where it has not been long."""
-        assert flight.slot is not None
+        if self._copy is None or flight.slot is None:  # closed: nobody waits
+            return
         now = time.monotonic()
         try:
             over = flight.slot.is_over()

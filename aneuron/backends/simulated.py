@@ -270,7 +270,7 @@ class SubmittingSimulatedCore(SimulatedCore):
             run.outcome = None, error
         now = time.monotonic()
         run.end = max(run.end, run.begin + now - begin)
-        if now < run.end:
+        if now < run.end and self._model is not None:  # else the core has been closed, and nobody waits
             _timer.at(run.end, partial(self._end, run), self)
         else:
             self._end(run)
