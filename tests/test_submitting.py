@@ -855,11 +855,16 @@ class Early(Device):
 class Reuses(Device):
     """Has one memory for all outputs."""
 
+    def __init__(self, model):
+        super().__init__(model)
+        self.lock, self.memory = threading.Lock(), None
+
     def run(self, args, kwargs, done):
-        output, error = self.outcome(args, kwargs)
-        if error is None:
-            self.memory = output = output if not hasattr(self, "memory") else self.memory.copy_(output)
-        done(output, error)
+        with self.lock:
+            output, error = self.outcome(args, kwargs)
+            if error is None:
+                self.memory = output = output if self.memory is None else self.memory.copy_(output)
+            done(output, error)
 
 
 class Swaps(AtOnce):

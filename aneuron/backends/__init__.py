@@ -30,8 +30,9 @@ class Fault(Enum):
 
 @runtime_checkable
 class Core(Protocol):
-    """The model, loaded on one core. All its methods are called in worker threads of this core, those of an `inline`
-    backend's on the event loop's. One that needs no thread to wait for it has `submit` besides: `SubmittingCore`.
+    """The model, loaded on one core. All its methods are called in worker threads of this core.
+
+    One that needs no thread to wait for it has `submit` besides: `aneuron.backends.SubmittingCore`.
     """
 
     concurrent: bool
@@ -166,8 +167,7 @@ class Backend(Protocol):
       itself, which stands still meanwhile. It is never found out: a core that was fast so far may not stay so;
     - `global_id(core_id)`: the machine's number of a core, None if it cannot tell (the id itself where there is none).
 
-    They are read once, by `traits_of`; one of the wrong type is a `ValueError`. A core may have `submit` besides
-    (`SubmittingCore`).
+    One of the wrong type is a `ValueError`. Cores may have `submit` besides: `aneuron.backends.SubmittingCore`.
 
     A complete one, for a model that is a plain function::
 

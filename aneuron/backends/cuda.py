@@ -22,7 +22,7 @@ import torch
 
 from aneuron.backends import Done, Fault
 from aneuron.backends.cpu import open_model
-from aneuron.backends.timer import Timer
+from aneuron.backends.timer import INFINITY, NOTABLE, Timer
 from aneuron.backends.torchscript import load_script
 from aneuron.errors import DeviceError
 from aneuron.tensors.nested import fill, walk
@@ -68,9 +68,8 @@ class CudaBackend:
     each batch in flight; several may run at once, so its `forward` must not write to itself.
 
     Cores offer `submit`: one thread for each device launches what batches need, another one asks for all devices
-    whether it is done. Where a `forward` waits for its device (`.item()`, say), or launches for longer than some
-    milliseconds, another thread launches the next batch. With `submits=False` a thread launches and waits for each
-    batch in flight.
+    whether it is done. A `forward` that takes a while, or waits for the device (`.item()`, say), runs in a thread
+    beside it. With `submits=False` a thread launches and waits for each batch in flight.
 
     `torch.OutOfMemoryError` counts as an input's fault: the batch runs again in halves. After an error that ends CUDA
     for the process, a device-side assert for one, every call fails with `CoreFailed`: restart the process.
@@ -160,6 +159,7 @@ class CudaCore:
         self._device = device
         self._slots = slots
         self._process = os.getpid()
+        self._launches: deque[float] = deque(maxlen=8)  # seconds that they took
 
     def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Copy the batch to the device, run the model, copy its output back, all on one stream.
@@ -183,9 +183,12 @@ class CudaCore:
     def _launch(self, slot: "_Slot", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin with all that a batch needs, on the slot's stream, which is the current one."""
         assert self._copy is not None
+        begin = time.monotonic()
         slot.begin()
         args, kwargs = _moved((args, kwargs), slot.to_device)
-        return _moved(self._copy.module(*args, **kwargs), slot.to_host)
+        output = _moved(self._copy.module(*args, **kwargs), slot.to_host)
+        self._launches.append(time.monotonic() - begin)
+        return output
 
     def close(self) -> None:
         """Let the weights go."""
@@ -218,7 +221,7 @@ class _Flight:
 
 
 class SubmittingCudaCore(CudaCore):
-    """One that nobody waits in: a thread launches for all cores of the device, one asks for all whether they are done.
+    """One that nobody waits in: a thread launches for all cores of a device, another asks for all whether it is done.
 
     The model's own Python may take milliseconds, and wait for the device: the event loop does not run it.
     """
@@ -233,7 +236,8 @@ class SubmittingCudaCore(CudaCore):
         """Hand a batch to the thread that launches. CUDA is not touched here."""
         if os.getpid() != self._process:
             raise DeviceError(_FORKED)
-        self._launcher.at(time.monotonic(), partial(self._begin, _Flight(args, kwargs, done)), self)
+        long = min(self._launches, default=INFINITY) > NOTABLE
+        self._launcher.at(time.monotonic(), partial(self._begin, _Flight(args, kwargs, done)), self, long)
 
     def _begin(self, flight: _Flight) -> None:
         flight.begin = time.monotonic()

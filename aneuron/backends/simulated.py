@@ -18,11 +18,10 @@ import torch
 from aneuron.backends import Done, Fault
 from aneuron.backends.copies import own
 from aneuron.backends.cpu import open_model
-from aneuron.backends.timer import INFINITY, Timer
+from aneuron.backends.timer import INFINITY, NOTABLE, Timer
 from aneuron.tensors.nested import walk
 
 _KINDS = ("input", "core", "fatal", "hang", "slow")
-_NOTABLE = 2e-4  # seconds that a model computes, from which on it is not done between two completions
 _timer = Timer("aneuron-simulated")  # of all simulated cores of the process
 
 
@@ -258,7 +257,7 @@ class SubmittingSimulatedCore(SimulatedCore):
         run.begin = max(self._free, run.ready)
         self._free = run.end = run.begin + run.seconds
         takes = min(self._took, default=INFINITY)
-        long = takes > _NOTABLE
+        long = takes > NOTABLE
         _timer.at(run.begin if long else max(run.begin, run.end - takes), partial(self._compute, run), self, long)
 
     def _compute(self, run: _Run) -> None:

@@ -22,9 +22,10 @@ from aneuron.engine.modes import Modes
 
 logger = logging.getLogger("aneuron")
 
-PATIENCE = 0.005  # seconds after which a call counts as blocked
+PATIENCE = 0.02  # seconds after which a call counts as blocked; to look more often costs more than it is worth
 QUIET = 0.1  # seconds between two looks whether one has, where nothing is due sooner
 IDLE = 1.0  # seconds without a call after which a thread ends
+NOTABLE = 2e-4  # seconds of computing or launching, from which on it is not done between two other calls
 INFINITY = float("inf")
 
 _Planned = tuple[float, int, Callable[[], None], object, bool]  # due, in turn, what, whose, whether it takes long
