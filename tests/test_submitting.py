@@ -278,23 +278,22 @@ def test_a_call_plans_another_where_no_thread_is_to_be_had(made, monkeypatch):
     def start(self):
         raise RuntimeError("can't start new thread")
 
-    inside, go, over = threading.Event(), threading.Event(), threading.Event()
+    monkeypatch.setattr(timer, "IDLE", 0.0)
+    inside, go, over, calling = threading.Event(), threading.Event(), threading.Event(), []
 
     def call():
+        calling.append(threading.current_thread())
         inside.set()
         assert go.wait(60.0)
         made.at(now(), over.set, None)
 
     made.at(now(), call, None, long=True)
     assert inside.wait(60.0)
-    monkeypatch.setattr(timer, "IDLE", 0.0)
-    for thread in set(made._threads):  # but the one that calls
-        if thread is made._leader:
-            thread.wake()
-            thread.join(60.0)
+    for thread in set(made._threads) - set(calling):
+        thread.join(60.0)
+        assert not thread.is_alive()
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        patch.setattr(timer, "IDLE", 1.0)
         go.set()
         assert over.wait(60.0)
 
@@ -490,6 +489,36 @@ def test_a_model_is_not_computed_on_the_calling_thread(puppet):
     assert ran == []
     puppet.advance()
     assert len(ran) == len(ends) == 1
+
+
+class Keeps(torch.nn.Module):
+    """Writes its answers into memory of its own."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.out, self.kind = torch.zeros(3, 2), kind
+
+    def forward(self, x):
+        self.out.copy_(x)
+        shapes = {"plain": self.out, "view": self.out[:2], "nested": {"a": [self.out, "text"], "b": self.out.numpy()}}
+        return shapes[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["plain", "view", "nested"])
+def test_an_answer_stays_as_it_is_while_the_core_goes_on(puppet, kind):
+    """As on a device, from which it is copied: two batches are in flight at once."""
+
+    def first(output):
+        return float(output["a"][0][0, 0]) + float(output["b"][0, 0]) if kind == "nested" else float(output[0, 0])
+
+    ends = loaded(puppet, Keeps(kind))
+    executed = [ends.core.execute((X + index,), {}) for index in range(3)]
+    for index in range(3):
+        ends.submit(X + index)
+    puppet.advance()
+    expected = [0.0, 2.0, 4.0] if kind == "nested" else [0.0, 1.0, 2.0]
+    assert [first(output) for output in executed] == expected
+    assert [first(output) for *_, output, _ in ends] == expected
 
 
 def test_an_error_of_the_model_comes_by_done_and_the_next_goes_on(puppet):

@@ -164,7 +164,8 @@ class Backend(Protocol):
     - `probes = False`: its cores execute callers' rows only; which outputs have rows is then taken from their shapes,
       as with `check_rows=False`;
     - `inline = True`: its cores take microseconds, and callers' batches are executed on the thread of the event loop
-      itself, which stands still meanwhile. It is never found out: a core that was fast so far may not stay so;
+      itself, which stands still meanwhile; `submit` is not used. It is never found out: a core that was fast so far
+      may not stay so;
     - `global_id(core_id)`: the machine's number of a core, None if it cannot tell (the id itself where there is none).
 
     One of the wrong type is a `ValueError`. Cores may have `submit` besides: `aneuron.backends.SubmittingCore`.

@@ -19,7 +19,7 @@ from aneuron.backends import Done, Fault
 from aneuron.backends.copies import own
 from aneuron.backends.cpu import open_model
 from aneuron.backends.timer import INFINITY, NOTABLE, Timer
-from aneuron.tensors.nested import walk
+from aneuron.tensors.nested import Sealed, fill, walk
 
 _KINDS = ("input", "core", "fatal", "hang", "slow")
 _timer = Timer("aneuron-simulated")  # of all simulated cores of the process
@@ -174,9 +174,11 @@ class SimulatedCore:
         return output
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's output; copied, as from a device, where another batch may be in flight by the time it is used."""
         begin = time.monotonic()
         try:
-            return self._model(*args, **kwargs)
+            output = self._model(*args, **kwargs)
+            return _copied(output) if self.concurrent else output
         finally:
             self._took.append(time.monotonic() - begin)
 
@@ -291,6 +293,19 @@ class SubmittingSimulatedCore(SimulatedCore):
             self._queue.clear()
         _timer.drop(self)
         super().close()
+
+
+def _copied(output: Any) -> Any:
+    """An output in memory of its own; as it is, if it cannot be taken apart: whoever cuts it will say so."""
+    if type(output) is torch.Tensor:
+        return output.clone()
+    leaves: list[Any] = []
+    try:
+        walk(output, leaves, [], [])
+        copies = [leaf.clone() if isinstance(leaf, torch.Tensor) else leaf.copy() for leaf in leaves]
+        return fill(output, iter(copies))
+    except Sealed:
+        return output
 
 
 def _rows(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -24,7 +24,7 @@ logger = logging.getLogger("aneuron")
 
 PATIENCE = 0.02  # seconds after which a call counts as blocked; to look more often costs more than it is worth
 QUIET = 0.1  # seconds between two looks whether one has, where nothing is due sooner
-IDLE = 1.0  # seconds without a call after which a thread ends
+IDLE = 10.0  # seconds without a call after which a thread ends
 NOTABLE = 2e-4  # seconds of computing or launching, from which on it is not done between two other calls
 INFINITY = float("inf")
 
@@ -59,6 +59,7 @@ class Timer:
         self._leader: _Thread | None = None
         self._spare: list[_Thread] = []  # wait for the lead
         self._watcher: _Thread | None = None
+        self._watching = False  # it looks again soon
         self._threads: set[_Thread] = set()
         self._began: float | None = None  # when the leader began with a call that is not over
         self._over = False  # threads with nothing to do are to end
@@ -169,6 +170,9 @@ class Timer:
                 self._pass_on()
             if self._watcher is None:
                 self._watcher = self._start(f"{self._name}-watch", self._watch)
+            elif not self._watching:
+                self._watcher.wake()
+            self._watching = True
         return call
 
     def _leave(self, me: "_Thread") -> None:
@@ -190,8 +194,9 @@ class Timer:
                 if self._began is not None and now - self._began > PATIENCE:
                     with suppress(RuntimeError):
                         self._pass_on()
-                quiet = self._asleep_until > now + QUIET
-            me.sleep(QUIET if quiet else PATIENCE)
+                self._watching = self._asleep_until < INFINITY
+                pause = PATIENCE if self._asleep_until < now + QUIET else QUIET if self._watching else IDLE
+            me.sleep(pause)
 
 
 class _Thread(threading.Thread):
