@@ -841,7 +841,31 @@ polled = pytest.param(Polled, marks=pytest.mark.skipif(not hasattr(os, "eventfd"
 def test_what_keeps_the_contract_passes(core):
     check_backend(cores_of(core))
     check_backend(cores_of(core), torch.nn.Linear(2, 2).eval(), (X,))
-    assert issubclass(core, PolledCore) is (core is Polled) if core is not Polled else True
+    made = core(torch.neg)
+    assert isinstance(made, PolledCore) is (core is Polled)
+    made.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "eventfd"), reason="no eventfd here")
+def test_a_loop_that_watches_the_descriptor_of_a_polled_core_is_told_on_its_own_thread():
+    async def main():
+        loop, core, told = asyncio.get_running_loop(), Polled(torch.neg), []
+        loop.add_reader(core.completions, core.complete)
+        futures = [loop.create_future() for _ in range(8)]
+        for index, future in enumerate(futures):
+
+            def done(output, error, future=future):
+                told.append(threading.get_ident())
+                future.set_result((output, error))
+
+            core.submit((X + index,), {}, done)
+        ends = await asyncio.gather(*futures)
+        loop.remove_reader(core.completions)
+        core.close()
+        assert all(torch.equal(output, -(X + index)) for index, (output, _) in enumerate(ends))
+        assert set(told) == {threading.get_ident()}
+
+    asyncio.run(main())
 
 
 class Twice(Device):
