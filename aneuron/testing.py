@@ -27,7 +27,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from aneuron.backends import Backend, Core, Fault
+from aneuron.backends import Backend, Core, Fault, PolledCore, SubmittingCore
+from aneuron.backends.traits import traits_of
 from aneuron.engine.execution import Execution
 from aneuron.engine.failures import carried
 from aneuron.engine.threads import Feed, following, is_mine
@@ -263,12 +264,15 @@ class PuppetBackend:
 
 # The contract of a backend.
 
+PATIENCE = 60.0  # seconds that a submission of a batch of the example may take
+
 
 def check_backend(backend: Backend, model: Any = None, example_inputs: tuple[torch.Tensor, ...] | None = None) -> None:
     """Check a backend against the contract of `aneuron.Backend`; raises AssertionError with what is broken.
 
     `model` and `example_inputs` are something that it can load and run, by default `x * 2 + 1` on 4 rows; the rows of
-    the example are the batch size that it is loaded for. Takes a few executions on every core.
+    the example are the batch size that it is loaded for. Takes a few executions on every core. Cores that have `submit`
+    are checked for `SubmittingCore` too, from the calling thread.
     """
     if model is None:
         model, example_inputs = _double, (torch.arange(32.0).reshape(4, 8),)
@@ -282,13 +286,19 @@ def check_backend(backend: Backend, model: Any = None, example_inputs: tuple[tor
     assert ids == list(backend.cores()), "cores() answers the same when asked again"
     assert isinstance(backend.classify(ValueError("of the model")), Fault), "classify() returns a Fault for any error"
     assert isinstance(backend.classify(KeyboardInterrupt()), Fault), "classify() takes a BaseException too"
+    inline = traits_of(backend).inline
     for _ in range(2):  # loaded, closed and loaded again
         loaded = [_elsewhere(backend.load, model, core, example_inputs[0].shape[0]) for core in ids]
         answers = [_check_core(core, example_inputs) for core in loaded]
         for answer in answers:
             torch.testing.assert_close(answer, answers[0], msg="every core gives the same answer")
         for core in loaded:
+            submissions = _check_submit(core, example_inputs) if isinstance(core, SubmittingCore) else []
+            if inline:
+                _check_inline(core, example_inputs, answers[0])
             _elsewhere(core.close)
+            for submission in submissions:
+                submission.check_once()
 
 
 def _check_core(core: Core, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
@@ -307,6 +317,121 @@ def _check_core(core: Core, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
             thread.join(60.0)
         assert not any(thread.is_alive() for thread in threads), "a concurrent core lets two threads execute"
     return first  # type: ignore[no-any-return]
+
+
+class _Submission:
+    """A batch that a core was handed, and what became of it."""
+
+    def __init__(self, core: SubmittingCore, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.inputs, self.before = inputs, [x.clone() for x in inputs]
+        self.ends: list[tuple[Any, Any]] = []
+        self.then: Any = None  # the output, as it was when `done` was called
+        self.raised: Exception | None = None
+        self._ended = threading.Event()
+        modes = _modes()
+        try:
+            core.submit(inputs, {}, self._done)
+        except Exception as error:
+            self.raised = error
+            self._ended.set()
+        assert _modes() == modes, f"submit() leaves the modes of its thread as they are: {modes}, then {_modes()}"
+
+    def _done(self, output: Any, error: BaseException | None) -> None:
+        self.ends.append((output, error))
+        self.then = output.clone() if isinstance(output, torch.Tensor) else output
+        self._ended.set()
+
+    def wait(self, core: SubmittingCore) -> None:
+        """Until it has ended; as the event loop does, if it has a descriptor to look at."""
+        if isinstance(core, PolledCore):
+            with selectors.DefaultSelector() as selector:
+                selector.register(core.completions, selectors.EVENT_READ)
+                while not self._ended.is_set():
+                    assert selector.select(PATIENCE), "the descriptor of a polled core is readable when something ends"
+                    core.complete()
+        assert self._ended.wait(PATIENCE), f"done() is called when a submission has ended, not within {PATIENCE:g} s"
+
+    def check(self, expected: torch.Tensor) -> None:
+        """It has ended once, and well."""
+        self.check_once()
+        if self.raised is not None:
+            raise self.raised
+        output, error = self.ends[0]
+        if error is not None:
+            raise error
+        assert isinstance(output, torch.Tensor) and output.device.type == "cpu", "outputs are host tensors"
+        assert torch.equal(self.then, expected), "done() is called when the output is there, the same as of execute()"
+        assert torch.equal(output, expected), "an output that somebody holds is not written to again"
+        same = all(torch.equal(x, y) for x, y in zip(self.inputs, self.before, strict=True))
+        assert same, "inputs are left as they are"
+
+    def check_once(self) -> None:
+        """`done` was called once, or `submit` has raised."""
+        calls = len(self.ends)
+        if self.raised is not None:
+            assert not calls, "done() is not called where submit() raises"
+        else:
+            assert calls == 1, f"done() is called once: it was called {calls} times"
+            output, error = self.ends[0]
+            assert error is None or isinstance(error, BaseException), f"done(output, error): error={error!r}"
+            assert error is None or output is None, "done() has an output or an error, not both"
+
+
+def _check_submit(core: SubmittingCore, inputs: tuple[torch.Tensor, ...]) -> list[_Submission]:
+    """Submissions one after the other, several in flight, and one that fails, from this thread, as the loop's."""
+    batches = [tuple(x.roll(turn, 0) for x in inputs) for turn in range(4)]
+    answers = [_elsewhere(core.execute, batch, {}).clone() for batch in batches]
+    submissions = []
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients):
+            for batch in batches:
+                submissions.append(_Submission(core, batch))
+                if not core.concurrent:
+                    submissions[-1].wait(core)
+        for submission in submissions:
+            submission.wait(core)
+        failing = _Submission(core, ())
+        failing.wait(core)
+        failing.check_once()
+    for submission, answer in zip(submissions, answers * 2, strict=True):
+        submission.check(answer)
+    assert not any(submission.then.requires_grad for submission in submissions), "gradients are off where it computes"
+    if core.concurrent:
+        meanwhile = _Submission(core, batches[1])
+        answer = _elsewhere(core.execute, batches[2], {}).clone()
+        meanwhile.wait(core)
+        meanwhile.check(answers[1])
+        assert torch.equal(answer, answers[2]), "a concurrent core executes while submissions are in flight"
+        submissions.append(meanwhile)
+    return submissions
+
+
+def _check_inline(core: Core, inputs: tuple[torch.Tensor, ...], expected: torch.Tensor) -> None:
+    """An execution on this thread, as on the loop's."""
+    with torch.no_grad():
+        modes = _modes()
+        answer = core.execute(inputs, {})
+        assert _modes() == modes, f"an inline core leaves the modes of its thread as they are: {modes}, then {_modes()}"
+    assert torch.equal(answer, expected), "an inline core gives the same answer on the thread of the loop"
+
+
+def _modes() -> dict[str, object]:
+    """What of torch's state the calling thread has."""
+    return {
+        "gradients": torch.is_grad_enabled(),
+        "inference": torch.is_inference_mode_enabled(),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "dtype": torch.get_default_dtype(),
+        "device": str(torch.get_default_device()),
+        "cuda": _place_on_cuda(),
+    }
+
+
+def _place_on_cuda() -> object:
+    """The calling thread's device and stream."""
+    if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return None
+    return torch.cuda.current_device(), torch.cuda.current_stream().stream_id
 
 
 def _elsewhere(fn: Callable[..., Any], *args: Any) -> Any:

@@ -3,7 +3,8 @@
 A tensor on device i has the class `On[i]`, which its results inherit; one on two devices, or on a device and on the
 host, is refused like by PyTorch. What PyTorch does later is done later here: a copy to the host that does not block
 leaves rubbish until an event, or the stream, has been waited for; one from pinned memory looks then whether anybody has
-written there meanwhile. Not doubled: contexts made by anything else than what is listed in `touched`, time, the GIL.
+written there meanwhile. An event that is asked says only the second time that it is over. Not doubled: contexts made by
+anything else than what is listed in `touched`, time, the GIL.
 """
 
 import contextlib
@@ -45,8 +46,9 @@ class Stream:
     def end(self):
         if self.fake.poison is not None:
             raise self.fake.poison
-        while self.pending:
-            self.pending.pop(0)()
+        with torch.inference_mode():  # as the device, which asks nobody whether it may write
+            while self.pending:
+                self.pending.pop(0)()
 
 
 class Event:
@@ -54,7 +56,7 @@ class Event:
         self.fake, self.blocking, self.stream = fake, blocking, None
 
     def record(self, stream):
-        self.stream, self.seen = stream, len(stream.pending)
+        self.stream, self.seen, self.asked = stream, len(stream.pending), 0
 
     def synchronize(self):
         assert self.stream is not None, "waits for an event that was never recorded"
@@ -62,12 +64,23 @@ class Event:
         self.fake.log.append("event" if self.blocking else "spin")
         self.stream.end()
 
+    def query(self):
+        assert self.stream is not None, "asks for an event that was never recorded"
+        assert self.seen == len(self.stream.pending), "the stream was given more since"
+        self.fake.log.append("query")
+        self.asked += 1
+        if self.fake.poison is None and (self.asked <= self.fake.lag or self.fake.hangs):
+            return False
+        self.stream.end()
+        return True
+
 
 class FakeCuda:
     """Stands in for `torch.cuda` until the test ends. `kernels` and `copies` are what was run on the devices."""
 
     def __init__(self, monkeypatch, devices):
         self.devices, self.forked, self.poison = devices, False, None
+        self.lag, self.hangs = 1, False  # how often an event says that it is not over; whether it never is
         self.kernels, self.copies, self.log, self.loaded, self.touched = [], [], [], [], set()
         self._pinned, self._resident = {}, {}  # storages, by address
         self._local = threading.local()

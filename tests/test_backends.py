@@ -15,9 +15,10 @@ import torch
 from puppets import named
 
 import aneuron
-from aneuron import AsyncDataParallel, Backend, CoreFailed, CpuBackend, Fault, SimulatedBackend, lane
+from aneuron import AsyncDataParallel, Backend, CoreFailed, CpuBackend, Fault, SimulatedBackend
 from aneuron.backends import cpu, simulated
 from aneuron.backends.simulated import SimulatedFault
+from aneuron.engine import lane
 from aneuron.testing import PuppetBackend, check_backend, run, settle
 
 GOOD = torch.arange(6.0).reshape(3, 2)

@@ -1,9 +1,11 @@
 """The CUDA backend: on a double of `torch.cuda` everywhere, and on the real one where there is a GPU."""
 
 import asyncio
+import contextvars
 import copy
 import gc
 import os
+import pickle
 import re
 import subprocess
 import sys
@@ -135,7 +137,7 @@ def test_the_report_says_why(cuda, monkeypatch, devices, version, visible, why, 
 def test_the_contract_on_the_double(cuda, cores_per_device):
     check_backend(CudaBackend(cores_per_device))
     check_backend(CudaBackend(cores_per_device, staging_bytes=0), net(), (X,))
-    assert set(cuda.log) == {"event", "stream"}  # no thread waits by spinning
+    assert set(cuda.log) == {"event", "stream", "query"}  # no thread waits by spinning
 
 
 def test_an_execution_stays_on_its_thread_s_stream(cuda):
@@ -324,6 +326,209 @@ async def test_a_batch_that_needs_too_much_memory_runs_in_halves(cuda):
     results = await serve(model, *([row] for row in rows), backend=CudaBackend(), device_ids=[0])
     assert all(torch.equal(result, row * 2) for row, result in zip(rows, results, strict=True))
     assert max(sizes) == 3
+
+
+# Submitting.
+
+
+class Ends(list):
+    """What submissions have ended with."""
+
+    def __init__(self, core):
+        super().__init__()
+        self.core, self.over = core, threading.Semaphore(0)
+
+    def submit(self, *args, **kwargs):
+        self.core.submit(args, kwargs, self.done)
+
+    def done(self, output, error):
+        self.append((output, error))
+        self.over.release()
+
+    def wait(self, number=1):
+        """The ends so far, when so many more have come."""
+        for _ in range(number):
+            assert self.over.acquire(timeout=60.0)
+        return self
+
+
+@pytest.fixture
+def submitting(cuda):
+    """Loads a model on a core that submits, and closes it in the end."""
+    made = []
+
+    def load(model, core=0, **settings):
+        made.append(CudaBackend(**settings).load(model, core, None))
+        return Ends(made[-1])
+
+    yield load
+    for each in made:
+        each.close()
+
+
+def test_a_submission_touches_nothing_on_the_calling_thread(cuda, submitting):
+    ends = submitting(net(), core=1)
+    here, place = threading.get_ident(), dict(cuda._local.__dict__)
+    cuda.kernels.clear()
+    ends.submit(X)
+    assert cuda._local.__dict__ == place
+    ((output, error),) = ends.wait()
+    assert error is None
+    assert torch.equal(output, net()(X))
+    assert not output.requires_grad
+    assert {kernel.device for kernel in cuda.kernels} == {1}
+    assert here not in {kernel.thread for kernel in cuda.kernels}
+    assert cuda.touched == {1}
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
+
+
+def test_batches_are_launched_in_order_by_one_thread_and_asked_for_by_another(cuda, submitting):
+    launched, more = [], threading.Semaphore(0)
+
+    def model(x):
+        launched.append((float(x.as_subclass(torch.Tensor)[0, 0]), threading.get_ident(), torch.cuda.current_stream()))
+        more.release()
+        return x + 1
+
+    ends = submitting(model)
+    ends.core._launches.append(0.0)  # as one that launches in no time
+    cuda.hangs = True
+    for index in range(5):
+        ends.submit(X + index)
+    for _ in range(5):
+        assert more.acquire(timeout=60.0)
+    assert not ends
+    assert [value for value, *_ in launched] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    assert len({thread for _, thread, _ in launched}) == 1
+    assert len({stream for *_, stream in launched}) == 5  # in flight together
+    cuda.hangs = False
+    ends.wait(5)
+    ends.submit(X)
+    ends.wait()
+    assert launched[-1][2] in {stream for *_, stream in launched[:-1]}  # a stream serves the next
+    assert {float(output[0, 0]) for output, _ in ends} == {1.0, 2.0, 3.0, 4.0, 5.0}
+
+
+def test_a_forward_that_blocks_holds_no_other_back(cuda, submitting):
+    meeting = threading.Barrier(3)
+
+    def model(x):
+        meeting.wait(60.0)
+        return x * 2
+
+    ends = submitting(model, cores_per_device=2)
+    for index in range(3):
+        ends.submit(X + index)
+    assert sorted(float(output[0, 0]) for output, _ in ends.wait(3)) == [0.0, 2.0, 4.0]
+
+
+def test_an_error_comes_when_the_device_has_read_what_it_was_given(cuda, submitting):
+    def fail(x):
+        raise LookupError("no such row")
+
+    ends = submitting(fail)
+    cuda.log.clear()
+    ends.submit(X)
+    ((output, error),) = ends.wait()
+    assert output is None
+    assert isinstance(error, LookupError)
+    assert cuda.log == ["query", "query"]
+    assert cuda.copies[-1].stream.pending == []
+    ends.submit(X)  # and the stream serves again
+    ends.wait()
+    assert len({copy.stream for copy in cuda.copies}) == 1
+
+
+def test_what_the_device_says_goes_before_what_the_host_made_of_it(cuda, submitting):
+    def model(x):
+        cuda.poison = RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be ...")
+        raise LookupError("what the host makes of it")
+
+    ends = submitting(model)
+    ends.submit(X)
+    ((output, error),) = ends.wait()
+    assert output is None
+    assert error is cuda.poison
+    assert isinstance(error.__context__, LookupError)
+    assert CudaBackend().classify(error) is Fault.FATAL
+
+
+@pytest.mark.parametrize("where", ["stream", "event", "thread"])
+def test_what_fails_around_a_launch_comes_by_done(cuda, submitting, monkeypatch, where):
+    def refuse(*args, **kwargs):
+        raise RuntimeError(f"no {where}")
+
+    ends = submitting(torch.neg)
+    if where == "stream":
+        monkeypatch.setattr(torch.cuda, "Stream", refuse)
+    elif where == "event":
+        monkeypatch.setattr("fake_cuda.Event.record", refuse)
+    else:
+        monkeypatch.setattr("aneuron.backends.cuda._events.at", refuse)
+    ends.submit(X)
+    ((output, error),) = ends.wait()
+    assert output is None
+    assert str(error) == f"no {where}"
+
+
+def test_too_little_memory_comes_by_done_as_the_input_s_fault(cuda, submitting):
+    def model(x):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    ends = submitting(model)
+    ends.submit(X)
+    ((_, error),) = ends.wait()
+    assert CudaBackend().classify(error) is Fault.INPUT
+
+
+def test_a_device_that_hangs_holds_nothing_when_it_is_closed(cuda, submitting):
+    launched = threading.Event()
+    ends, other = submitting(lambda x: launched.set() or x), submitting(torch.neg, core=1)
+    cuda.hangs = True
+    ends.submit(X)
+    assert launched.wait(60.0)
+    ends.core.close()
+    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("aneuron")]:
+        thread.join(60.0)  # nobody asks any more
+        assert not thread.is_alive()
+    cuda.hangs = False
+    other.submit(X)
+    ((output, _),) = other.wait()
+    assert torch.equal(output, -X)
+    assert not ends  # given up
+
+
+def test_a_model_sees_the_context_in_which_it_was_loaded(cuda, submitting):
+    variable, seen = contextvars.ContextVar("variable", default="none"), []
+
+    def load():
+        variable.set("of the load")
+        return submitting(lambda x: seen.append(variable.get()) or x)
+
+    ends = contextvars.copy_context().run(load)
+    ends.submit(X)
+    ends.wait()
+    assert seen == ["of the load"]
+
+
+def test_a_forked_process_is_told_by_submit_too(cuda, submitting, monkeypatch):
+    ends = submitting(torch.neg)
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    with pytest.raises(DeviceError, match="does not survive a fork"):
+        ends.submit(X)
+    monkeypatch.undo()
+    assert not ends
+
+
+def test_cores_can_be_had_that_do_not_submit(cuda):
+    backend = CudaBackend(submits=False)
+    assert not hasattr(backend.load(torch.neg, 0, None), "submit")
+    assert repr(backend) == "CudaBackend(cores_per_device=1, staging_bytes=67108864, submits=False)"
+    assert pickle.loads(pickle.dumps(backend)).submits is False
+    check_backend(backend)
+    with pytest.raises(ValueError, match="submits=1: expected True or False"):
+        CudaBackend(submits=1)
 
 
 # Loading.

@@ -1,18 +1,19 @@
 """What finds cores, loads the model on one, and runs it: the protocols, and how a backend and its cores are chosen.
 
-Lives here: `Backend`, `Core`, `Fault`, `device_ids`, what "auto" means. Must not be here: asyncio, queues, who runs
-when.
+Lives here: `Backend`, `Core`, `SubmittingCore`, `Fault`, `device_ids`, what "auto" means. Must not be here: asyncio,
+queues, who runs when.
 """
 
 import operator
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
+from aneuron.backends.traits import traits_of
 from aneuron.errors import DeviceError
 
 
@@ -29,7 +30,10 @@ class Fault(Enum):
 
 @runtime_checkable
 class Core(Protocol):
-    """The model, loaded on one core. All its methods are called in worker threads of this core."""
+    """The model, loaded on one core. All its methods are called in worker threads of this core.
+
+    One that needs no thread to wait for it has `submit` besides: `aneuron.backends.SubmittingCore`.
+    """
 
     concurrent: bool
     """False: one thread at a time is in `execute` (the lane sees to it). True: as many as the lane has slots, for a
@@ -49,6 +53,101 @@ class Core(Protocol):
         ...
 
 
+Done = Callable[[Any, BaseException | None], None]
+"""How a submission ends: `done(output, None)`, or `done(None, error)`."""
+
+
+@runtime_checkable
+class SubmittingCore(Core, Protocol):
+    """A core that is handed a batch and says later that it is done: the lane needs no thread to wait for it.
+
+    It has `execute` as well: for warm-up, for further executions that show which outputs have rows, and where
+    `context=` is to be around the model. Threads may be there while submissions are in flight, if it is `concurrent`.
+
+    A complete one, with a backend; a thread stands for the device's own way to say that it is done::
+
+        >>> import threading, torch, aneuron
+        >>> class EchoCore:
+        ...     concurrent = True
+        ...
+        ...     def __init__(self, model):
+        ...         self.model = model
+        ...
+        ...     def execute(self, args, kwargs):
+        ...         return self.model(*args, **kwargs)
+        ...
+        ...     def submit(self, args, kwargs, done):
+        ...         threading.Thread(target=self.run, args=(args, kwargs, done), daemon=True).start()
+        ...
+        ...     def run(self, args, kwargs, done):
+        ...         output = error = None
+        ...         try:
+        ...             with torch.no_grad():
+        ...                 output = self.execute(args, kwargs)
+        ...         except Exception as raised:
+        ...             error = raised
+        ...         done(output, error)
+        ...
+        ...     def close(self):
+        ...         pass
+        >>> class EchoBackend:
+        ...     name = "echo"
+        ...     recoverable = True
+        ...
+        ...     def cores(self):
+        ...         return [0, 1]
+        ...
+        ...     def load(self, model, core_id, batch_size):
+        ...         return EchoCore(model)
+        ...
+        ...     def classify(self, error):
+        ...         return aneuron.Fault.INPUT
+        >>> from aneuron.testing import check_backend
+        >>> check_backend(EchoBackend())
+    """
+
+    def submit(self, args: tuple[Any, ...], kwargs: dict[str, Any], done: Done) -> None:
+        """Begin with one batch and return; `done` is called when its output is there, or when it has failed.
+
+        *Where.* Called on the thread of the event loop, which must not wait: enqueue, in microseconds. The model's own
+        Python does not belong there. That thread's state is to be left as it is: torch's modes, the current device and
+        stream. Nobody has switched gradients off there: the core does, in whichever thread it computes, and enters the
+        context (`contextvars`) there in which `load` was called.
+
+        *Once.* `done` is called exactly once: from any thread, also before `submit` returns, but with no lock held that
+        `submit`, `execute` or `close` takes. It returns soon, and does not raise. If `submit` itself raises, `done` is
+        not called. An error that comes either way goes to `Backend.classify`, as one of `execute` does.
+
+        *Several.* If the core is `concurrent`, as many submissions are in flight as the lane has slots, and they may
+        end in any order; else one, and no `execute` with it.
+
+        *Memory.* Inputs are as for `execute`; they stay as they are until `done` is called, also if the submission is
+        given up. The output is a result of its own: the core does not write to it again while anybody holds it.
+
+        *Given up.* With `exec_timeout` the runtime may wait no longer. `done` may come later then, to no effect, or
+        never. `close` is called when nothing is in flight but what was given up; after it `done` need not be called.
+        """
+        ...
+
+
+@runtime_checkable
+class PolledCore(SubmittingCore, Protocol):
+    """A submitting core whose completions are read from a file descriptor, an eventfd say, by the event loop.
+
+    For devices that can write to one: no thread is needed on either side. Loops that watch no descriptors (Windows'
+    proactor) cannot serve it.
+    """
+
+    completions: int
+    """Readable while something has completed; of this core alone. It stays open until `close`."""
+
+    def complete(self) -> None:
+        """Read the descriptor empty, and call `done` of all that has completed. Called on the thread of the event loop
+        when `completions` is readable; does not block, and must not raise.
+        """
+        ...
+
+
 @runtime_checkable
 class Backend(Protocol):
     """What finds cores and loads models on them. One object may serve several models.
@@ -64,7 +163,12 @@ class Backend(Protocol):
       name anything, and takes any number of rows unless `batch_size` or `compiled_rows` says otherwise;
     - `probes = False`: its cores execute callers' rows only; which outputs have rows is then taken from their shapes,
       as with `check_rows=False`;
+    - `inline = True`: its cores take microseconds, and callers' batches are executed on the thread of the event loop
+      itself, which stands still meanwhile; `submit` is not used. It is never found out: a core that was fast so far
+      may not stay so;
     - `global_id(core_id)`: the machine's number of a core, None if it cannot tell (the id itself where there is none).
+
+    One of the wrong type is a `ValueError`. Cores may have `submit` besides: `aneuron.backends.SubmittingCore`.
 
     A complete one, for a model that is a plain function::
 
@@ -166,7 +270,7 @@ def _parse_id(value: Any) -> DeviceId:
 def check_ids(backend: Backend, named: list[DeviceId] | None) -> None:
     """Raise `DeviceError` for CUDA devices of a backend that has none."""
     for each in named or ():
-        if each.device and not hasattr(backend, "cores_per_device"):
+        if each.device and traits_of(backend).cores_per_device is None:
             raise DeviceError(
                 f"device id 'cuda:{each.number}' with the {backend.name} backend, which has no CUDA devices; name its "
                 "cores by ints or 'nc:#', or pass backend='cuda'"
@@ -198,7 +302,8 @@ def _cores_of(backend: Backend, named: DeviceId) -> Sequence[int]:
     """The ids of the cores that the user named by one of `device_ids`."""
     if not named.device:
         return (named.number,)
-    each: int = backend.cores_per_device  # type: ignore[attr-defined]  # `check_ids` has seen to it
+    each = traits_of(backend).cores_per_device
+    assert each is not None, "`check_ids` has seen to it"
     return range(named.number * each, (named.number + 1) * each)
 
 

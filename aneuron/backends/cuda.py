@@ -9,15 +9,20 @@ import hashlib
 import io
 import os
 import threading
+import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
-from aneuron.backends import Fault
+from aneuron.backends import Done, Fault
 from aneuron.backends.cpu import open_model
+from aneuron.backends.timer import INFINITY, NOTABLE, Timer
 from aneuron.backends.torchscript import load_script
 from aneuron.errors import DeviceError
 from aneuron.tensors.nested import fill, walk
@@ -60,7 +65,11 @@ class CudaBackend:
     loaded there, with the constants that `torch.jit.trace` has put into it. (A graph that makes tensors on a device of
     its own must have been traced on a GPU.) Any other callable is called with tensors on the device, which is the
     current one, and must have its weights there itself. The model runs under `torch.inference_mode()`, on a stream for
-    each worker thread; several run it at once, so its `forward` must not write to itself.
+    each batch in flight; several may run at once, so its `forward` must not write to itself.
+
+    Cores offer `submit`: one thread for each device launches what batches need, another one asks for all devices
+    whether it is done. A `forward` that takes a while, or waits for the device (`.item()`, say), runs in a thread
+    beside it. With `submits=False` a thread launches and waits for each batch in flight.
 
     `torch.OutOfMemoryError` counts as an input's fault: the batch runs again in halves. After an error that ends CUDA
     for the process, a device-side assert for one, every call fails with `CoreFailed`: restart the process.
@@ -76,19 +85,23 @@ class CudaBackend:
     recoverable = True
     loads_scripts = True
 
-    def __init__(self, cores_per_device: int = 1, staging_bytes: int = 1 << 26) -> None:
+    def __init__(self, cores_per_device: int = 1, staging_bytes: int = 1 << 26, submits: bool = True) -> None:
         for name, value, least in (("cores_per_device", cores_per_device, 1), ("staging_bytes", staging_bytes, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r}: expected an int of at least {least}")
+        if not isinstance(submits, bool):
+            raise ValueError(f"submits={submits!r}: expected True or False")
         self.cores_per_device = cores_per_device
         self.staging_bytes = staging_bytes
+        self.submits = submits
         self._slots = _Slots(staging_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:  # pinned memory stays with its process
-        return type(self), (self.cores_per_device, self.staging_bytes)
+        return type(self), (self.cores_per_device, self.staging_bytes, self.submits)
 
     def __repr__(self) -> str:
-        return f"CudaBackend(cores_per_device={self.cores_per_device}, staging_bytes={self.staging_bytes})"
+        submits = "" if self.submits else ", submits=False"
+        return f"CudaBackend(cores_per_device={self.cores_per_device}, staging_bytes={self.staging_bytes}{submits})"
 
     def cores(self) -> Sequence[int]:
         """So many of every device that PyTorch sees; touches none of them."""
@@ -119,7 +132,7 @@ class CudaBackend:
         with torch.cuda.device(device):
             copied = _copy_to(device, model)
             torch.cuda.current_stream(device).synchronize()  # those that will run it are other ones
-        return CudaCore(copied, device, self._slots)
+        return (SubmittingCudaCore if self.submits else CudaCore)(copied, device, self._slots)
 
     def classify(self, error: BaseException) -> Fault:
         """By the code of CUDA's error, or by its text.
@@ -146,32 +159,134 @@ class CudaCore:
         self._device = device
         self._slots = slots
         self._process = os.getpid()
+        self._launches: deque[float] = deque(maxlen=8)  # seconds that they took
 
     def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Copy the batch to the device, run the model, copy its output back, all on the calling thread's stream.
+        """Copy the batch to the device, run the model, copy its output back, all on one stream.
 
         The thread sleeps until all of it is done: also after an error, when a copy may still be reading.
         """
-        if os.getpid() != self._process:
-            raise DeviceError(_FORKED)
-        assert self._copy is not None
-        slot = self._slots.on(self._device)
+        slot = self._slot()
         # The device first: the stream alone would leave by way of device 0, and make a context there.
         with torch.inference_mode(), torch.cuda.device(self._device), torch.cuda.stream(slot.stream):
-            slot.begin()
             try:
-                args, kwargs = _moved((args, kwargs), slot.to_device)
-                return _moved(self._copy.module(*args, **kwargs), slot.to_host)
+                return self._launch(slot, args, kwargs)
             finally:
                 slot.wait()
+                self._slots.give(slot)
+
+    def _slot(self) -> "_Slot":
+        if os.getpid() != self._process:
+            raise DeviceError(_FORKED)
+        return self._slots.take(self._device)
+
+    def _launch(self, slot: "_Slot", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Begin with all that a batch needs, on the slot's stream, which is the current one."""
+        assert self._copy is not None
+        begin = time.monotonic()
+        slot.begin()
+        args, kwargs = _moved((args, kwargs), slot.to_device)
+        output = _moved(self._copy.module(*args, **kwargs), slot.to_host)
+        self._launches.append(time.monotonic() - begin)
+        return output
 
     def close(self) -> None:
         """Let the weights go."""
         self._copy = None
 
 
+@dataclass(slots=True)
+class _Flight:
+    """A submission on its way."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    done: Done
+    slot: "_Slot | None" = None
+    begin: float = 0.0
+    output: Any = None
+    error: BaseException | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """What the device says goes before what the host has made of it."""
+        if self.error is not None:
+            error.__context__ = self.error
+        self.output, self.error = None, error
+
+    def end(self) -> None:
+        """Say that it is done."""
+        output, error = self.output, self.error
+        self.output = self.error = None  # an error's traceback holds a frame, and that this
+        self.done(output, error)
+
+
+class SubmittingCudaCore(CudaCore):
+    """One that nobody waits in: a thread launches for all cores of a device, another asks for all whether it is done.
+
+    The model's own Python may take milliseconds, and wait for the device: the event loop does not run it.
+    """
+
+    def __init__(self, copied: "_Copy", device: torch.device, slots: "_Slots") -> None:
+        super().__init__(copied, device, slots)
+        self._context = copy_context()  # that of the load: what the model sees
+        self._launcher = _launchers.setdefault(device, Timer(f"aneuron-{device}"))
+        self._took: deque[float] = deque(maxlen=8)  # seconds, from the launch to the end
+
+    def submit(self, args: tuple[Any, ...], kwargs: dict[str, Any], done: Done) -> None:
+        """Hand a batch to the thread that launches. CUDA is not touched here."""
+        if os.getpid() != self._process:
+            raise DeviceError(_FORKED)
+        long = min(self._launches, default=INFINITY) > NOTABLE
+        self._launcher.at(time.monotonic(), partial(self._begin, _Flight(args, kwargs, done)), self, long)
+
+    def _begin(self, flight: _Flight) -> None:
+        flight.begin = time.monotonic()
+        try:
+            flight.slot = slot = self._slot()
+            with torch.inference_mode(), torch.cuda.device(self._device), torch.cuda.stream(slot.stream):
+                try:
+                    flight.output = self._context.copy().run(self._launch, slot, flight.args, flight.kwargs)
+                except BaseException as error:
+                    flight.fail(error)
+                slot.record()  # also after an error: a copy may still be reading
+            flight.args, flight.kwargs = (), {}
+            soonest = flight.begin + 0.9 * min(self._took, default=0.0)
+            _events.at(soonest, partial(self._look, flight), self)
+        except BaseException as error:  # CUDA's own: the device answers no more, or there is no thread to ask it
+            flight.fail(error)
+            flight.end()
+
+    def _look(self, flight: _Flight) -> None:
+        """Whether the device has done all of it; if not, look again, soon where it has not been long."""
+        if self._copy is None or flight.slot is None:  # closed: nobody waits
+            return
+        now = time.monotonic()
+        try:
+            over = flight.slot.is_over()
+        except BaseException as error:
+            flight.fail(error)
+        else:
+            if not over:
+                pause = min(max((now - flight.begin) / 16, 5e-5), 5e-4)
+                _events.at(now + pause, partial(self._look, flight), self)
+                return
+            self._took.append(now - flight.begin)
+            self._slots.give(flight.slot)
+        flight.end()
+
+    def close(self) -> None:
+        """Let the weights go; what is still in flight was given up."""
+        self._launcher.drop(self)
+        _events.drop(self)
+        super().close()
+
+
+_launchers: dict[torch.device, Timer] = {}  # by device
+_events = Timer("aneuron-cuda-events")  # asks for all devices
+
+
 class _Slot:
-    """What a worker thread has on a device: a stream, an event to wait for, and leave to pin so many bytes.
+    """What a batch in flight has on a device: a stream, an event to wait for, and leave to pin so many bytes.
 
     Tensors live and die on the one stream, which PyTorch's allocator of device memory counts on; that of pinned memory
     waits for the copies that use it, whoever drops it first.
@@ -179,7 +294,7 @@ class _Slot:
 
     def __init__(self, device: torch.device, staging_bytes: int) -> None:
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._device = device
+        self.device = device
         # Without `blocking` the thread would wait by spinning.
         self._done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         self._staging_bytes = self._room = staging_bytes
@@ -188,22 +303,30 @@ class _Slot:
         """Nothing is pinned yet."""
         self._room = self._staging_bytes
 
+    def record(self) -> None:
+        """What the device was given so far is to be waited for."""
+        self._done.record(self.stream)
+
     def wait(self) -> None:
         """Sleep until the device has done all that it was given."""
-        self._done.record(self.stream)
+        self.record()
         self._done.synchronize()
+
+    def is_over(self) -> bool:
+        """Whether the device has done what it had been given when it was recorded; raises what went wrong there."""
+        return bool(self._done.query())  # type: ignore[no-untyped-call]
 
     def to_device(self, leaf: torch.Tensor) -> torch.Tensor:
         """Begin to copy an input."""
         if self._fits(leaf):
             leaf = leaf.pin_memory()
-        return leaf.to(self._device, non_blocking=True)  # one that is not pinned has been read when this returns
+        return leaf.to(self.device, non_blocking=True)  # one that is not pinned has been read when this returns
 
     def to_host(self, leaf: torch.Tensor) -> torch.Tensor:
         """Begin to copy an output; it is there after `wait`."""
         if not leaf.is_cuda:
             return leaf
-        if leaf.device != self._device or leaf.layout is not torch.strided or leaf.is_nested or not self._fits(leaf):
+        if leaf.device != self.device or leaf.layout is not torch.strided or leaf.is_nested or not self._fits(leaf):
             self.wait()
             return leaf.cpu()
         # What is left to do on the host after a copy would be done before its end: see that there is nothing.
@@ -218,17 +341,21 @@ class _Slot:
         return True
 
 
-class _Slots(threading.local):
-    """The calling thread's slots. They belong to the thread, not to a core: it may serve one for each shape."""
+class _Slots:
+    """The slots of all devices that no batch is using: the last one that was given back goes first."""
 
     def __init__(self, staging_bytes: int) -> None:
         self._staging_bytes = staging_bytes
-        self._by_device: dict[torch.device, _Slot] = {}
+        self._free: dict[torch.device, list[_Slot]] = {}
 
-    def on(self, device: torch.device) -> _Slot:
-        if device not in self._by_device:
-            self._by_device[device] = _Slot(device, self._staging_bytes)
-        return self._by_device[device]
+    def take(self, device: torch.device) -> _Slot:
+        try:
+            return self._free[device].pop()
+        except LookupError:
+            return _Slot(device, self._staging_bytes)
+
+    def give(self, slot: _Slot) -> None:
+        self._free.setdefault(slot.device, []).append(slot)
 
 
 def _moved(value: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
