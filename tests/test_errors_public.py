@@ -44,12 +44,12 @@ ORDER = [
     "errors", "names", "sched", "sched.call", "sched.fair_queue", "sched.room", "sched.filling", "sched.slots",
     "sched.batch_delay", "sched.sizes", "sched.scheduler", "engine.health", "tensors", "tensors.buckets",
     "tensors.marked", "tensors.nested", "tensors.quantized", "tensors.lengths", "tensors.outputs", "tensors.verdicts",
-    "engine.evidence", "tensors.rows", "tensors.signature", "backends", "backends.files", "backends.unwarned",
-    "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu", "backends.simulated",
-    "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores", "backends.neuron.placement",
-    "backends.neuron.native", "backends.neuron", "backends.cuda", "stats", "program", "observing", "engine",
-    "engine.modes", "engine.threads", "engine.lane", "engine.futures", "engine.recovery", "engine.lanes", "map",
-    "map.sources", "map.window", "options", "parallel", "testing", "web", "cli", "__main__",
+    "engine.evidence", "tensors.copying", "tensors.rows", "tensors.signature", "backends", "backends.files",
+    "backends.unwarned", "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu",
+    "backends.simulated", "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores",
+    "backends.neuron.placement", "backends.neuron.native", "backends.neuron", "backends.cuda", "stats", "program",
+    "observing", "engine", "engine.modes", "engine.threads", "engine.lane", "engine.futures", "engine.recovery",
+    "engine.lanes", "map", "map.sources", "map.window", "options", "parallel", "testing", "web", "cli", "__main__",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.
@@ -325,6 +325,7 @@ def test_nothing_imports_the_tools_for_tests():
         ("tensors.buckets", ["asyncio", "torch", "time", "threading", "anyio"]),
         ("tensors.lengths", ["asyncio", "threading", "time"]),
         ("tensors.outputs", ["asyncio", "threading", "time"]),
+        ("tensors.copying", ["asyncio", "threading", "time"]),
         ("tensors.rows", ["asyncio", "threading", "time"]),
         ("tensors.nested", ["asyncio", "threading", "time"]),
         ("stats", ["asyncio", "torch", "time", "threading"]),

@@ -22,7 +22,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.testing._internal.two_tensor import TwoTensor
 
-from aneuron import AsyncDataParallel, Buckets, CpuBackend, OutputError, ShapeError, measure
+from aneuron import AsyncDataParallel, Buckets, CpuBackend, OutputError, ShapeError
+from aneuron.tensors import signature
 from aneuron.testing import PuppetBackend, run
 
 Plain = namedtuple("Plain", ["x", "y"])
@@ -1093,7 +1094,7 @@ class Foreign:
 
 def test_so_they_are_where_their_kind_is_that_of_floats():
     with pytest.raises(ShapeError, match="cannot become a tensor"):
-        measure._dtype(Foreign)
+        signature._dtype(Foreign)
 
 
 # Any of it, nested at random.

@@ -5,7 +5,7 @@ rows and cutting them (rows.py), which bucket fits (buckets.py).
 """
 
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from aneuron.errors import OutputError
 from aneuron.tensors.buckets import Buckets
 from aneuron.tensors.marked import Rows, Shared
-from aneuron.tensors.nested import Marks, Path, Sealed, is_masked, mark, named, paths, walk
+from aneuron.tensors.nested import Marks, Path, Sealed, fill, is_masked, mark, named, paths, walk
 from aneuron.tensors.quantized import QUANTIZED, grid
 
 Carried = tuple[tuple[int, ...], ...]  # for each tensor of an output the dims where the length stands: none, mostly one
@@ -31,19 +31,33 @@ class Output:
         self.value = value = mark(value, marks) if marks else value
         self.dim = dim
         self.asked = asked
-        self.leaves: list[Any] = []
-        self.structure: list[Any] = []
         self.constants: list[Any] = []
-        if type(value) is torch.Tensor:
-            self.leaves, self.structure = [value], [torch.Tensor]  # what the walk would find
-        else:
+        found = _flat(value)
+        self._flat = found is not None
+        if found is None:
+            leaves, structure = list[Any](), list[Any]()
             try:
-                walk(value, self.leaves, self.structure, self.constants, by_name=True)
+                walk(value, leaves, structure, self.constants, by_name=True)
             except Sealed as error:
                 raise OutputError(f"the model returned {error}") from error
-        self.leaves = [leaf if isinstance(leaf, (Rows, Shared)) else checked(leaf, None, dim) for leaf in self.leaves]
-        if size is not None:
+        else:
+            leaves, structure = found
+        self.structure: list[Any] = structure
+        self.leaves: list[Any] = [
+            leaf if isinstance(leaf, (Rows, Shared)) else checked(leaf, size if self._flat else None, dim)
+            for leaf in leaves
+        ]
+        if size is not None and not self._flat:
             self.check(size)
+
+    def filled(self, leaves: Sequence[Any]) -> Any:
+        """The output with other leaves in the place of its own."""
+        if not self._flat:
+            return fill(self.value, iter(leaves))
+        kind = type(self.value)
+        if kind is torch.Tensor:
+            return leaves[0]
+        return dict(zip(self.value, leaves, strict=True)) if kind is dict else kind(leaves)
 
     def check(self, size: int) -> None:
         """Raise `OutputError` unless everything in it can be cut into `size` rows."""
@@ -74,6 +88,25 @@ class Output:
     def paths(self) -> list[Path]:
         """Where its tensors and marks stand, in the order of `leaves`."""
         return list(paths(self.value, "output"))
+
+
+def _flat(value: Any) -> tuple[list[Any], list[Any]] | None:
+    """What `walk` would find, at once, of a tensor and of what holds nothing but tensors; None for all else."""
+    kind = type(value)
+    if kind is torch.Tensor:
+        return [value], [torch.Tensor]
+    names: Iterable[Any]
+    if kind is dict:
+        leaves, names = list(value.values()), value
+        if any(type(name) is not str for name in value):
+            return None
+    elif kind is tuple or kind is list:
+        leaves, names = list(value), range(len(value))
+    else:
+        return None
+    if not leaves or any(type(leaf) is not torch.Tensor for leaf in leaves):
+        return None
+    return leaves, [(kind, *names, ""), *(torch.Tensor,) * len(leaves)]
 
 
 def kind(output: Output) -> Hashable:

@@ -1,0 +1,139 @@
+"""Rows copied: into a batch's inputs, and out of its outputs into storage of the callers' own.
+
+Lives here: how torch copies rows, of all kinds of tensors, and whether a native way is taken instead: for what is small
+and plain, where the extension is there (_copying.pyx). Must not be here: what is copied where (rows.py).
+"""
+
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aneuron.tensors.outputs import tensor
+from aneuron.tensors.quantized import QUANTIZED, grid, joined
+
+native: Any = None
+if os.environ.get("ANEURON_PURE", "0") in ("", "0"):
+    try:
+        from aneuron.tensors import _copying  # type: ignore[attr-defined]
+
+        native = _copying
+    except (ImportError, AttributeError):  # not built, or a torch before 2.10
+        pass
+
+
+def join(chunks: Sequence[Any], inputs: Sequence[Sequence[Any]], index: int, size: int, dim: int) -> Tensor:
+    """The chunks' rows of one input, in memory of their own: `inputs` are the calls' tensors and arrays, `index` says
+    which of them. The last row is repeated up to `size` rows.
+    """
+    if native is not None and not dim:
+        whole = native.join(chunks, inputs, index, size)
+        if whole is not None:
+            return whole  # type: ignore[no-any-return]
+    return assemble(
+        [piece(own[index], start, stop, dim) for (_, start, stop), own in zip(chunks, inputs, strict=True)], size, dim
+    )
+
+
+def piece(leaf: Any, start: int, stop: int, dim: int) -> Tensor:
+    """Rows of a tensor or an array, as a plain tensor that need not own them."""
+    if not isinstance(leaf, Tensor):
+        return tensor(leaf[(slice(None),) * (dim % leaf.ndim) + (slice(start, stop),)])
+    # Or one caller's subclass would be its batch-mates' as well.
+    plain = leaf if type(leaf) is Tensor else leaf.as_subclass(Tensor)
+    return plain if stop - start == plain.shape[dim] else plain.narrow(dim, start, stop - start)
+
+
+def assemble(pieces: list[Tensor], size: int, dim: int) -> Tensor:
+    """Pieces one after the other, in memory of their own and contiguous; the last row is repeated up to `size` rows."""
+    missing = size - sum([each.shape[dim] for each in pieces])
+    if missing:
+        last = pieces[-1]
+        pieces = pieces + [last.narrow(dim, last.shape[dim] - 1, 1)] * missing
+    whole = cat(pieces, dim) if len(pieces) > 1 else pieces[0].clone(memory_format=torch.contiguous_format)
+    return whole if whole.is_contiguous() else whole.contiguous()
+
+
+def cat(pieces: Sequence[Tensor], dim: int) -> Tensor:
+    """Pieces of one kind, one after the other."""
+    return joined(pieces, dim) if pieces[0].is_quantized else torch.cat(list(pieces), dim)
+
+
+def split(leaf: Tensor, chunks: Sequence[Any], size: int, dim: int) -> Sequence[Tensor | None]:
+    """The rows of each chunk in storage of their own; None for a chunk that is a part of its call only.
+
+    The tensor has `size` rows; those that are left at its end are nobody's.
+    """
+    if native is not None and not dim:
+        copies = native.split(leaf, chunks, size)
+        if copies is not None:
+            return copies  # type: ignore[no-any-return]
+    sizes = [stop - start for _, start, stop in chunks]
+    if sizes == [call.rows for call, _, _ in chunks]:
+        rows = sum(sizes)
+        there = leaf if rows == size else leaf.narrow(dim, 0, rows)
+        return torch.split_with_sizes_copy(there, sizes, dim)  # type: ignore[func-returns-value,return-value]
+    start, found = 0, list[Tensor | None]()
+    for (call, _, _), rows in zip(chunks, sizes, strict=True):
+        whole = rows == call.rows
+        found.append(leaf.narrow(dim, start, rows).clone(memory_format=torch.contiguous_format) if whole else None)
+        start += rows
+    return found
+
+
+def room(like: Tensor, rows: int, dim: int) -> Tensor:
+    """A tensor like another one, with so many rows, whose numbers are still to come."""
+    if native is not None and not dim:
+        whole = native.room(like, rows)
+        if whole is not None:
+            return whole  # type: ignore[no-any-return]
+    shape = list(like.shape)
+    shape[dim] = rows
+    if like.is_quantized:
+        return torch.empty_quantized(shape, like)
+    return torch.empty(shape, dtype=like.dtype, device="cpu")
+
+
+def place(whole: Tensor, at: int, leaf: Tensor, start: int, stop: int, dim: int) -> bool:
+    """Copy rows `start` to `stop` of a tensor over those of another one, from row `at` on.
+
+    False, with nothing done, if the two differ in more than the number of their rows.
+    """
+    if native is not None and not dim and native.place(whole, at, leaf, start, stop):
+        return True
+    if not alike(whole, leaf, dim):
+        return False
+    rows = stop - start
+    whole.narrow(dim, at, rows).copy_(leaf if rows == leaf.shape[dim] else leaf.narrow(dim, start, rows))
+    return True
+
+
+def alike(one: Tensor, other: Tensor, dim: int) -> bool:
+    """Whether two tensors could be parts of one, along `dim`."""
+    if one.dtype is not other.dtype or one.dtype in QUANTIZED:
+        return kind(one, dim) == kind(other, dim)
+    return one.shape == other.shape or kind(one, dim) == kind(other, dim)
+
+
+def kind(part: Tensor, dim: int) -> tuple[Any, ...]:
+    """What the parts of one tensor have in common: the shape without rows, dtype, and how it is quantized."""
+    on_grid = (grid(part, dim),) if part.dtype in QUANTIZED else ()
+    return (*part.shape[:dim], *part.shape[dim:][1:], part.dtype, *on_grid)
+
+
+def unmodified(chunks: Sequence[Any], inputs: Sequence[Sequence[Any]]) -> bool:
+    """Whether the only tensors of all calls have been written to as often as these have noted.
+
+    False where it is not known: an array, or what was made under inference mode, may be among them.
+    """
+    if native is not None:
+        return native.unmodified(chunks, inputs)  # type: ignore[no-any-return]
+    try:
+        for (call, _, _), leaves in zip(chunks, inputs, strict=True):
+            if leaves[0]._version != call.version:
+                return False
+    except (AttributeError, RuntimeError):
+        return False
+    return True
