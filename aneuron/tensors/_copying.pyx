@@ -101,8 +101,9 @@ cdef DLPackExchangeAPI *api = <DLPackExchangeAPI *>PyCapsule_GetPointer(
 if api.version.major != 1 or api.dltensor_from_py_object_no_sync == NULL:
     raise ImportError(f"torch speaks DLPack {api.version.major}.{api.version.minor}, not 1")
 
-# More bytes than these are copied by torch, which lets other threads have the interpreter meanwhile.
-cdef int64_t most = 1 << 17
+# More bytes than these are copied by torch, which lets others have the interpreter meanwhile: 10 to 25 us, for which an
+# execution has it anyway. From here on torch is no slower, beside busy threads either.
+cdef int64_t most = 1 << 18
 
 
 cdef struct Plain:
@@ -280,16 +281,25 @@ def place(whole, int64_t at, leaf, int64_t start, int64_t stop):
 
 
 
+def fits(leaf, int64_t size):
+    """Whether something is a plain tensor of so many rows, -1 for any number."""
+    cdef Plain whole
+    return look(leaf, &whole) and (size < 0 or whole.like.shape[0] == size)
+
+
 def unmodified(chunks, inputs):
-    """Whether the only tensors of all calls are as often written to as these have noted; False where it is not known."""
+    """Whether the tensors of all calls are as often written to as these have noted; False where it is not known."""
     cdef Py_ssize_t place
+    cdef int64_t version
     for place in range(len(chunks)):
-        leaf = inputs[place][0]
-        if type(leaf) is not Tensor:
-            return False
-        try:
-            if leaf._version != chunks[place][0].version:
+        version = chunks[place][0].version
+        for leaf in inputs[place]:
+            if type(leaf) is not Tensor:
                 return False
-        except RuntimeError:  # made under inference mode: nothing is counted
+            try:
+                version -= leaf._version
+            except RuntimeError:  # made under inference mode: nothing is counted
+                return False
+        if version:
             return False
     return True

@@ -5,13 +5,13 @@ and plain, where the extension is there (_copying.pyx). Must not be here: what i
 """
 
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aneuron.tensors.outputs import tensor
 from aneuron.tensors.quantized import QUANTIZED, grid, joined
 
 native: Any = None
@@ -123,16 +123,30 @@ def kind(part: Tensor, dim: int) -> tuple[Any, ...]:
     return (*part.shape[:dim], *part.shape[dim:][1:], part.dtype, *on_grid)
 
 
-def unmodified(chunks: Sequence[Any], inputs: Sequence[Sequence[Any]]) -> bool:
-    """Whether the only tensors of all calls have been written to as often as these have noted.
+def tensor(array: Any) -> torch.Tensor:
+    """A tensor over an array's memory, or over a copy where torch cannot share it."""
+    numpy = sys.modules["numpy"]
+    aligned = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
+    shareable = aligned and array.flags.writeable and array.dtype.isnative
+    native = array if shareable else numpy.array(array, dtype=array.dtype.newbyteorder("="), order="C")
+    return torch.from_numpy(native)
 
-    False where it is not known: an array, or what was made under inference mode, may be among them.
+
+def fits(leaf: Any, size: int | None, dim: int) -> bool:
+    """Whether something is known at a glance to be a plain tensor on the host, with so many rows."""
+    return native is not None and not dim and bool(native.fits(leaf, -1 if size is None else size))
+
+
+def unmodified(chunks: Sequence[Any], inputs: Sequence[Sequence[Any]]) -> bool:
+    """Whether the tensors of all calls have been written to as often as these have noted, all of a call's together.
+
+    False where it is not known: what is no tensor, or was made under inference mode, may be among them.
     """
     if native is not None:
-        return native.unmodified(chunks, inputs)  # type: ignore[no-any-return]
+        return bool(native.unmodified(chunks, inputs))
     try:
         for (call, _, _), leaves in zip(chunks, inputs, strict=True):
-            if leaves[0]._version != call.version:
+            if (leaves[0]._version if len(leaves) == 1 else sum([leaf._version for leaf in leaves])) != call.version:
                 return False
     except (AttributeError, RuntimeError):
         return False

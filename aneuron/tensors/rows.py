@@ -17,7 +17,7 @@ from aneuron.tensors import copying
 from aneuron.tensors.lengths import Pads, padded
 from aneuron.tensors.marked import Rows, Shared, is_mark
 from aneuron.tensors.nested import fill, is_array, walk
-from aneuron.tensors.outputs import Carried, Output, checked, tensor
+from aneuron.tensors.outputs import Carried, Output, checked
 
 Guard = AbstractContextManager[Any]
 
@@ -133,7 +133,7 @@ class Parts:
             return not self._missing
 
     def _check_structure(self, output: Output) -> None:
-        if output.structure != self._structure:
+        if output.structure is not self._structure and output.structure != self._structure:
             raise OutputError(
                 "the model returned different structures for the parts of one call; they cannot be joined"
             )
@@ -144,12 +144,13 @@ Finished = tuple[Call, Any]  # a call and its result
 
 def gather(chunks: Sequence[Chunk[Call]]) -> tuple[Sequence[Chunk[Call]], list[Sequence[Any]], Any]:
     """The chunks whose callers are still there, their calls' tensors, and what these stand in."""
-    templates = [call.template for call, _, _ in chunks]  # before the leaves, of which the loop lets go first
+    template = chunks[0][0].template if chunks else None  # before the leaves, of which the loop lets go first
     inputs: list[Any] = [call.leaves for call, _, _ in chunks]
-    if None in inputs:
-        there = [index for index, leaves in enumerate(inputs) if leaves is not None]
-        chunks, templates, inputs = [[each[index] for index in there] for each in (chunks, templates, inputs)]
-    return chunks, inputs, templates[0] if templates else None
+    if all(inputs):  # no call is without
+        return chunks, inputs, template
+    there: list[Any] = [(call.template, call.leaves, (call, start, stop)) for call, start, stop in chunks]
+    there = [each for each in there if each[1] is not None]
+    return [chunk for _, _, chunk in there], [leaves for _, leaves, _ in there], there[0][0] if there else None
 
 
 def version_of(leaves: Sequence[Any]) -> int:
@@ -182,7 +183,7 @@ MODIFIED = (
 
 def check_unmodified(chunks: Sequence[Chunk[Call]], inputs: Sequence[Sequence[Any]], template: Any) -> None:
     """Raise `InputModified` if a tensor has been written to since its call; after they are read, not before."""
-    if template is None and copying.unmodified(chunks, inputs):
+    if copying.unmodified(chunks, inputs):
         return
     if list(map(version_of, inputs)) != [call.version for call, _, _ in chunks]:
         raise InputModified(MODIFIED)
@@ -220,8 +221,16 @@ def arguments(template: Any, joined: Sequence[Any]) -> tuple[tuple[Any, ...], di
     """The model's arguments: the inputs of a batch, in what they stand in."""
     if template is None:
         return (joined[0],), {}
-    values = [_unmarked(each.value) if type(each) is Shared else each for each in joined]
-    return fill(template, iter(values))  # type: ignore[no-any-return]
+    args, kwargs = template
+    if all(type(each) in _BARE for each in (*args, *kwargs.values())):  # the short way, same results
+        values = iter(joined)
+        bare = [next(values) if type(each) is Tensor else each for each in (*args, *kwargs.values())]
+        return tuple(bare[: len(args)]), dict(zip(kwargs, bare[len(args) :], strict=True))
+    filled = [_unmarked(each.value) if type(each) is Shared else each for each in joined]
+    return fill(template, iter(filled))  # type: ignore[no-any-return]
+
+
+_BARE = frozenset((Tensor, bool, int, float, str, type(None)))  # what is no container, mark or array
 
 
 def collate(
@@ -243,7 +252,7 @@ def _unmarked(value: Any) -> Any:
     walk(value, leaves, [], [])
     if not any(map(is_array, leaves)):
         return value
-    return fill(value, iter([tensor(leaf) if is_array(leaf) else leaf for leaf in leaves]))
+    return fill(value, iter([copying.tensor(leaf) if is_array(leaf) else leaf for leaf in leaves]))
 
 
 def scatter(
@@ -257,34 +266,38 @@ def scatter(
     """
     if not chunks[0][0].cut.shared:
         return _keep_piece(value, chunks[0], dim, guard, cut)
-    lone: Sequence[Any] | None = None
     if type(value) is Tensor and not cut:  # the short way, same results
-        lone = copying.split(checked(value, size, dim), chunks, size, dim)
-        finished = [(call, copy) for (call, _, _), copy in zip(chunks, lone, strict=True) if copy is not None]
-        if len(finished) == len(chunks):
-            return finished
+        value = checked(value, size, dim)
+        copies = copying.split(value, chunks, size, dim)
+        finished: list[Finished] = [
+            (chunk[0], copy) for chunk, copy in zip(chunks, copies, strict=True) if copy is not None
+        ]
+        return finished if len(finished) == len(chunks) else finished + _spread(Output(value, None, dim), chunks, guard)
     output = value if isinstance(value, Output) else Output(value, size, dim)
     lengths = cut or ((),) * len(output.leaves)
-    split = (
-        [lone]
-        if lone
-        else [_split(leaf, chunks, size, dim, dims) for leaf, dims in zip(output.leaves, lengths, strict=True)]
-    )
-    finished, spread, end = [], [], 0
-    for chunk, *copies in zip(chunks, *split, strict=True):
-        call, at, stop = chunk
+    split = [_split(leaf, chunks, size, dim, dims) for leaf, dims in zip(output.leaves, lengths, strict=True)]
+    finished = [
+        (call, output.filled(copies))
+        for (call, start, stop), *copies in zip(chunks, *split, strict=True)
+        if stop - start == call.rows
+    ]
+    return finished if len(finished) == len(chunks) else finished + _spread(output, chunks, guard, cut)
+
+
+def _spread(output: Output, chunks: Sequence[Chunk[Call]], guard: Guard, cut: Carried | None = None) -> list[Finished]:
+    """Put the rows of calls that are spread over several batches into their results; the calls that are complete."""
+    placed: list[tuple[Call, Parts, int, int]] = []
+    end = 0
+    for call, at, stop in chunks:
         start, end = end, end + stop - at
-        if stop - at == call.rows:
-            finished.append((call, output.filled(copies)))
-            continue
-        spread.append(chunk)
-        leaves = [_cut(leaf, call, dims) for leaf, dims in zip(output.leaves, lengths, strict=True)]
-        _parts(call, output, guard).place(at, output, leaves, start, end, guard)
-    for call, at, stop in spread:
-        parts = _parts(call, output, guard)
-        if parts.count(at, stop - at, guard):
-            finished.append((call, parts.result))
-    return finished
+        if stop - at != call.rows:
+            leaves = output.leaves
+            if cut:
+                leaves = [_cut(leaf, call, dims) for leaf, dims in zip(leaves, cut, strict=True)]
+            parts = call.parts or _parts(call, output, guard)
+            parts.place(at, output, leaves, start, end, guard)
+            placed.append((call, parts, at, stop - at))
+    return [(call, parts.result) for call, parts, at, rows in placed if parts.count(at, rows, guard)]
 
 
 def _keep_piece(value: Any, chunk: Chunk[Call], dim: int, guard: Guard, cut: Carried | None) -> list[Finished]:
@@ -304,10 +317,9 @@ def _keep_piece(value: Any, chunk: Chunk[Call], dim: int, guard: Guard, cut: Car
 
 
 def _parts(call: Call, output: Output, guard: Guard) -> Parts:
-    if call.parts is None:
-        with guard:
-            call.parts = call.parts or Parts(call.rows, output)
-    return call.parts
+    with guard:
+        call.parts = parts = call.parts or Parts(call.rows, output)
+        return parts
 
 
 def _split(leaf: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, dims: tuple[int, ...]) -> Sequence[Any]:
