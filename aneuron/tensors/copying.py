@@ -32,9 +32,11 @@ def join(chunks: Sequence[Any], inputs: Sequence[Sequence[Any]], index: int, siz
         whole = native.join(chunks, inputs, index, size)
         if whole is not None:
             return whole  # type: ignore[no-any-return]
-    return assemble(
-        [piece(own[index], start, stop, dim) for (_, start, stop), own in zip(chunks, inputs, strict=True)], size, dim
-    )
+    pieces = [
+        leaf if type(leaf := own[index]) is Tensor and stop - start == call.rows else piece(leaf, start, stop, dim)
+        for (call, start, stop), own in zip(chunks, inputs, strict=True)
+    ]
+    return assemble(pieces, size - sum([stop - start for _, start, stop in chunks]), dim)
 
 
 def piece(leaf: Any, start: int, stop: int, dim: int) -> Tensor:
@@ -43,22 +45,21 @@ def piece(leaf: Any, start: int, stop: int, dim: int) -> Tensor:
         return tensor(leaf[(slice(None),) * (dim % leaf.ndim) + (slice(start, stop),)])
     # Or one caller's subclass would be its batch-mates' as well.
     plain = leaf if type(leaf) is Tensor else leaf.as_subclass(Tensor)
-    return plain if stop - start == plain.shape[dim] else plain.narrow(dim, start, stop - start)
+    return plain.narrow(dim, start, stop - start)
 
 
-def assemble(pieces: list[Tensor], size: int, dim: int) -> Tensor:
-    """Pieces one after the other, in memory of their own and contiguous; the last row is repeated up to `size` rows."""
-    missing = size - sum([each.shape[dim] for each in pieces])
+def assemble(pieces: list[Tensor], missing: int, dim: int) -> Tensor:
+    """Pieces one after the other, contiguous, in memory of their own; the last row is repeated for what is missing."""
     if missing:
         last = pieces[-1]
-        pieces = pieces + [last.narrow(dim, last.shape[dim] - 1, 1)] * missing
+        pieces += [last if last.shape[dim] == 1 else last.narrow(dim, last.shape[dim] - 1, 1)] * missing
     whole = cat(pieces, dim) if len(pieces) > 1 else pieces[0].clone(memory_format=torch.contiguous_format)
     return whole if whole.is_contiguous() else whole.contiguous()
 
 
-def cat(pieces: Sequence[Tensor], dim: int) -> Tensor:
+def cat(pieces: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:
     """Pieces of one kind, one after the other."""
-    return joined(pieces, dim) if pieces[0].is_quantized else torch.cat(list(pieces), dim)
+    return joined(pieces, dim) if pieces[0].is_quantized else torch.cat(pieces, dim)
 
 
 def split(leaf: Tensor, chunks: Sequence[Any], size: int, dim: int) -> Sequence[Tensor | None]:

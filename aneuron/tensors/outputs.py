@@ -12,7 +12,7 @@ import torch
 from aneuron.errors import OutputError
 from aneuron.tensors.buckets import Buckets
 from aneuron.tensors.copying import fits, tensor
-from aneuron.tensors.marked import Rows, Shared
+from aneuron.tensors.marked import Rows, Shared, is_mark  # never subclassed; `isinstance` asks Rows' metaclass, slowly
 from aneuron.tensors.nested import Marks, Path, Sealed, fill, is_masked, mark, named, paths, walk
 from aneuron.tensors.quantized import QUANTIZED, grid
 
@@ -47,7 +47,7 @@ class Output:
             except Sealed as error:
                 raise OutputError(f"the model returned {error}") from error
         self.structure, self.constants = structure, constants
-        self.leaves = [leaf if isinstance(leaf, (Rows, Shared)) else checked(leaf, None, dim) for leaf in leaves]
+        self.leaves = [leaf if is_mark(leaf) else checked(leaf, None, dim) for leaf in leaves]
         if size is not None:
             self.check(size)
 
@@ -63,10 +63,10 @@ class Output:
     def check(self, size: int) -> None:
         """Raise `OutputError` unless everything in it can be cut into `size` rows."""
         for leaf in self.leaves:
-            if isinstance(leaf, Rows):
+            if type(leaf) is Rows:
                 if len(leaf) != size:
                     raise OutputError(f"the model returned a list of {len(leaf)} entries for a batch of {size} rows")
-            elif not isinstance(leaf, Shared):
+            elif type(leaf) is not Shared:
                 checked(leaf, size, self.dim)
         for constant in self.constants:
             if constant is not None:

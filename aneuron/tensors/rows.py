@@ -105,9 +105,9 @@ class Parts:
                     self.result, self._whole = result, whole
         self._check_structure(output)
         for target, leaf in zip(self._whole, leaves, strict=True):
-            if isinstance(leaf, Rows):
+            if type(leaf) is Rows:
                 target[at : at + stop - start] = [own(each) for each in leaf[start:stop]]
-            elif not isinstance(leaf, Shared) and not copying.place(target, at, leaf, start, stop, self._dim):
+            elif type(leaf) is not Shared and not copying.place(target, at, leaf, start, stop, self._dim):
                 _check_alike([_unshared(output, each) for each in (self._whole, leaves)], self._dim)
 
     def append(self, start: int, output: Output) -> None:
@@ -202,16 +202,16 @@ def columns(
     joined: list[Any] = []
     pads = chunks[0][0].pads if bucket else None
     for index, first in enumerate(inputs[0]):
-        if isinstance(first, Shared):
+        if type(first) is Shared:
             joined.append(first)
-        elif isinstance(first, Rows):
+        elif type(first) is Rows:
             joined.append(_objects(chunks, [leaves[index] for leaves in inputs], size))
         elif pads is not None and (pad := pads.values[index]) is not None:
             pieces = [
                 padded(copying.piece(leaves[index], start, stop, dim), pads.dim, bucket, pad)
                 for (_, start, stop), leaves in zip(chunks, inputs, strict=True)
             ]
-            joined.append(copying.assemble(pieces, size, dim))
+            joined.append(copying.assemble(pieces, size - sum([stop - start for _, start, stop in chunks]), dim))
         else:
             joined.append(copying.join(chunks, inputs, index, size, dim))
     return joined
@@ -335,9 +335,9 @@ def _split(leaf: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, dims: 
         start, end = end, end + stop - at
         if stop - at != call.rows:
             copies.append(None)
-        elif isinstance(leaf, Shared):
+        elif type(leaf) is Shared:
             copies.append(own(leaf.value))
-        elif isinstance(leaf, Rows):
+        elif type(leaf) is Rows:
             copies.append([own(each) for each in leaf[start:end]])
         else:
             view = _cut(leaf.narrow(dim, start, end - start), call, dims)
@@ -364,14 +364,14 @@ def _cut(leaf: Any, call: Call, dims: tuple[int, ...]) -> Any:
 
 def _room(part: Any, rows: int, dim: int) -> Any:
     """Where the rows of a call are to be placed, for all its parts. What is shared is there already."""
-    if isinstance(part, Rows):
+    if type(part) is Rows:
         return [None] * rows
-    return own(part.value) if isinstance(part, Shared) else copying.room(part, rows, dim)
+    return own(part.value) if type(part) is Shared else copying.room(part, rows, dim)
 
 
 def _unshared(output: Output, parts: list[Any]) -> list[Any]:
     """Without what is the same for all: that is taken from the first part."""
-    return [part for of, part in zip(output.leaves, parts, strict=True) if not isinstance(of, Shared)]
+    return [part for of, part in zip(output.leaves, parts, strict=True) if type(of) is not Shared]
 
 
 def _check_alike(pieces: list[list[Any]], dim: int) -> None:
@@ -387,7 +387,7 @@ def _check_alike(pieces: list[list[Any]], dim: int) -> None:
 
 def _keep(leaf: Any) -> Any:
     """A part of a piece's output in storage of its own."""
-    return own(leaf.objects if isinstance(leaf, Rows) else leaf.value if isinstance(leaf, Shared) else leaf)
+    return own(leaf.objects if type(leaf) is Rows else leaf.value if type(leaf) is Shared else leaf)
 
 
 def _check_joinable(output: Output) -> None:
@@ -409,9 +409,9 @@ def _concatenate(output: Output, parts: list[list[Any]], dim: int) -> list[Any]:
 
 
 def _join(leaf: Any, column: tuple[Any, ...], dim: int) -> Any:
-    if isinstance(leaf, Rows):
+    if type(leaf) is Rows:
         return [each for part in column for each in part]
-    if isinstance(leaf, Shared):
+    if type(leaf) is Shared:
         return column[0]
     try:
         return copying.cat(column, dim)
