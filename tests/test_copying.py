@@ -113,7 +113,7 @@ def columns(draw):
 
 
 @pytest.mark.parametrize("native", WAYS)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(columns(), st.booleans())
 def test_rows_are_joined_and_the_last_one_is_repeated(native, case, last_dim):
     chunks, inputs, size = case
@@ -131,7 +131,7 @@ def test_rows_are_joined_and_the_last_one_is_repeated(native, case, last_dim):
 
 
 @pytest.mark.parametrize("native", WAYS)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(columns(), st.sampled_from([0, -1]))
 def test_each_chunk_gets_rows_of_its_own_where_it_is_all_of_its_call(native, case, dim):
     chunks, inputs, size = case
@@ -152,7 +152,7 @@ def test_each_chunk_gets_rows_of_its_own_where_it_is_all_of_its_call(native, cas
 
 
 @pytest.mark.parametrize("native", WAYS)
-@settings(deadline=None)
+@settings(deadline=None, max_examples=50)
 @given(columns(), st.sampled_from([0, -1]), st.sampled_from(list(LAYOUTS)))
 def test_rows_are_put_in_their_place_and_nowhere_else(native, case, dim, layout):
     chunks, inputs, _ = case
@@ -185,6 +185,62 @@ def test_rows_of_another_kind_are_not_put_anywhere(way):
     ):  # fmt: skip
         assert not copying.place(whole, 0, other, 0, 2, 0)
     assert not whole.any()
+
+
+@st.composite
+def lengths(draw):
+    """Rows of several lengths along a dimension, and what they are padded to."""
+    dtype = draw(st.sampled_from(DTYPES))
+    row = draw(st.lists(st.integers(1, 3), min_size=1, max_size=3))
+    at = draw(st.integers(1, len(row)))
+    chunks, inputs = [], []
+    for seed in range(draw(st.integers(1, 4))):
+        rows = draw(st.integers(1, 3))
+        length = draw(st.integers(1, 6))
+        start = draw(st.integers(0, rows - 1))
+        chunks.append((SimpleNamespace(rows=rows, bucket=6, length=length), start, rows))
+        inputs.append((filled((rows, *row[: at - 1], length, *row[at:]), dtype, seed),))
+    size = sum(stop - start for _, start, stop in chunks) + draw(st.integers(0, 2))
+    pad = draw(st.sampled_from([0, 1] + [-1.5, float("-inf")] * dtype.is_floating_point))
+    return chunks, inputs, size, at, 0 if dtype in FLOAT8 else pad
+
+
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]
+
+
+@pytest.mark.parametrize("native", WAYS)
+@settings(deadline=None, max_examples=50)
+@given(lengths(), st.booleans(), st.integers(4, 7))
+def test_rows_are_padded_to_a_length_and_cut_back_to_it(native, case, from_behind, bucket):
+    chunks, inputs, size, at, pad = case
+    dim = at - inputs[0][0].ndim if from_behind else at
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(copying, "native", NATIVE if native == "native" else None)
+        to = copying.Length(dim, bucket, pad)
+        try:
+            whole = copying.join(chunks, inputs, 0, size, 0, to)
+        except NotImplementedError:  # torch's own padding, of some dtypes
+            return
+        fit = all(owner.length <= bucket for owner, _, _ in chunks)
+        copies = copying.split(whole, chunks, size, 0, (at,)) if fit else [None] * len(chunks)
+    assert whole.shape[at] == bucket
+    assert len(whole) == size
+    check_own(whole, *[x for (x,) in inputs])
+    end = 0
+    for (owner, start, stop), (x,), copied in zip(chunks, inputs, copies, strict=True):
+        begin, end = end, end + stop - start
+        had = min(owner.length, bucket)
+        part = whole[begin:end]
+        assert same(part.narrow(at, 0, had), x[start:stop].narrow(at, 0, had))
+        if had < bucket:
+            rest = part.narrow(at, had, bucket - had)
+            assert same(rest, torch.full(rest.shape, pad, dtype=rest.dtype))
+        assert (copied is None) == (not fit or stop - start != owner.rows)
+        if copied is not None:
+            assert same(copied, x)
+            check_own(copied, whole, x)
+    for row in range(end, size):
+        assert same(whole[row], whole[end - 1])
 
 
 # What is not plain has its numbers elsewhere than where they seem to lie, or means something else by them.
@@ -280,7 +336,8 @@ def test_what_has_another_shape_by_now_is_not_read_beyond_its_end(way):
             whole = copying.join(chunks, [(torch.zeros(1, 3),), (x,)], 0, 8, 0)
         except (RuntimeError, IndexError):
             continue
-        assert whole.dtype is torch.float64  # what torch makes of two kinds
+        # What torch makes of two kinds; or what no model's output will have as many rows as.
+        assert whole.dtype is torch.float64 or len(whole) != 8
 
 
 def test_writing_is_noticed(way):

@@ -43,7 +43,7 @@ ERRORS = {
 ORDER = [
     "errors", "names", "sched", "sched.call", "sched.fair_queue", "sched.room", "sched.filling", "sched.slots",
     "sched.batch_delay", "sched.sizes", "sched.scheduler", "engine.health", "tensors", "tensors.buckets",
-    "tensors.marked", "tensors.nested", "tensors.quantized", "tensors.copying", "tensors.lengths", "tensors.outputs",
+    "tensors.marked", "tensors.nested", "tensors.quantized", "tensors.lengths", "tensors.copying", "tensors.outputs",
     "tensors.verdicts", "engine.evidence", "tensors.rows", "tensors.signature", "backends", "backends.files",
     "backends.unwarned", "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu",
     "backends.simulated", "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores",

@@ -15,7 +15,7 @@ from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport malloc
-from libc.string cimport memcmp, memcpy, memmove
+from libc.string cimport memcpy, memmove
 
 import torch
 
@@ -151,23 +151,25 @@ cdef bint look(object leaf, Plain *plain) noexcept:
     return True
 
 
-cdef inline bint alike(DLTensor *one, DLTensor *other) noexcept:
-    """Whether two tensors differ in the number of their rows at most."""
-    return (
-        one.ndim == other.ndim
-        and one.dtype.code == other.dtype.code
-        and one.dtype.bits == other.dtype.bits
-        and not memcmp(one.shape + 1, other.shape + 1, (one.ndim - 1) * sizeof(int64_t))
-    )
+cdef inline bint alike(DLTensor *one, DLTensor *other, int at) noexcept:
+    """Whether two tensors differ in the number of their rows at most, and along the dimension `at`."""
+    cdef int axis
+    if one.ndim != other.ndim or one.dtype.code != other.dtype.code or one.dtype.bits != other.dtype.bits:
+        return False
+    for axis in range(1, one.ndim):
+        if axis != at and one.shape[axis] != other.shape[axis]:
+            return False
+    return True
 
 
-cdef DLManagedTensorVersioned *allocate(Plain *plain, int64_t rows) except NULL:
-    """Memory for so many rows, with a header that describes them."""
+cdef DLManagedTensorVersioned *allocate(Plain *plain, int64_t rows, int at=0, int64_t length=0) except NULL:
+    """Memory for so many rows, with a header that describes them; of this length along `at`, unless that is 0."""
     cdef int32_t ndim = plain.like.ndim
     cdef size_t header = sizeof(DLManagedTensorVersioned) + 2 * ndim * sizeof(int64_t)
-    cdef DLManagedTensorVersioned *made = <DLManagedTensorVersioned *>malloc(header + ALIGNMENT + rows * plain.row)
+    cdef int64_t row = plain.row // plain.like.shape[at] * length if at else plain.row
+    cdef DLManagedTensorVersioned *made = <DLManagedTensorVersioned *>malloc(header + ALIGNMENT + rows * row)
     if made == NULL:
-        raise MemoryError(f"no memory for {rows} rows of {plain.row} bytes")
+        raise MemoryError(f"no memory for {rows} rows of {row} bytes")
     made.version.major, made.version.minor = 1, 0
     made.manager_ctx, made.deleter, made.flags = NULL, aneuron_free, 0
     cdef DLTensor *tensor = &made.dl_tensor
@@ -178,10 +180,44 @@ cdef DLManagedTensorVersioned *allocate(Plain *plain, int64_t rows) except NULL:
     cdef int64_t stride = 1
     cdef int axis
     for axis in range(ndim - 1, -1, -1):
-        tensor.shape[axis] = plain.like.shape[axis] if axis else rows
+        tensor.shape[axis] = (length if axis == at else plain.like.shape[axis]) if axis else rows
         tensor.strides[axis] = stride
         stride *= tensor.shape[axis]
     return made
+
+
+cdef struct Lines:
+    # What lies together in a row, from the dimension with the length on.
+    int64_t number  # in a row
+    int64_t inner  # bytes for each step along it
+
+
+cdef inline Lines lines(Plain *plain, int at) noexcept:
+    cdef Lines found
+    cdef int axis
+    found.number = 1
+    for axis in range(1, at):
+        found.number *= plain.like.shape[axis]
+    found.inner = plain.row // found.number // (plain.like.shape[at] if at else 1)
+    return found
+
+
+cdef void copy_lines(
+    char *target, char *source, int64_t number, int64_t wanted, int64_t had, char *pad, int64_t item
+) noexcept nogil:
+    """Copy so many lines from where they have `had` bytes to where they have `wanted`, padded or cut."""
+    cdef int64_t line, byte
+    if wanted == had:
+        memcpy(target, source, number * had)
+        return
+    for line in range(number):
+        memcpy(target, source, min(wanted, had))
+        byte = had
+        while byte < wanted:
+            memcpy(target + byte, pad, item)
+            byte += item
+        target += wanted
+        source += had
 
 
 cdef object as_tensor(DLManagedTensorVersioned *made):
@@ -193,66 +229,103 @@ cdef object as_tensor(DLManagedTensorVersioned *made):
     return owned
 
 
-def join(chunks, inputs, Py_ssize_t index, int64_t size):
-    """The chunks' rows of the input `index`, one after the other; the last one is repeated up to `size` rows."""
-    cdef Plain leaf
+def join(chunks, inputs, Py_ssize_t index, int64_t size, int at=0, int64_t length=0, pad=None):
+    """The chunks' rows of the input `index`, one after the other; the last one is repeated up to `size` rows.
+
+    With `at` they are padded along that dimension to this length, with the number that `pad` is a tensor of.
+    """
+    cdef Plain leaf, padding
+    cdef Lines row
     cdef DLManagedTensorVersioned *made = NULL
     cdef char *end = NULL
-    cdef int64_t start, stop, rows = 0
+    cdef int64_t start, stop, wide = 0, rows = 0
     cdef Py_ssize_t place
     cdef tuple chunk
+    padding.data, padding.row = NULL, 1
+    if at and not look(pad, &padding):
+        return None
     for place in range(len(chunks)):
         chunk = chunks[place]
         start, stop = chunk[1], chunk[2]
         if (
             not look(inputs[place][index], &leaf)
             or not 0 <= start < stop <= leaf.like.shape[0]
-            or (made != NULL and not alike(&made.dl_tensor, &leaf.like))
+            or (made != NULL and not alike(&made.dl_tensor, &leaf.like, at))
+            or (at and (at >= leaf.like.ndim or leaf.like.shape[at] > length))
         ):
             break
         if made == NULL:
-            if size * leaf.row > most:
+            row = lines(&leaf, at)
+            wide = row.number * row.inner * length if at else leaf.row
+            if size * wide > most or (at and padding.like.dtype.bits != leaf.like.dtype.bits):
                 return None
-            made = allocate(&leaf, size)
+            made = allocate(&leaf, size, at, length)
             end = <char *>made.dl_tensor.data
         rows += stop - start
         if rows > size:
             break
-        memcpy(end, leaf.data + start * leaf.row, (stop - start) * leaf.row)
-        end += (stop - start) * leaf.row
+        copy_lines(
+            end,
+            leaf.data + start * leaf.row,
+            (stop - start) * row.number,
+            row.inner * length if at else leaf.row // row.number,
+            leaf.row // row.number,
+            padding.data,
+            padding.row,
+        )
+        end += (stop - start) * wide
     else:
         if made == NULL:
             return None
         for rows in range(rows, size):
-            memcpy(end, end - leaf.row, leaf.row)
-            end += leaf.row
+            memcpy(end, end - wide, wide)
+            end += wide
         return as_tensor(made)
     if made != NULL:
         aneuron_free(made)
     return None
 
 
-def split(leaf, chunks, int64_t size):
-    """The rows of each chunk in storage of their own; None for a chunk that is a part of its call only."""
+def split(leaf, chunks, int64_t size, int at=0):
+    """The rows of each chunk in storage of their own; None for a chunk that is a part of its call only.
+
+    With `at` they are cut along that dimension to the length of their call.
+    """
     cdef Plain whole
-    cdef int64_t start = 0, rows
+    cdef Lines row
+    cdef DLManagedTensorVersioned *made
+    cdef int64_t start = 0, length = 0, rows, had
     cdef tuple chunk
-    if not look(leaf, &whole) or whole.like.shape[0] != size or size * whole.row > most:
+    if not look(leaf, &whole) or whole.like.shape[0] != size or size * whole.row > most or at >= whole.like.ndim:
         return None
+    row = lines(&whole, at)
+    had = whole.row // row.number
     cdef list copies = []
     for chunk in chunks:
+        call = chunk[0]
         rows = <int64_t>chunk[2] - <int64_t>chunk[1]
         if rows < 1 or start + rows > size:
             return None
-        copies.append(copied(&whole, start, start + rows) if rows == chunk[0].rows else None)
+        if rows == call.rows:
+            if at:
+                length = call.length
+                if not call.bucket or not 0 < length <= whole.like.shape[at]:
+                    return None
+            made = allocate(&whole, rows, at, length)
+            copy_lines(
+                <char *>made.dl_tensor.data,
+                whole.data + start * whole.row,
+                rows * row.number,
+                row.inner * length if at else had,
+                had,
+                NULL,
+                1,
+            )
+            copies.append(as_tensor(made))
+        else:
+            copies.append(None)
         start += rows
     return copies
-
-
-cdef object copied(Plain *whole, int64_t start, int64_t stop):
-    cdef DLManagedTensorVersioned *made = allocate(whole, stop - start)
-    memcpy(made.dl_tensor.data, whole.data + start * whole.row, (stop - start) * whole.row)
-    return as_tensor(made)
 
 
 def room(leaf, int64_t rows):
@@ -270,7 +343,7 @@ def place(whole, int64_t at, leaf, int64_t start, int64_t stop):
     if (
         not look(whole, &target)
         or not look(leaf, &source)
-        or not alike(&target.like, &source.like)
+        or not alike(&target.like, &source.like, 0)
         or not 0 <= start < stop <= source.like.shape[0]
         or not 0 <= at <= target.like.shape[0] - rows
         or rows * source.row > most

@@ -7,11 +7,13 @@ and plain, where the extension is there (_copying.pyx). Must not be here: what i
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from aneuron.tensors.lengths import padded
 from aneuron.tensors.quantized import QUANTIZED, grid, joined
 
 native: Any = None
@@ -24,22 +26,51 @@ if os.environ.get("ANEURON_PURE", "0") in ("", "0"):
         pass
 
 
-def join(chunks: Sequence[Any], inputs: Sequence[Sequence[Any]], index: int, size: int, dim: int) -> Tensor:
+class Length(NamedTuple):
+    """What rows are padded to: the length along a dimension, and the number that they are padded with."""
+
+    dim: int
+    length: int
+    pad: float
+
+
+def join(
+    chunks: Sequence[Any],
+    inputs: Sequence[Sequence[Any]],
+    index: int,
+    size: int,
+    dim: int,
+    to: Length | None = None,
+) -> Tensor:
     """The chunks' rows of one input, in memory of their own: `inputs` are the calls' tensors and arrays, `index` says
-    which of them. The last row is repeated up to `size` rows.
+    which of them. The last row is repeated up to `size` rows. With `to` they are padded, or cut, to a length.
     """
     if native is not None and not dim:
-        whole = native.join(chunks, inputs, index, size)
+        if to is None:
+            whole = native.join(chunks, inputs, index, size)
+        else:
+            first = inputs[0][index]
+            at = to.dim % first.ndim
+            pad = _number(to.pad, first.dtype) if type(first) is Tensor else None
+            whole = native.join(chunks, inputs, index, size, at, to.length, pad) if at else None
         if whole is not None:
             return whole  # type: ignore[no-any-return]
     pieces = [
-        leaf if type(leaf := own[index]) is Tensor and stop - start == call.rows else piece(leaf, start, stop, dim)
+        leaf if type(leaf := own[index]) is Tensor and stop - start == call.rows else _piece(leaf, start, stop, dim)
         for (call, start, stop), own in zip(chunks, inputs, strict=True)
     ]
-    return assemble(pieces, size - sum([stop - start for _, start, stop in chunks]), dim)
+    if to is not None:
+        pieces = [padded(each, *to) for each in pieces]
+    return _assemble(pieces, size - sum([stop - start for _, start, stop in chunks]), dim)
 
 
-def piece(leaf: Any, start: int, stop: int, dim: int) -> Tensor:
+@lru_cache
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.full((1,), value, dtype=dtype, device="cpu")
+
+
+def _piece(leaf: Any, start: int, stop: int, dim: int) -> Tensor:
     """Rows of a tensor or an array, as a plain tensor that need not own them."""
     if not isinstance(leaf, Tensor):
         return tensor(leaf[(slice(None),) * (dim % leaf.ndim) + (slice(start, stop),)])
@@ -48,7 +79,7 @@ def piece(leaf: Any, start: int, stop: int, dim: int) -> Tensor:
     return plain.narrow(dim, start, stop - start)
 
 
-def assemble(pieces: list[Tensor], missing: int, dim: int) -> Tensor:
+def _assemble(pieces: list[Tensor], missing: int, dim: int) -> Tensor:
     """Pieces one after the other, contiguous, in memory of their own; the last row is repeated for what is missing."""
     if missing:
         last = pieces[-1]
@@ -62,26 +93,34 @@ def cat(pieces: list[Tensor] | tuple[Tensor, ...], dim: int) -> Tensor:
     return joined(pieces, dim) if pieces[0].is_quantized else torch.cat(pieces, dim)
 
 
-def split(leaf: Tensor, chunks: Sequence[Any], size: int, dim: int) -> Sequence[Tensor | None]:
+def split(leaf: Tensor, chunks: Sequence[Any], size: int, dim: int, lengths: tuple[int, ...] = ()) -> Sequence[Any]:
     """The rows of each chunk in storage of their own; None for a chunk that is a part of its call only.
 
-    The tensor has `size` rows; those that are left at its end are nobody's.
+    The tensor has `size` rows; those that are left at its end are nobody's. Along the dims `lengths` it is cut back to
+    the length of each call.
     """
-    if native is not None and not dim:
-        copies = native.split(leaf, chunks, size)
+    if native is not None and not dim and len(lengths) < 2:
+        copies = native.split(leaf, chunks, size, *lengths)
         if copies is not None:
             return copies  # type: ignore[no-any-return]
     sizes = [stop - start for _, start, stop in chunks]
-    if sizes == [call.rows for call, _, _ in chunks]:
+    if not lengths and sizes == [call.rows for call, _, _ in chunks]:
         rows = sum(sizes)
         there = leaf if rows == size else leaf.narrow(dim, 0, rows)
         return torch.split_with_sizes_copy(there, sizes, dim)  # type: ignore[func-returns-value,return-value]
-    start, found = 0, list[Tensor | None]()
+    start, found = 0, list[Any]()
     for (call, _, _), rows in zip(chunks, sizes, strict=True):
-        whole = rows == call.rows
-        found.append(leaf.narrow(dim, start, rows).clone(memory_format=torch.contiguous_format) if whole else None)
+        view = shortened(leaf.narrow(dim, start, rows), call, lengths) if rows == call.rows else None
+        found.append(None if view is None else view.clone(memory_format=torch.contiguous_format))
         start += rows
     return found
+
+
+def shortened(leaf: Any, call: Any, lengths: tuple[int, ...]) -> Any:
+    """A view of a leaf as long as the call was, along these dims."""
+    for dim in lengths:
+        leaf = leaf.narrow(dim, 0, call.length) if call.bucket and leaf.shape[dim] != call.length else leaf
+    return leaf
 
 
 def room(like: Tensor, rows: int, dim: int) -> Tensor:

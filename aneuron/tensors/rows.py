@@ -14,7 +14,7 @@ from torch import Tensor  # looked up for each batch
 from aneuron.errors import InputModified, OutputError
 from aneuron.sched.call import Chunk, Waiting
 from aneuron.tensors import copying
-from aneuron.tensors.lengths import Pads, padded
+from aneuron.tensors.lengths import Pads
 from aneuron.tensors.marked import Rows, Shared, is_mark
 from aneuron.tensors.nested import fill, is_array, walk
 from aneuron.tensors.outputs import Carried, Output, checked
@@ -206,14 +206,10 @@ def columns(
             joined.append(first)
         elif type(first) is Rows:
             joined.append(_objects(chunks, [leaves[index] for leaves in inputs], size))
-        elif pads is not None and (pad := pads.values[index]) is not None:
-            pieces = [
-                padded(copying.piece(leaves[index], start, stop, dim), pads.dim, bucket, pad)
-                for (_, start, stop), leaves in zip(chunks, inputs, strict=True)
-            ]
-            joined.append(copying.assemble(pieces, size - sum([stop - start for _, start, stop in chunks]), dim))
         else:
-            joined.append(copying.join(chunks, inputs, index, size, dim))
+            pad = None if pads is None else pads.values[index]
+            to = None if pads is None or pad is None else copying.Length(pads.dim, bucket, pad)
+            joined.append(copying.join(chunks, inputs, index, size, dim, to))
     return joined
 
 
@@ -293,7 +289,7 @@ def _spread(output: Output, chunks: Sequence[Chunk[Call]], guard: Guard, cut: Ca
         if stop - at != call.rows:
             leaves = output.leaves
             if cut:
-                leaves = [_cut(leaf, call, dims) for leaf, dims in zip(leaves, cut, strict=True)]
+                leaves = [copying.shortened(leaf, call, dims) for leaf, dims in zip(leaves, cut, strict=True)]
             parts = call.parts or _parts(call, output, guard)
             parts.place(at, output, leaves, start, end, guard)
             placed.append((call, parts, at, stop - at))
@@ -305,9 +301,7 @@ def _keep_piece(value: Any, chunk: Chunk[Call], dim: int, guard: Guard, cut: Car
     call, start, stop = chunk
     output = value if isinstance(value, Output) else Output(value, None, dim)
     if cut:
-        output.leaves = [
-            _cut(leaf, call, dims) if dims else leaf for leaf, dims in zip(output.leaves, cut, strict=True)
-        ]
+        output.leaves = [copying.shortened(leaf, call, dims) for leaf, dims in zip(output.leaves, cut, strict=True)]
     parts = _parts(call, output, guard)
     parts.append(start, output)
     if not parts.count(start, stop - start, guard):
@@ -327,21 +321,16 @@ def _split(leaf: Any, chunks: Sequence[Chunk[Call]], size: int, dim: int, dims: 
 
     At `dims` a tensor has the length, and is cut back to each call's own.
     """
-    if isinstance(leaf, Tensor) and not dims:
-        return copying.split(leaf, chunks, size, dim)
+    if isinstance(leaf, Tensor):
+        return copying.split(leaf, chunks, size, dim, dims)
     copies: list[Any] = []
     end = 0
     for call, at, stop in chunks:
         start, end = end, end + stop - at
         if stop - at != call.rows:
             copies.append(None)
-        elif type(leaf) is Shared:
-            copies.append(own(leaf.value))
-        elif type(leaf) is Rows:
-            copies.append([own(each) for each in leaf[start:end]])
         else:
-            view = _cut(leaf.narrow(dim, start, end - start), call, dims)
-            copies.append(view.clone(memory_format=torch.contiguous_format))
+            copies.append(own(leaf.value) if type(leaf) is Shared else [own(each) for each in leaf[start:end]])
     return copies
 
 
@@ -353,13 +342,6 @@ def own(value: Any) -> Any:
         return value
     copies = [checked(leaf, None, 0).detach().clone(memory_format=torch.contiguous_format) for leaf in leaves]
     return fill(value, iter(copies))
-
-
-def _cut(leaf: Any, call: Call, dims: tuple[int, ...]) -> Any:
-    """A view of a leaf as long as the call was."""
-    for dim in dims:
-        leaf = leaf.narrow(dim, 0, call.length) if call.bucket and leaf.shape[dim] != call.length else leaf
-    return leaf
 
 
 def _room(part: Any, rows: int, dim: int) -> Any:
