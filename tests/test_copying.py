@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from multiprocessing.reduction import ForkingPickler
 from types import SimpleNamespace
 
 import numpy as np
@@ -398,6 +399,28 @@ def test_it_can_be_used_like_any_other(way, use):
         expected = filled((4, 3))
         found = USES[use](made)
         assert torch.equal(found, expected), name
+
+
+def test_it_can_be_sent_to_another_process(way):
+    before = torch.multiprocessing.get_sharing_strategy()
+    torch.multiprocessing.set_sharing_strategy("file_system")  # no thread that serves descriptors
+    try:
+        for name, made in makers():
+            received = pickle.loads(ForkingPickler.dumps(made))
+            assert made.is_shared()
+            received += 1
+            assert torch.equal(made, filled((4, 3)) + 1), name
+    finally:
+        torch.multiprocessing.set_sharing_strategy(before)
+
+
+@pytest.mark.skipif(NATIVE is None, reason="not built")
+def test_it_does_not_grow_in_place_as_tensors_over_arrays_do_not():
+    """All that tells it from what torch has made; its clones grow."""
+    for made in (NATIVE.room(filled((4, 3)), 4), torch.from_numpy(np.ones((4, 3)))):
+        with pytest.raises(RuntimeError, match="not resizable"):
+            made.resize_(100, 3)
+        assert made.clone().resize_(100, 3).shape == (100, 3)
 
 
 def test_it_takes_part_in_gradients(way):

@@ -122,6 +122,8 @@ cdef bint look(object leaf, Plain *plain) noexcept:
         return False
     try:
         api.dltensor_from_py_object_no_sync(<PyObject *>leaf, seen)
+        if _metadata(leaf):  # its numbers lie there with another sign; to ask `is_neg` would give up the lock
+            return False
     except BaseException:  # it has no memory, or numbers that DLPack does not know
         return False
     code = seen.dtype.code
@@ -144,8 +146,6 @@ cdef bint look(object leaf, Plain *plain) noexcept:
         if axis:
             plain.row *= seen.shape[axis]
     if not expected:
-        return False
-    if <dict>_metadata(leaf):  # its numbers lie in memory with another sign; to ask `is_neg` would give up the lock
         return False
     plain.data = <char *>seen.data + seen.byte_offset
     return True
@@ -242,6 +242,7 @@ def join(chunks, inputs, Py_ssize_t index, int64_t size, int at=0, int64_t lengt
     cdef Py_ssize_t place
     cdef tuple chunk
     padding.data, padding.row = NULL, 1
+    row.number, row.inner = 1, 0
     if at and not look(pad, &padding):
         return None
     for place in range(len(chunks)):
