@@ -41,11 +41,12 @@ ERRORS = {
 
 # Design § 13: a file may import those above it.
 ORDER = [
-    "_native.sources", "_native", "errors", "names", "arguments", "sched", "sched.call", "sched.flows", "sched.fair_queue", "sched.room",
+    "_native.sources", "_native", "errors", "names", "arguments", "sched",
+    "sched.call", "sched.flows", "sched.fair_queue", "sched.room",
     "sched.filling", "sched.slots", "sched.batch_delay", "sched.sizes", "sched.scheduler", "sched.shares",
     "engine.health", "engine.failures", "tensors", "tensors.buckets", "tensors.marked", "tensors.nested",
-    "tensors.quantized", "tensors.lengths", "tensors.outputs", "tensors.verdicts", "engine.evidence", "tensors.rows",
-    "tensors.signature", "backends.traits", "backends", "engine.modes", "backends.timer", "backends.files",
+    "tensors.quantized", "tensors.lengths", "tensors.copying", "tensors.outputs", "tensors.verdicts",
+    "engine.evidence", "tensors.rows", "tensors.signature", "backends.traits", "backends", "engine.modes", "backends.timer", "backends.files",
     "backends.unwarned", "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu",
     "backends.simulated", "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores",
     "backends.neuron.placement", "backends.neuron.native", "backends.neuron", "backends.cuda", "stats", "program",
@@ -342,6 +343,7 @@ def test_nothing_imports_the_tools_for_tests():
         ("tensors.buckets", ["asyncio", "torch", "time", "threading", "anyio"]),
         ("tensors.lengths", ["asyncio", "threading", "time"]),
         ("tensors.outputs", ["asyncio", "threading", "time"]),
+        ("tensors.copying", ["asyncio", "threading", "time"]),
         ("tensors.rows", ["asyncio", "threading", "time"]),
         ("tensors.nested", ["asyncio", "threading", "time"]),
         ("stats", ["asyncio", "torch", "time", "threading"]),

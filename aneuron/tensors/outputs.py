@@ -4,16 +4,16 @@ Lives here: what is wrong with an output, and learning from two where the length
 rows and cutting them (rows.py), which bucket fits (buckets.py).
 """
 
-import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from aneuron.errors import OutputError
 from aneuron.tensors.buckets import Buckets
-from aneuron.tensors.marked import Rows, Shared
-from aneuron.tensors.nested import Marks, Path, Sealed, is_masked, mark, named, paths, walk
+from aneuron.tensors.copying import fits, tensor
+from aneuron.tensors.marked import Rows, Shared, is_mark  # never subclassed; `isinstance` asks Rows' metaclass, slowly
+from aneuron.tensors.nested import Marks, Path, Sealed, fill, is_masked, mark, named, paths, walk
 from aneuron.tensors.quantized import QUANTIZED, grid
 
 Carried = tuple[tuple[int, ...], ...]  # for each tensor of an output the dims where the length stands: none, mostly one
@@ -31,27 +31,42 @@ class Output:
         self.value = value = mark(value, marks) if marks else value
         self.dim = dim
         self.asked = asked
-        self.leaves: list[Any] = []
-        self.structure: list[Any] = []
-        self.constants: list[Any] = []
-        if type(value) is torch.Tensor:
-            self.leaves, self.structure = [value], [torch.Tensor]  # what the walk would find
-        else:
+        self.leaves: list[Any]
+        self.structure: list[Any]
+        self.constants: Sequence[Any] = ()
+        self._container: Any = type(value)  # None if it holds more than tensors
+        if self._container is torch.Tensor:
+            self.leaves, self.structure = [checked(value, size, dim)], _LONE
+            return
+        found = _flat(value)
+        leaves, structure, constants = found or ([], [], [])
+        if found is None:
+            self._container = None
             try:
-                walk(value, self.leaves, self.structure, self.constants, by_name=True)
+                walk(value, leaves, structure, constants, by_name=True)
             except Sealed as error:
                 raise OutputError(f"the model returned {error}") from error
-        self.leaves = [leaf if isinstance(leaf, (Rows, Shared)) else checked(leaf, None, dim) for leaf in self.leaves]
+        self.structure, self.constants = structure, constants
+        self.leaves = [leaf if is_mark(leaf) else checked(leaf, None, dim) for leaf in leaves]
         if size is not None:
             self.check(size)
+
+    def filled(self, leaves: Sequence[Any]) -> Any:
+        """The output with other leaves in the place of its own."""
+        kind = self._container
+        if kind is None:
+            return fill(self.value, iter(leaves))
+        if kind is torch.Tensor:
+            return leaves[0]
+        return dict(zip(self.value, leaves, strict=True)) if kind is dict else kind(leaves)
 
     def check(self, size: int) -> None:
         """Raise `OutputError` unless everything in it can be cut into `size` rows."""
         for leaf in self.leaves:
-            if isinstance(leaf, Rows):
+            if type(leaf) is Rows:
                 if len(leaf) != size:
                     raise OutputError(f"the model returned a list of {len(leaf)} entries for a batch of {size} rows")
-            elif not isinstance(leaf, Shared):
+            elif type(leaf) is not Shared:
                 checked(leaf, size, self.dim)
         for constant in self.constants:
             if constant is not None:
@@ -76,6 +91,26 @@ class Output:
         return list(paths(self.value, "output"))
 
 
+_LONE: list[Any] = [torch.Tensor]  # what `walk` would find around a tensor
+
+
+def _flat(value: Any) -> tuple[list[Any], list[Any], list[Any]] | None:
+    """What `walk` would find of what holds nothing but tensors, at once; None for all else."""
+    kind = type(value)
+    names: Iterable[Any]
+    if kind is dict:
+        leaves, names = list(value.values()), value
+        if any(type(name) is not str for name in value):
+            return None
+    elif kind is tuple or kind is list:
+        leaves, names = list(value), range(len(value))
+    else:
+        return None
+    if not leaves or any(type(leaf) is not torch.Tensor for leaf in leaves):
+        return None
+    return leaves, [(kind, *names, ""), *(torch.Tensor,) * len(leaves)], []
+
+
 def kind(output: Output) -> Hashable:
     """What an output is like, whatever its rows: structure, and the shapes and dtypes of one row."""
     rows: list[Any] = []
@@ -90,6 +125,8 @@ def kind(output: Output) -> Hashable:
 
 def checked(leaf: Any, size: int | None, dim: int) -> torch.Tensor:
     """One tensor of an output, on the host."""
+    if fits(leaf, size, dim):  # nothing is wrong with it
+        return leaf  # type: ignore[no-any-return]
     if not isinstance(leaf, torch.Tensor):
         if is_masked(leaf):
             raise OutputError("the model returned a masked array, whose mask no tensor has; return it beside the data")
@@ -122,15 +159,6 @@ def checked(leaf: Any, size: int | None, dim: int) -> torch.Tensor:
 
 PLAIN = torch.Tensor.__torch_dispatch__  # what subclasses have whose rows are cut as those of any tensor
 SPECIAL = "a kind of tensor with operations of its own, whose rows cannot be cut and joined"
-
-
-def tensor(array: Any) -> torch.Tensor:
-    """A tensor over an array's memory, or over a copy where torch cannot share it."""
-    numpy = sys.modules["numpy"]
-    aligned = all(stride >= 0 and stride % array.itemsize == 0 for stride in array.strides)
-    shareable = aligned and array.flags.writeable and array.dtype.isnative
-    native = array if shareable else numpy.array(array, dtype=array.dtype.newbyteorder("="), order="C")
-    return torch.from_numpy(native)
 
 
 NAME_THEM = (

@@ -1,24 +1,22 @@
 """Rows into batches, and batches back into results: all the tensor work that is not the model's.
 
-Lives here: collate and scatter, which run in worker threads. Must not be here: asyncio, threads,
-decisions about who runs when.
+Lives here: collate and scatter, which run in worker threads: what is copied where. Must not be here:
+how rows are copied (copying.py), asyncio, threads, decisions about who runs when.
 """
 
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager, suppress
-from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor  # looked up for each row
+from torch import Tensor  # looked up for each batch
 
 from aneuron.errors import InputModified, OutputError
 from aneuron.sched.call import Call, Chunk
-from aneuron.tensors.lengths import padded
+from aneuron.tensors import copying
 from aneuron.tensors.marked import Rows, Shared, is_mark
 from aneuron.tensors.nested import fill, is_array, walk
-from aneuron.tensors.outputs import Carried, Output, checked, tensor
-from aneuron.tensors.quantized import QUANTIZED, grid, joined
+from aneuron.tensors.outputs import Carried, Output, checked
 
 Guard = AbstractContextManager[Any]
 
@@ -43,21 +41,23 @@ class Parts:
         self._whole: list[Any] | None = None
         self.result: Any = None
 
-    def place(self, start: int, output: Output, leaves: list[Any], guard: Guard) -> None:
-        """Copy output rows to their place in the result, from row `start` on. What is shared comes from the first."""
-        with guard:
-            if self._whole is None:
-                pairs = zip(output.leaves, leaves, strict=True)
-                whole = [leaf if isinstance(of, Shared) else _room(leaf, self._rows, self._dim) for of, leaf in pairs]
-                self.result = fill(output.value, iter(whole))
-                self._whole = whole
+    def place(self, at: int, output: Output, leaves: list[Any], start: int, stop: int, guard: Guard) -> None:
+        """Copy rows `start` to `stop` of an output's leaves to their place in the result, from row `at` on.
+
+        What is shared comes from the first.
+        """
+        if self._whole is None:
+            whole = [_room(leaf, self._rows, self._dim) for leaf in leaves]
+            result = output.filled(whole)
+            with guard:
+                if self._whole is None:
+                    self.result, self._whole = result, whole
         self._check_structure(output)
-        _check_alike([_unshared(output, each) for each in (self._whole, leaves)], self._dim)
-        for of, whole_leaf, leaf in zip(output.leaves, self._whole, leaves, strict=True):
-            if isinstance(of, Rows):
-                whole_leaf[start : start + len(leaf)] = leaf
-            elif not isinstance(of, Shared):
-                whole_leaf.narrow(self._dim, start, leaf.shape[self._dim]).copy_(leaf)
+        for target, leaf in zip(self._whole, leaves, strict=True):
+            if type(leaf) is Rows:
+                target[at : at + stop - start] = [own(each) for each in leaf[start:stop]]
+            elif type(leaf) is not Shared and not copying.place(target, at, leaf, start, stop, self._dim):
+                _check_alike([_unshared(output, each) for each in (self._whole, leaves)], self._dim)
 
     def append(self, start: int, output: Output) -> None:
         """Keep the output of a piece, whatever its size, for `join`."""
@@ -70,7 +70,7 @@ class Parts:
         if len(pieces) > 1:
             _check_alike([_unshared(output, piece) for piece in pieces], self._dim)
             _check_joinable(output)
-        self.result = fill(output.value, iter(_concatenate(output, pieces, self._dim)))
+        self.result = output.filled(_concatenate(output, pieces, self._dim))
 
     def count(self, start: int, rows: int, guard: Guard) -> bool:
         """Count rows that have their results; whether the last have. Once a chunk: a batch may run twice."""
@@ -82,7 +82,7 @@ class Parts:
             return not self._missing
 
     def _check_structure(self, output: Output) -> None:
-        if output.structure != self._structure:
+        if output.structure is not self._structure and output.structure != self._structure:
             raise OutputError(
                 "the model returned different structures for the parts of one call; they cannot be joined"
             )
@@ -93,12 +93,13 @@ Finished = tuple[Call, Any]  # a call and its result
 
 def gather(chunks: Sequence[Chunk]) -> tuple[Sequence[Chunk], list[Sequence[Any]], Any]:
     """The chunks whose callers are still there, their calls' tensors, and what these stand in."""
-    templates = [call.template for call, _, _ in chunks]  # before the leaves, of which the loop lets go first
+    template = chunks[0][0].template if chunks else None  # before the leaves, of which the loop lets go first
     inputs: list[Any] = [call.leaves for call, _, _ in chunks]
-    if None in inputs:
-        there = [index for index, leaves in enumerate(inputs) if leaves is not None]
-        chunks, templates, inputs = [[each[index] for index in there] for each in (chunks, templates, inputs)]
-    return chunks, inputs, templates[0] if templates else None
+    if all(inputs):  # no call is without
+        return chunks, inputs, template
+    there: list[Any] = [(call.template, call.leaves, (call, start, stop)) for call, start, stop in chunks]
+    there = [each for each in there if each[1] is not None]
+    return [chunk for _, _, chunk in there], [leaves for _, leaves, _ in there], there[0][0] if there else None
 
 
 def version_of(leaves: Sequence[Any]) -> int:
@@ -131,13 +132,8 @@ MODIFIED = (
 
 def check_unmodified(chunks: Sequence[Chunk], inputs: Sequence[Sequence[Any]], template: Any) -> None:
     """Raise `InputModified` if a tensor has been written to since its call; after they are read, not before."""
-    if template is None:  # the short way, same results
-        with suppress(AttributeError, RuntimeError):  # an array, or an inference tensor, among them
-            for (call, _, _), leaves in zip(chunks, inputs, strict=True):
-                if leaves[0]._version != call.version:
-                    break
-            else:
-                return
+    if copying.unmodified(chunks, inputs):
+        return
     if list(map(version_of, inputs)) != [call.version for call, _, _ in chunks]:
         raise InputModified(MODIFIED)
 
@@ -154,23 +150,15 @@ def columns(
     """
     joined: list[Any] = []
     pads = chunks[0][0].pads if bucket else None
-    rows = sum([stop - start for _, start, stop in chunks])
-    for index, column in enumerate(zip(*inputs, strict=True)):
-        if (kind := type(column[0])) is Rows or kind is Shared:
-            joined.append(column[0] if kind is Shared else _objects(chunks, column, size))
-            continue
-        pieces = [
-            leaf if stop - start == call.rows and type(leaf) is Tensor else _piece(leaf, start, stop, dim)
-            for (call, start, stop), leaf in zip(chunks, column, strict=True)
-        ]
-        if pads is not None and (value := pads.values[index]) is not None:
-            pieces = [padded(piece, pads.dim, bucket, value) for piece in pieces]
-        if rows < size:
-            last = pieces[-1]
-            row = last if last.shape[dim] == 1 else last.narrow(dim, last.shape[dim] - 1, 1)
-            pieces += [row] * (size - rows)
-        whole = cat(pieces, dim) if len(pieces) > 1 else pieces[0].clone(memory_format=torch.contiguous_format)
-        joined.append(whole if whole.is_contiguous() else whole.contiguous())
+    for index, first in enumerate(inputs[0]):
+        if type(first) is Shared:
+            joined.append(first)
+        elif type(first) is Rows:
+            joined.append(_objects(chunks, [leaves[index] for leaves in inputs], size))
+        else:
+            pad = None if pads is None else pads.values[index]
+            to = None if pads is None or pad is None else copying.Length(pads.dim, bucket, pad)
+            joined.append(copying.join(chunks, inputs, index, size, dim, to))
     return joined
 
 
@@ -178,8 +166,16 @@ def arguments(template: Any, joined: Sequence[Any]) -> tuple[tuple[Any, ...], di
     """The model's arguments: the inputs of a batch, in what they stand in."""
     if template is None:
         return (joined[0],), {}
-    values = [_unmarked(each.value) if type(each) is Shared else each for each in joined]
-    return fill(template, iter(values))  # type: ignore[no-any-return]
+    args, kwargs = template
+    if all(type(each) in _BARE for each in (*args, *kwargs.values())):  # the short way, same results
+        values = iter(joined)
+        bare = [next(values) if type(each) is Tensor else each for each in (*args, *kwargs.values())]
+        return tuple(bare[: len(args)]), dict(zip(kwargs, bare[len(args) :], strict=True))
+    filled = [_unmarked(each.value) if type(each) is Shared else each for each in joined]
+    return fill(template, iter(filled))  # type: ignore[no-any-return]
+
+
+_BARE = frozenset((Tensor, bool, int, float, str, type(None)))  # what is no container, mark or array
 
 
 def collate(
@@ -201,20 +197,7 @@ def _unmarked(value: Any) -> Any:
     walk(value, leaves, [], [])
     if not any(map(is_array, leaves)):
         return value
-    return fill(value, iter([tensor(leaf) if is_array(leaf) else leaf for leaf in leaves]))
-
-
-def cat(pieces: list[torch.Tensor] | tuple[torch.Tensor, ...], dim: int) -> torch.Tensor:
-    """Pieces of one kind, one after the other."""
-    return joined(pieces, dim) if pieces[0].is_quantized else torch.cat(pieces, dim)
-
-
-def _piece(leaf: Any, start: int, stop: int, dim: int) -> torch.Tensor:
-    """Rows of a tensor or an array, as a plain tensor."""
-    if not isinstance(leaf, torch.Tensor):
-        return tensor(leaf[(slice(None),) * (dim % leaf.ndim) + (slice(start, stop),)])
-    plain: torch.Tensor = leaf.as_subclass(torch.Tensor)  # or one caller's subclass would be its batch-mates' as well
-    return plain.narrow(dim, start, stop - start)
+    return fill(value, iter([copying.tensor(leaf) if is_array(leaf) else leaf for leaf in leaves]))
 
 
 def scatter(
@@ -228,30 +211,38 @@ def scatter(
     """
     if not chunks[0][0].cut.shared:
         return _keep_piece(value, chunks[0], dim, guard, cut)
-    calls, sizes = [call for call, _, _ in chunks], [stop - start for _, start, stop in chunks]
-    rows = sum(sizes)
-    whole = sizes == [call.rows for call in calls]
-    if type(value) is torch.Tensor and whole:  # the short way, same results
-        leaf = checked(value, size, dim)
-        copies = _split(leaf if rows == size else leaf.narrow(dim, 0, rows), chunks, sizes, dim, False, *(cut or ()))
-        return list(zip(calls, copies, strict=True))
-    spread = [] if whole else [chunk for chunk, own in zip(chunks, sizes, strict=True) if own != chunk[0].rows]
+    if type(value) is Tensor and not cut:  # the short way, same results
+        value = checked(value, size, dim)
+        copies = copying.split(value, chunks, size, dim)
+        finished: list[Finished] = [
+            (chunk[0], copy) for chunk, copy in zip(chunks, copies, strict=True) if copy is not None
+        ]
+        return finished if len(finished) == len(chunks) else finished + _spread(Output(value, None, dim), chunks, guard)
     output = value if isinstance(value, Output) else Output(value, size, dim)
-    split = [
-        _cut_up(leaf, rows, chunks, sizes, dim, bool(spread), dims)
-        for leaf, dims in zip(output.leaves, cut or [()] * len(output.leaves), strict=True)
+    lengths = cut or ((),) * len(output.leaves)
+    split = [_split(leaf, chunks, size, dim, dims) for leaf, dims in zip(output.leaves, lengths, strict=True)]
+    finished = [
+        (call, output.filled(copies))
+        for (call, start, stop), *copies in zip(chunks, *split, strict=True)
+        if stop - start == call.rows
     ]
-    finished: list[Finished] = []
-    for (call, start, stop), *leaves in zip(chunks, *split, strict=True):
-        if stop - start == call.rows:
-            finished.append((call, leaves[0] if output.value is output.leaves[0] else fill(output.value, iter(leaves))))
-        else:
-            _parts(call, output, guard).place(start, output, leaves, guard)
-    for call, start, stop in spread:
-        parts = _parts(call, output, guard)
-        if parts.count(start, stop - start, guard):
-            finished.append((call, parts.result))
-    return finished
+    return finished if len(finished) == len(chunks) else finished + _spread(output, chunks, guard, cut)
+
+
+def _spread(output: Output, chunks: Sequence[Chunk], guard: Guard, cut: Carried | None = None) -> list[Finished]:
+    """Put the rows of calls that are spread over several batches into their results; the calls that are complete."""
+    placed: list[tuple[Call, Parts, int, int]] = []
+    end = 0
+    for call, at, stop in chunks:
+        start, end = end, end + stop - at
+        if stop - at != call.rows:
+            leaves = output.leaves
+            if cut:
+                leaves = [copying.shortened(leaf, call, dims) for leaf, dims in zip(leaves, cut, strict=True)]
+            parts = call.parts or _parts(call, output, guard)
+            parts.place(at, output, leaves, start, end, guard)
+            placed.append((call, parts, at, stop - at))
+    return [(call, parts.result) for call, parts, at, rows in placed if parts.count(at, rows, guard)]
 
 
 def _keep_piece(value: Any, chunk: Chunk, dim: int, guard: Guard, cut: Carried | None) -> list[Finished]:
@@ -259,9 +250,7 @@ def _keep_piece(value: Any, chunk: Chunk, dim: int, guard: Guard, cut: Carried |
     call, start, stop = chunk
     output = value if isinstance(value, Output) else Output(value, None, dim)
     if cut:
-        output.leaves = [
-            _cut(leaf, call, dims) if dims else leaf for leaf, dims in zip(output.leaves, cut, strict=True)
-        ]
+        output.leaves = [copying.shortened(leaf, call, dims) for leaf, dims in zip(output.leaves, cut, strict=True)]
     parts = _parts(call, output, guard)
     parts.append(start, output)
     if not parts.count(start, stop - start, guard):
@@ -276,23 +265,22 @@ def _parts(call: Call, output: Output, guard: Guard) -> Parts:
         return parts
 
 
-def _cut_up(
-    leaf: Any,
-    rows: int,
-    chunks: Sequence[Chunk],
-    sizes: list[int],
-    dim: int,
-    spread: bool,
-    lengths: tuple[int, ...],
-) -> Sequence[Any]:
-    """What of a tensor, a list of rows or a shared value each chunk gets."""
-    if isinstance(leaf, torch.Tensor):
-        there = leaf if leaf.shape[dim] == rows else leaf.narrow(dim, 0, rows)
-        return _split(there, chunks, sizes, dim, spread, lengths)
-    if isinstance(leaf, Shared):
-        return [own(leaf.value) for _ in chunks]
-    ends = list(accumulate(sizes))
-    return [[own(each) for each in leaf[end - size : end]] for end, size in zip(ends, sizes, strict=True)]
+def _split(leaf: Any, chunks: Sequence[Chunk], size: int, dim: int, dims: tuple[int, ...]) -> Sequence[Any]:
+    """What of a tensor, a list of rows or a shared value each chunk gets that is the whole of its call; else None.
+
+    At `dims` a tensor has the length, and is cut back to each call's own.
+    """
+    if isinstance(leaf, Tensor):
+        return copying.split(leaf, chunks, size, dim, dims)
+    copies: list[Any] = []
+    end = 0
+    for call, at, stop in chunks:
+        start, end = end, end + stop - at
+        if stop - at != call.rows:
+            copies.append(None)
+        else:
+            copies.append(own(leaf.value) if type(leaf) is Shared else [own(each) for each in leaf[start:end]])
+    return copies
 
 
 def own(value: Any) -> Any:
@@ -305,56 +293,21 @@ def own(value: Any) -> Any:
     return fill(value, iter(copies))
 
 
-def _split(
-    leaf: torch.Tensor,
-    chunks: Sequence[Chunk],
-    sizes: list[int],
-    dim: int,
-    spread: bool,
-    lengths: tuple[int, ...] = (),
-) -> Sequence[torch.Tensor]:
-    """A leaf cut into chunks: copies for calls that are whole, views for those whose rows will be copied anyway.
-
-    At the dims `lengths` it has the length, and is cut back to each call's own.
-    """
-    if not spread and not lengths:
-        # One release of the GIL, and storage of its own for each.
-        copies: Sequence[torch.Tensor] = torch.split_with_sizes_copy(leaf, sizes, dim)  # type: ignore[func-returns-value,assignment]
-        return copies
-    views: Sequence[torch.Tensor] = torch.split(leaf, sizes, dim)
-    if lengths:
-        views = [_cut(view, call, lengths) for view, (call, _, _) in zip(views, chunks, strict=True)]
-    return [
-        view.clone(memory_format=torch.contiguous_format) if stop - start == call.rows else view
-        for view, (call, start, stop) in zip(views, chunks, strict=True)
-    ]
-
-
-def _cut(leaf: torch.Tensor, call: Call, dims: tuple[int, ...]) -> torch.Tensor:
-    """A view of a leaf as long as the call was."""
-    for dim in dims:
-        leaf = leaf.narrow(dim, 0, call.pads.length) if call.bucket and leaf.shape[dim] != call.pads.length else leaf
-    return leaf
-
-
 def _room(part: Any, rows: int, dim: int) -> Any:
-    if isinstance(part, list):
+    """Where the rows of a call are to be placed, for all its parts. What is shared is there already."""
+    if type(part) is Rows:
         return [None] * rows
-    shape = list(part.shape)
-    shape[dim] = rows
-    if part.is_quantized:
-        return torch.empty_quantized(shape, part)
-    return torch.empty(shape, dtype=part.dtype, device="cpu")
+    return own(part.value) if type(part) is Shared else copying.room(part, rows, dim)
 
 
 def _unshared(output: Output, parts: list[Any]) -> list[Any]:
     """Without what is the same for all: that is taken from the first part."""
-    return [part for of, part in zip(output.leaves, parts, strict=True) if not isinstance(of, Shared)]
+    return [part for of, part in zip(output.leaves, parts, strict=True) if type(of) is not Shared]
 
 
 def _check_alike(pieces: list[list[Any]], dim: int) -> None:
     """The tensors of the parts of one call must differ in their rows only."""
-    kinds = [[_kind(part, dim) for part in parts if isinstance(part, torch.Tensor)] for parts in pieces]
+    kinds = [[copying.kind(part, dim) for part in parts if isinstance(part, torch.Tensor)] for parts in pieces]
     for kind in kinds[1:]:
         if kind != kinds[0]:
             raise OutputError(
@@ -363,14 +316,9 @@ def _check_alike(pieces: list[list[Any]], dim: int) -> None:
             )
 
 
-def _kind(part: torch.Tensor, dim: int) -> tuple[Any, ...]:
-    on_grid = (grid(part, dim),) if part.dtype in QUANTIZED else ()
-    return (*part.shape[:dim], *part.shape[dim:][1:], part.dtype, *on_grid)
-
-
 def _keep(leaf: Any) -> Any:
     """A part of a piece's output in storage of its own."""
-    return own(leaf.objects if isinstance(leaf, Rows) else leaf.value if isinstance(leaf, Shared) else leaf)
+    return own(leaf.objects if type(leaf) is Rows else leaf.value if type(leaf) is Shared else leaf)
 
 
 def _check_joinable(output: Output) -> None:
@@ -392,12 +340,12 @@ def _concatenate(output: Output, parts: list[list[Any]], dim: int) -> list[Any]:
 
 
 def _join(leaf: Any, column: tuple[Any, ...], dim: int) -> Any:
-    if isinstance(leaf, Rows):
+    if type(leaf) is Rows:
         return [each for part in column for each in part]
-    if isinstance(leaf, Shared):
+    if type(leaf) is Shared:
         return column[0]
     try:
-        return cat(column, dim)
+        return copying.cat(column, dim)
     except (RuntimeError, IndexError, ValueError) as error:
         shapes = [tuple(part.shape) for part in column]
         raise OutputError(f"the outputs of the chunks cannot be joined along dim {dim}: {shapes}: {error}") from error
