@@ -11,7 +11,6 @@ those levels go first that are more urgent, as within a model: a second of waiti
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from aneuron.sched.call import Call
 from aneuron.sched.filling import Batch
@@ -19,13 +18,17 @@ from aneuron.sched.scheduler import Scheduler
 from aneuron.sched.slots import Slots
 
 
-@dataclass(frozen=True, slots=True)
 class Decision:
     """What is to be done now: batches with their lanes, when to ask again at the latest, calls that are too late."""
 
-    batches: Sequence[tuple[int, Batch]]
-    due: float | None
-    late: Sequence[tuple[Scheduler, Call]]
+    __slots__ = ("batches", "due", "late")
+
+    def __init__(
+        self, batches: Sequence[tuple[int, Batch]], due: float | None, late: Sequence[tuple[Scheduler, Call]]
+    ) -> None:
+        self.batches = batches
+        self.due = due
+        self.late = late
 
 
 class Share:
@@ -49,12 +52,13 @@ class Shares:
         self.shares: list[Share] = []
         self._time = 0.0
 
-    @property
     def has_work(self) -> bool:
         """Whether anything waits for a lane, or has come and is not queued."""
-        return any(share.scheduler.has_work or share.scheduler.arrivals for share in self.shares)
+        for share in self.shares:
+            if share.scheduler.arrivals or share.scheduler.has_work():
+                return True
+        return False
 
-    @property
     def wants_calls(self) -> bool:
         """Whether a call that comes may begin, or be bound, before a lane ends what it executes."""
         return self.slots.staging or bool(self.slots.idle)
@@ -71,11 +75,12 @@ class Shares:
 
     def bind(self, now: float) -> Decision:
         """What can begin, or be bound to lanes that execute."""
-        batches: list[tuple[int, Batch]] = []
-        bound = self._bind_at_once(now)
-        if bound is not None:
-            batches.append(bound)
+        if len(self.shares) == 1:
+            bound = self.shares[0].scheduler.bind_at_once(now)
+            if bound is not None:
+                return Decision((bound,), None, ())
         self._flush()
+        batches: list[tuple[int, Batch]] = []
         due: float | None = None
         more = True
         while more:
@@ -100,10 +105,12 @@ class Shares:
                 return batch
         return None
 
-    @property
     def tells(self) -> bool:
         """Whether `bind` has something to say even if nothing can begin."""
-        return any(share.scheduler.late for share in self.shares)
+        for share in self.shares:
+            if share.scheduler.late:
+                return True
+        return False
 
     def took(self, batch: Batch, seconds: float) -> None:
         """A batch has ended, and has taken so many seconds of its core."""
@@ -111,11 +118,6 @@ class Shares:
             if share.scheduler is batch.scheduler:
                 share.busy += seconds
                 share.tag += (seconds - batch.expected) / share.weight
-
-    def _bind_at_once(self, now: float) -> tuple[int, Batch] | None:
-        if len(self.shares) == 1:
-            return self.shares[0].scheduler.bind_at_once(now)
-        return None
 
     def _flush(self) -> None:
         for share in self.shares:
@@ -130,7 +132,7 @@ class Shares:
         levels: dict[float, float] = {}
         waiting: list[tuple[float, Share]] = []
         for share in shares:
-            waited, share.waits = share.waits, share.scheduler.has_work
+            waited, share.waits = share.waits, share.scheduler.has_work()
             if share.waits:
                 if not waited:
                     share.tag = max(share.tag, self._time)
@@ -144,6 +146,8 @@ class Shares:
         share.tag += batch.expected / share.weight
 
     def _late(self) -> list[tuple[Scheduler, Call]]:
+        if not self.tells():
+            return []
         late: list[tuple[Scheduler, Call]] = []
         for share in self.shares:
             if share.scheduler.late:
