@@ -54,7 +54,7 @@ class Shares:
 
     def has_work(self) -> bool:
         """Whether anything waits for a lane, or has come and is not queued."""
-        for share in self.shares:
+        for share in self.shares:  # noqa: SIM110  # no generator where a type is compiled
             if share.scheduler.arrivals or share.scheduler.has_work():
                 return True
         return False
@@ -107,7 +107,7 @@ class Shares:
 
     def tells(self) -> bool:
         """Whether `bind` has something to say even if nothing can begin."""
-        for share in self.shares:
+        for share in self.shares:  # noqa: SIM110  # see above
             if share.scheduler.late:
                 return True
         return False
