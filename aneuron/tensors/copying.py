@@ -118,7 +118,7 @@ def deal(leaf: Tensor, chunks: Sequence[Any], size: int, dim: int) -> list[Any] 
     """The calls of chunks that are whole, each with its rows in storage of its own, at a glance; None where it takes
     more to see what the tensor is.
     """
-    return None if native is None or dim else native.deal(leaf, chunks, size)  # type: ignore[no-any-return]
+    return None if native is None or dim else native.deal(leaf, chunks, size)
 
 
 def shortened(leaf: Any, call: Any, lengths: tuple[int, ...]) -> Any:
