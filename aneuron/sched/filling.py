@@ -22,19 +22,31 @@ class Retry:
     trial: Any = None  # the bisection that asks this core
 
 
-@dataclass(slots=True, eq=False)
 class Batch:
     """What one core executes at once: `rows` rows in `chunks`, and why it was not made larger."""
 
-    chunks: list[Chunk]
-    rows: int
-    reason: str  # "full" | "core_idle" | "delay" | "signature" | "drain" | "rerun"
-    size: int | None = None  # rows to execute, as compiled; None = as many as there are
-    bucket: int = 0
-    expected: float = 0.0  # seconds that it will take, as far as is known
-    due: float = 0.0  # when it should have ended
-    retry: Retry | None = None
-    scheduler: Any = None  # that formed it
+    __slots__ = ("bucket", "chunks", "due", "expected", "reason", "retry", "rows", "scheduler", "size")
+
+    def __init__(
+        self,
+        chunks: list[Chunk],
+        rows: int,
+        reason: str,
+        size: int | None = None,
+        bucket: int = 0,
+        expected: float = 0.0,
+        retry: Retry | None = None,
+        scheduler: Any = None,
+    ) -> None:
+        self.chunks = chunks
+        self.rows = rows
+        self.reason = reason  # "full" | "core_idle" | "delay" | "signature" | "drain" | "rerun"
+        self.size = size  # rows to execute, as compiled; None = as many as there are
+        self.bucket = bucket
+        self.expected = expected  # seconds that it will take, as far as is known
+        self.due = 0.0  # when it should have ended
+        self.retry = retry
+        self.scheduler = scheduler  # that formed it
 
 
 class Filling:
@@ -99,7 +111,7 @@ class Filling:
                 if start == stop:
                     calls.popleft()
                     continue
-                if call.deadline is not NEVER and self._is_late(call):
+                if call.deadline != NEVER and self._is_late(call):
                     continue  # to skip it
                 if until is not None and room < had and (tag + had - room, call.sequence) > until:
                     break
@@ -135,7 +147,7 @@ class Filling:
                 if start == call.rows:
                     calls.popleft()
                     continue
-                if call.deadline is not NEVER and self._is_late(call):
+                if call.deadline != NEVER and self._is_late(call):
                     continue
                 if rows and (tag + rows, call.sequence) > until:
                     break

@@ -249,7 +249,7 @@ class Scheduler:
         first = calls[0]
         rows = 0
         for call in calls:
-            if call.signature is not first.signature or call.bound or call.deadline is not NEVER:
+            if call.signature is not first.signature or call.bound or call.deadline != NEVER:
                 return None
             if call.cut is not ANYWHERE:
                 return None
@@ -276,7 +276,7 @@ class Scheduler:
         if self._again:
             return next((lane for lane in idle if not self._avoids(lane)), next(iter(idle), None))
         head = self._queue.head() if len(idle) > 1 else None
-        if head is None or head.calls[0].deadline is NEVER:
+        if head is None or head.calls[0].deadline == NEVER:
             return next(iter(idle), None)
         shape = self._shape(head.kind.bucket, min(head.kind.rows, head.kind.limit))
         return min(idle, key=lambda lane: self._estimate(lane, shape, head.kind.bucket))

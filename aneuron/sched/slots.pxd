@@ -1,0 +1,13 @@
+from aneuron.sched.filling cimport Batch
+
+
+cdef class Slots:
+    cdef public object due
+    cdef public bint staging, timed
+    cdef public list slots, ends, bound, _lead
+    cdef public dict idle
+    cpdef release(self, long lane, double now, Batch batch=*)
+    cpdef bint has_slot(self, long lane)
+    cpdef occupy(self, long lane, Batch batch, double now)
+    cpdef unbind(self, long lane, Batch batch)
+    cpdef bint is_too_early(self, long lane, double now)
