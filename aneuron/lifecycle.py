@@ -8,9 +8,12 @@ import asyncio
 import logging
 import os
 import time
+from functools import partial
 from typing import Any
 
 from aneuron._native import why_pure_once
+from aneuron.backends import Backend
+from aneuron.backends.traits import Traits
 from aneuron.engine.dispatcher import FORKED, Dispatcher, in_a_thread
 from aneuron.engine.evidence import Evidence
 from aneuron.engine.loading import Load
@@ -153,19 +156,23 @@ class Lifecycle:
     async def _start(self, start: _Start) -> Run:
         began = time.monotonic()
         try:
-            dispatcher = await self.pool.open(self.program.given)
+            program = self.program
+            dispatcher = await self.pool.open(program.given, partial(self._ask, program))
             if self.settings.example is None and dispatcher.traits.cuts_batches:
                 logger.warning(
                     "there are no example_inputs: the cores cannot be warmed up before the model is ready; pass what "
                     "it was traced with"
                 )
-            await self._ask(dispatcher, self.program)
             ids, min_cores = dispatcher.core_ids, self.settings.min_cores
-            if min_cores is not None and min_cores > len(ids):
-                raise DeviceError(f"min_cores={min_cores}, and there are {len(ids)} cores to start on: {list(ids)}")
-            run = self._make_run(dispatcher, self.program)
+            try:
+                if min_cores is not None and min_cores > len(ids):
+                    raise DeviceError(f"min_cores={min_cores}, and there are {len(ids)} cores to start on: {list(ids)}")
+                run = self._make_run(dispatcher, program)
+            except BaseException:
+                dispatcher.stop_if_unused()
+                raise
             await run.start(min_cores or len(ids))
-            self._serve(run, self.program)
+            self._serve(run, program)
             self._say_started("started", run, began)
             return run
         finally:
@@ -173,11 +180,10 @@ class Lifecycle:
                 self._starting = None
             del start  # whose task has the exception whose traceback holds this frame
 
-    async def _ask(self, dispatcher: Dispatcher, program: Program) -> None:
-        """Have the backend say what it knows of a program; raises if it cannot run it."""
-        example, backend, traits = self.settings.example, dispatcher.backend, dispatcher.traits
-        rows = example.rows if example is not None else None
-        await in_a_thread(lambda: program.ask(backend, traits, rows), traits.workers)
+    def _ask(self, program: Program, backend: Backend, traits: Traits) -> None:
+        """Have the backend say what it knows of a program; raises if it cannot run it. Blocking."""
+        example = self.settings.example
+        program.ask(backend, traits, example.rows if example is not None else None)
 
     def _make_run(self, dispatcher: Dispatcher, program: Program, beside: bool = False) -> Run:
         settings, traits = self.settings, dispatcher.traits
@@ -278,7 +284,8 @@ class Lifecycle:
 
     async def _load_beside(self, old: Run, program: Program) -> Run:
         """A run of another program on the same cores; raises if a core that serves has not loaded it."""
-        await self._ask(old.dispatcher, program)
+        backend, traits = old.dispatcher.backend, old.dispatcher.traits
+        await in_a_thread(partial(self._ask, program, backend, traits), traits.workers)
         dim = self.settings.dim
         if set(program.by_shape(dim)) != set(self.program.by_shape(dim)):
             raise ShapeError(

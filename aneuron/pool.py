@@ -5,7 +5,8 @@ loaded (program.py), who runs when (sched/), threads (engine/).
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -100,20 +101,36 @@ class Pool:
 
     # Opening and closing.
 
-    async def open(self, given: Iterable[Any]) -> Dispatcher:
-        """The lanes, for a model that is to be loaded on them; started if need be. Of the package."""
+    async def open(self, given: Iterable[Any], ask: Callable[[Backend, Traits], None]) -> Dispatcher:
+        """The lanes, for a model that is to be loaded on them; started if need be. Of the package.
+
+        `ask` asks the backend what it knows of the model, in a thread; what it raises is raised, and starts nothing.
+        """
         self.check_loop()
         async with self._opening:
-            dispatcher = self._dispatcher
-            if dispatcher is None or dispatcher.stopped:
-                make = getattr(self.chosen, "workers", None)
-                backend, traits, ids = await in_a_thread(lambda: self._look_for_cores(list(given)), make)
-                dispatcher = self._dispatcher = Dispatcher(backend, traits, ids, self._num_workers, self._held)
-            return dispatcher
+            while True:
+                before = self._dispatcher
+                if before is not None and before.stopped:
+                    before = None
+                make = getattr(self.chosen, "workers", None) if before is None else before.traits.workers
+                backend, traits, ids = await in_a_thread(partial(self._look, before, list(given), ask), make)
+                if before is None:
+                    self._dispatcher = Dispatcher(backend, traits, ids, self._num_workers, self._held)
+                    return self._dispatcher
+                if not before.stopped:  # meanwhile, with its last model
+                    return before
 
-    def _look_for_cores(self, given: list[Any]) -> tuple[Backend, Traits, list[int]]:
-        backend = self.chosen or automatic(given)
-        return backend, traits_of(backend), choose_cores(backend, self._ids)
+    def _look(
+        self, dispatcher: Dispatcher | None, given: list[Any], ask: Callable[[Backend, Traits], None]
+    ) -> tuple[Backend, Traits, Sequence[int]]:
+        """What the cores are, and what the backend knows of a model. Blocking."""
+        if dispatcher is not None:
+            backend, traits, ids = dispatcher.backend, dispatcher.traits, dispatcher.core_ids
+        else:
+            backend = self.chosen or automatic(given)
+            traits, ids = traits_of(backend), choose_cores(backend, self._ids)
+        ask(backend, traits)
+        return backend, traits, ids
 
     def check_loop(self) -> None:
         """Raise `RuntimeError` on another loop than the pool's, or in a process that was forked. Of the package."""

@@ -320,10 +320,14 @@ class Dispatcher:
             self.runs.remove(run)
         with self.board.lock:
             self.board.shares.remove(run.scheduler)
+        self.stop_if_unused()
+        if not self.stopped:
+            self.spread()
+
+    def stop_if_unused(self) -> None:
+        """Let the threads end where there is no model, and nobody holds them."""
         if not self.runs and not self.held:
             self.stop()
-        elif not self.stopped:
-            self.spread()
 
     async def drain(self) -> None:
         """Have every model finish what it has accepted, and end the threads. If cancelled, at once."""
