@@ -31,6 +31,7 @@ from aneuron.engine.threads import Workers
 from aneuron.sched.call import Call
 from aneuron.sched.filling import Batch
 from aneuron.sched.scheduler import Scheduler
+from aneuron.sched.shares import Account
 from aneuron.sched.slots import spread
 from aneuron.stats import Counters, PoolStatistics, ShareStatistics
 
@@ -241,12 +242,11 @@ class Dispatcher:
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise error
 
-    def took(self, execution: Execution, seconds: float, now: float) -> None:
-        """An execution has ended, and has taken so many seconds of its core."""
+    def took(self, execution: Execution, now: float) -> None:
+        """An execution has ended."""
         lane = execution.lane
         if lane.copied(execution.copied, execution.preparing, now):
             self.board.slots.lead(lane.index, lane.lead)
-        self.board.shares.took(execution.batch, seconds)
 
     # Results back.
 
@@ -312,7 +312,7 @@ class Dispatcher:
         """A model is to be loaded on the lanes; it is served as soon as it serves on one of them."""
         self.runs.append(run)
         with self.board.lock:
-            self.board.shares.add(run.scheduler, weight)
+            self.board.shares.add(run.scheduler, weight, run.counters)
 
     def remove(self, run: Served) -> None:
         """A model has left."""
@@ -359,14 +359,14 @@ class Dispatcher:
         """The frozen snapshot of now, from any thread."""
         board = self.board
         with board.lock:
-            models = tuple(
-                ShareStatistics(
-                    share.weight, sum(board.in_flight(share.scheduler)), share.scheduler.waiting_rows, share.busy
-                )
-                for share in board.shares.shares
-            )
+            models = tuple(self._share(account) for account in board.shares.accounts)
             in_flight = tuple(map(len, board.slots.bound))
             return PoolStatistics(tuple(self.core_ids), tuple(board.slots.slots), in_flight, models)
+
+    def _share(self, account: Account) -> ShareStatistics:
+        schedulers = [share.scheduler for share in self.board.shares.shares if share.account is account]
+        in_flight = sum(sum(self.board.in_flight(each)) for each in schedulers)
+        return ShareStatistics(account.weight, in_flight, sum(each.waiting_rows for each in schedulers), account.busy)
 
     def forget(self) -> None:
         """Be in a process that was forked: nothing here works any more, and nothing may wait."""
