@@ -207,7 +207,7 @@ def light_call(pool, light):
 )
 @settings(max_examples=60)
 def test_a_light_call_waits_for_one_execution_of_each_saturated_model_at_most(times, weights, lanes, how, pauses):
-    """Light is who asks for less than its share. Where the next batch is bound while one executes, for both of these."""
+    """Light is who asks for less than its share. Where a batch is bound while another executes, for both of these."""
     known, staged = how
     pool = Lanes(lanes, slots=2 if staged else 1, lead=math.inf if staged else None, known=known)
     pool.add("a", times[0], weights[0])
@@ -310,7 +310,8 @@ def test_what_is_run_again_comes_at_the_level_of_its_call():
 
 def test_whoever_went_first_for_its_priority_does_not_hold_up_those_that_come_back():
     pool = Lanes()
-    first, a = pool.add("first", 1.0, weight=0.01, saturated=False), pool.add("a", 1.0)
+    first = pool.add("first", 1.0, weight=0.01, saturated=False)
+    pool.add("a", 1.0)
     light = pool.add("light", 1.0, saturated=False)
     for _ in range(20):
         pool.call(first, SIZE, priority=100.0)
@@ -333,7 +334,7 @@ def test_two_runs_of_one_model_have_one_share():
     pool.add("other", 0.002, model=object())
     pool.run(2000)
     assert pool.had["other"] / sum(pool.had.values()) == pytest.approx(0.5, rel=0.05)
-    first, second = pool.shares.accounts
+    first, _ = pool.shares.accounts
     assert (first.model, first.busy) == (model, pytest.approx(pool.had["old"] + pool.had["new"]))
 
 

@@ -126,8 +126,12 @@ class Board:
 
     def recall(self, lane: int, scheduler: Scheduler) -> None:
         """Nothing more of a model is bound to a lane; what of it has not begun there is to run elsewhere."""
-        bound = self.lanes[lane]
         scheduler.out.add(lane)
+        self.take_back(lane, scheduler)
+
+    def take_back(self, lane: int, scheduler: Scheduler) -> None:
+        """What of a model is bound to a lane, and has not begun, waits again."""
+        bound = self.lanes[lane]
         queued = [bound.queue.get_nowait() for _ in range(bound.queue.qsize())]
         back = [batch for batch in queued if batch.scheduler is scheduler]
         for batch in queued:
