@@ -8,12 +8,9 @@ import asyncio
 import logging
 import os
 import time
-from functools import partial
 from typing import Any
 
 from aneuron._native import why_pure_once
-from aneuron.backends import Backend
-from aneuron.backends.traits import Traits
 from aneuron.engine.dispatcher import FORKED, Dispatcher, in_a_thread
 from aneuron.engine.evidence import Evidence
 from aneuron.engine.loading import Load
@@ -27,6 +24,8 @@ from aneuron.stats import Counters
 from aneuron.tensors.outputs import Unpad
 
 logger = logging.getLogger("aneuron")
+
+CLOSED = "the model is closed; start() opens it again"
 
 
 class _Start:
@@ -56,9 +55,11 @@ class Lifecycle:
         self.pool = pool
         self.closed = False
         self.counters = Counters()
+        self._why_closed = CLOSED
         self._starting: _Start | None = None
         self._closings = 0  # how often it has been closed
         self._swapping = False
+        pool.models.add(self)
 
     @property
     def state(self) -> str:
@@ -93,7 +94,7 @@ class Lifecycle:
             if self.run is not None:
                 return self.run
             if self.closed or self._closings != closings:
-                raise Closed("the model is closed; start() opens it again")
+                raise Closed(self._why_closed)
             start = self._starting
             if start is None or start.over:
                 start = self._starting = _Start()
@@ -156,23 +157,9 @@ class Lifecycle:
     async def _start(self, start: _Start) -> Run:
         began = time.monotonic()
         try:
-            program = self.program
-            dispatcher = await self.pool.open(program.given, partial(self._ask, program))
-            if self.settings.example is None and dispatcher.traits.cuts_batches:
-                logger.warning(
-                    "there are no example_inputs: the cores cannot be warmed up before the model is ready; pass what "
-                    "it was traced with"
-                )
-            ids, min_cores = dispatcher.core_ids, self.settings.min_cores
-            try:
-                if min_cores is not None and min_cores > len(ids):
-                    raise DeviceError(f"min_cores={min_cores}, and there are {len(ids)} cores to start on: {list(ids)}")
-                run = self._make_run(dispatcher, program)
-            except BaseException:
-                dispatcher.stop_if_unused()
-                raise
-            await run.start(min_cores or len(ids))
-            self._serve(run, program)
+            async with self.pool.lanes(self.program.given) as dispatcher:
+                run = await self._load(dispatcher)
+                self._serve(run, self.program)
             self._say_started("started", run, began)
             return run
         finally:
@@ -180,10 +167,25 @@ class Lifecycle:
                 self._starting = None
             del start  # whose task has the exception whose traceback holds this frame
 
-    def _ask(self, program: Program, backend: Backend, traits: Traits) -> None:
-        """Have the backend say what it knows of a program; raises if it cannot run it. Blocking."""
-        example = self.settings.example
-        program.ask(backend, traits, example.rows if example is not None else None)
+    async def _load(self, dispatcher: Dispatcher) -> Run:
+        if self.settings.example is None and dispatcher.traits.cuts_batches:
+            logger.warning(
+                "there are no example_inputs: the cores cannot be warmed up before the model is ready; pass what "
+                "it was traced with"
+            )
+        await self._ask(dispatcher, self.program)
+        ids, min_cores = dispatcher.core_ids, self.settings.min_cores
+        if min_cores is not None and min_cores > len(ids):
+            raise DeviceError(f"min_cores={min_cores}, and there are {len(ids)} cores to start on: {list(ids)}")
+        run = self._make_run(dispatcher, self.program)
+        await run.start(min_cores or len(ids))
+        return run
+
+    async def _ask(self, dispatcher: Dispatcher, program: Program) -> None:
+        """Have the backend say what it knows of a program; raises if it cannot run it."""
+        example, backend, traits = self.settings.example, dispatcher.backend, dispatcher.traits
+        rows = example.rows if example is not None else None
+        await in_a_thread(lambda: program.ask(backend, traits, rows), traits.workers)
 
     def _make_run(self, dispatcher: Dispatcher, program: Program, beside: bool = False) -> Run:
         settings, traits = self.settings, dispatcher.traits
@@ -284,8 +286,7 @@ class Lifecycle:
 
     async def _load_beside(self, old: Run, program: Program) -> Run:
         """A run of another program on the same cores; raises if a core that serves has not loaded it."""
-        backend, traits = old.dispatcher.backend, old.dispatcher.traits
-        await in_a_thread(partial(self._ask, program, backend, traits), traits.workers)
+        await self._ask(old.dispatcher, program)
         dim = self.settings.dim
         if set(program.by_shape(dim)) != set(self.program.by_shape(dim)):
             raise ShapeError(
@@ -306,10 +307,10 @@ class Lifecycle:
 
     # Closing.
 
-    async def aclose(self) -> None:
+    async def aclose(self, why: str | None = None) -> None:
         """Drain; see `AsyncDataParallel.aclose`."""
         self.check_loop()
-        self._close_door()
+        self._close_door(why)
         run = self.run
         if run is None:
             return
@@ -324,10 +325,14 @@ class Lifecycle:
             if self.run is run:
                 self.run = None
 
-    def abort(self) -> None:
+    async def aabort(self, why: str | None = None) -> None:
+        """The same as `abort`, as a pool does it."""
+        self.abort(why)
+
+    def abort(self, why: str | None = None) -> None:
         """End what has not begun; see `AsyncDataParallel.abort`."""
         self.check_loop()
-        self._close_door()
+        self._close_door(why)
         run, self.run = self.run, None
         if run is not None:
             self._abort_all(run)
@@ -336,8 +341,10 @@ class Lifecycle:
         for each in (run, *self.retired):
             each.abort()
 
-    def _close_door(self) -> None:
-        self.closed = True
+    def _close_door(self, why: str | None) -> None:
+        self.closed, self._why_closed = True, why or CLOSED
+        if why is not None and self.run is not None:
+            self.run.why_closed = why
         self._closings += 1
         if self._starting is not None and self._starting.task is not None:
             self._starting.task.cancel()
