@@ -25,6 +25,8 @@ from aneuron.tensors.outputs import Unpad
 
 logger = logging.getLogger("aneuron")
 
+CLOSED = "the model is closed; start() opens it again"
+
 
 class _Start:
     """A start in progress, and how many wait for it."""
@@ -53,9 +55,11 @@ class Lifecycle:
         self.pool = pool
         self.closed = False
         self.counters = Counters()
+        self._why_closed = CLOSED
         self._starting: _Start | None = None
         self._closings = 0  # how often it has been closed
         self._swapping = False
+        pool.models.add(self)
 
     @property
     def state(self) -> str:
@@ -90,7 +94,7 @@ class Lifecycle:
             if self.run is not None:
                 return self.run
             if self.closed or self._closings != closings:
-                raise Closed("the model is closed; start() opens it again")
+                raise Closed(self._why_closed)
             start = self._starting
             if start is None or start.over:
                 start = self._starting = _Start()
@@ -153,25 +157,29 @@ class Lifecycle:
     async def _start(self, start: _Start) -> Run:
         began = time.monotonic()
         try:
-            dispatcher = await self.pool.open(self.program.given)
-            if self.settings.example is None and dispatcher.traits.cuts_batches:
-                logger.warning(
-                    "there are no example_inputs: the cores cannot be warmed up before the model is ready; pass what "
-                    "it was traced with"
-                )
-            await self._ask(dispatcher, self.program)
-            ids, min_cores = dispatcher.core_ids, self.settings.min_cores
-            if min_cores is not None and min_cores > len(ids):
-                raise DeviceError(f"min_cores={min_cores}, and there are {len(ids)} cores to start on: {list(ids)}")
-            run = self._make_run(dispatcher, self.program)
-            await run.start(min_cores or len(ids))
-            self._serve(run, self.program)
+            async with self.pool.lanes(self.program.given) as dispatcher:
+                run = await self._load(dispatcher)
+                self._serve(run, self.program)
             self._say_started("started", run, began)
             return run
         finally:
             if self._starting is start:
                 self._starting = None
             del start  # whose task has the exception whose traceback holds this frame
+
+    async def _load(self, dispatcher: Dispatcher) -> Run:
+        if self.settings.example is None and dispatcher.traits.cuts_batches:
+            logger.warning(
+                "there are no example_inputs: the cores cannot be warmed up before the model is ready; pass what "
+                "it was traced with"
+            )
+        await self._ask(dispatcher, self.program)
+        ids, min_cores = dispatcher.core_ids, self.settings.min_cores
+        if min_cores is not None and min_cores > len(ids):
+            raise DeviceError(f"min_cores={min_cores}, and there are {len(ids)} cores to start on: {list(ids)}")
+        run = self._make_run(dispatcher, self.program)
+        await run.start(min_cores or len(ids))
+        return run
 
     async def _ask(self, dispatcher: Dispatcher, program: Program) -> None:
         """Have the backend say what it knows of a program; raises if it cannot run it."""
@@ -299,10 +307,10 @@ class Lifecycle:
 
     # Closing.
 
-    async def aclose(self) -> None:
+    async def aclose(self, why: str | None = None) -> None:
         """Drain; see `AsyncDataParallel.aclose`."""
         self.check_loop()
-        self._close_door()
+        self._close_door(why)
         run = self.run
         if run is None:
             return
@@ -317,10 +325,14 @@ class Lifecycle:
             if self.run is run:
                 self.run = None
 
-    def abort(self) -> None:
+    async def aabort(self, why: str | None = None) -> None:
+        """The same as `abort`, as a pool does it."""
+        self.abort(why)
+
+    def abort(self, why: str | None = None) -> None:
         """End what has not begun; see `AsyncDataParallel.abort`."""
         self.check_loop()
-        self._close_door()
+        self._close_door(why)
         run, self.run = self.run, None
         if run is not None:
             self._abort_all(run)
@@ -329,8 +341,10 @@ class Lifecycle:
         for each in (run, *self.retired):
             each.abort()
 
-    def _close_door(self) -> None:
-        self.closed = True
+    def _close_door(self, why: str | None) -> None:
+        self.closed, self._why_closed = True, why or CLOSED
+        if why is not None and self.run is not None:
+            self.run.why_closed = why
         self._closings += 1
         if self._starting is not None and self._starting.task is not None:
             self._starting.task.cancel()

@@ -1,7 +1,7 @@
 """Who is told how calls run: `timed()`, and an observer.
 
 Lives here: what is noted of a call, and what an observer must have. Must not be here: who tells (parallel.py and
-engine/lanes.py do), a library for traces (web/tracing.py).
+engine/run.py do), a library for traces (web/tracing.py).
 """
 
 from collections.abc import Callable, Iterable, Sequence

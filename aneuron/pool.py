@@ -5,9 +5,11 @@ loaded (program.py), who runs when (sched/), threads (engine/).
 """
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from contextlib import asynccontextmanager
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
+from weakref import WeakSet
 
 from aneuron.arguments import count
 from aneuron.backends import (
@@ -20,7 +22,25 @@ from aneuron.backends import (
 )
 from aneuron.backends.traits import Traits, traits_of
 from aneuron.engine.dispatcher import FORKED, Dispatcher, in_a_thread
+from aneuron.errors import Closed
 from aneuron.stats import PoolStatistics
+
+
+CLOSED = "the pool was closed, and this model with it; start() opens both again"
+OTHER_LOOP = (
+    "the pool runs on another event loop, and belongs to it until its last model is closed; close it there first, or "
+    "make one pool for each loop"
+)
+
+
+class OnPool(Protocol):
+    """A model, as its pool knows it."""
+
+    async def aclose(self, why: str) -> None:
+        """Finish the calls that were accepted; others are told why not."""
+
+    async def aabort(self, why: str) -> None:
+        """End what has not begun."""
 
 
 class Pool:
@@ -32,10 +52,15 @@ class Pool:
     (`options(priority=...)`) are compared across models, as within one.
 
     A pool starts with its first model and ends with its last one; ``async with pool`` keeps its threads until it is
-    left, and closes models that are still served then. It belongs to the event loop that has started it, until it ends.
-    A model without ``pool=`` has one of its own.
+    left, and closes the models that are still on it then. It belongs to the event loop that has started it, until it
+    ends. A model without ``pool=`` has one of its own. Pickled, or copied deeply, a model takes a copy of its pool along,
+    which is not started; models that are pickled together stay together.
 
     device_ids, backend, num_workers: as for `AsyncDataParallel`. With "auto" the first model that starts decides.
+
+    Raises, from a model's start or call: `RuntimeError` on another loop than the pool's while it is used there, or in a
+    process that was forked meanwhile; `Closed` while the pool is being closed, and after that for all its models until
+    they are started again.
 
         >>> import asyncio, torch, aneuron
         >>> async def main():
@@ -62,8 +87,10 @@ class Pool:
             check_ids(self.chosen, self._ids)
         self._num_workers = count("num_workers", num_workers)
         self._dispatcher: Dispatcher | None = None
-        self._opening = asyncio.Lock()
+        self._opening: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None  # one start at a time, of a loop
         self._held = False  # by an `async with`
+        self._closing = 0  # how many do so
+        self.models: WeakSet[OnPool] = WeakSet()  # those that were made for it, started or not
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled or copied it is its configuration, not started."""
@@ -100,10 +127,27 @@ class Pool:
 
     # Opening and closing.
 
-    async def open(self, given: Iterable[Any]) -> Dispatcher:
-        """The lanes, for a model that is to be loaded on them; started if need be. Of the package."""
+    @asynccontextmanager
+    async def lanes(self, given: Iterable[Any]) -> AsyncIterator[Dispatcher]:
+        """The lanes, for a model that is to be loaded on them meanwhile; started if need be. Of the package."""
+        dispatcher = await self._open(given)
+        dispatcher.coming += 1
+        try:
+            yield dispatcher
+        finally:
+            dispatcher.coming -= 1
+            dispatcher.stop_if_unused()
+
+    async def _open(self, given: Iterable[Any]) -> Dispatcher:
         self.check_loop()
-        async with self._opening:
+        loop = asyncio.get_running_loop()
+        if self._opening is None or self._opening[0] is not loop:
+            if self._opening is not None and self._opening[1].locked() and not self._opening[0].is_closed():
+                raise RuntimeError(OTHER_LOOP)
+            self._opening = loop, asyncio.Lock()
+        async with self._opening[1]:
+            if self._closing:
+                raise Closed("the pool is being closed; start() opens it again when its aclose() has returned")
             dispatcher = self._dispatcher
             if dispatcher is None or dispatcher.stopped:
                 make = getattr(self.chosen, "workers", None)
@@ -118,34 +162,41 @@ class Pool:
     def check_loop(self) -> None:
         """Raise `RuntimeError` on another loop than the pool's, or in a process that was forked. Of the package."""
         dispatcher = self._dispatcher
-        if dispatcher is None or dispatcher.loop is asyncio.get_running_loop():
+        if dispatcher is None or dispatcher.stopped:
             return
         if dispatcher.forked:
             raise RuntimeError(FORKED)
-        if not dispatcher.stopped and not dispatcher.loop.is_closed():
-            raise RuntimeError(
-                "the pool runs on another event loop, and belongs to it until its last model is closed; close it there "
-                "first, or make one pool for each loop"
-            )
-        self.let_go()
-
-    def let_go(self) -> None:
-        """The loop of the lanes has gone without closing them, or nobody will. Of the package."""
-        dispatcher, self._dispatcher = self._dispatcher, None
-        self._opening = asyncio.Lock()
-        if dispatcher is not None and not dispatcher.forked:
-            for run in list(dispatcher.runs):
-                run.stop()
-            dispatcher.stop()
+        if dispatcher.loop is asyncio.get_running_loop():
+            return
+        if not dispatcher.loop.is_closed():
+            raise RuntimeError(OTHER_LOOP)
+        for run in list(dispatcher.runs):  # the loop has gone without closing them
+            run.stop()
+        dispatcher.stop()
 
     async def aclose(self) -> None:
-        """Close the models that are served, as their `aclose` does, and end the threads. If cancelled, at once."""
+        """Close all models on the pool, as their `aclose` does, and end the threads. If cancelled, at once.
+
+        Their calls raise `Closed` from now on, until somebody starts them again.
+        """
+        await self._close([model.aclose for model in self.models])
+
+    async def _close(self, ways: Sequence[Callable[[str], Coroutine[Any, Any, None]]]) -> None:
         self.check_loop()
         self._held = False
         dispatcher = self._dispatcher
-        if dispatcher is not None:
-            dispatcher.held = False
-            await dispatcher.drain()
+        self._closing += 1
+        try:
+            results = await asyncio.gather(*[close(CLOSED) for close in ways], return_exceptions=True)
+            for error in filter(None, results):
+                raise error
+        finally:
+            self._closing -= 1
+            if dispatcher is not None:
+                dispatcher.held = False
+                dispatcher.stop_if_unused()
+        if dispatcher is not None and dispatcher.stopped:
+            dispatcher.join()
 
     async def __aenter__(self) -> Self:
         self.check_loop()
@@ -157,7 +208,7 @@ class Pool:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.aclose()
+        await self._close([model.aclose if kind is None else model.aabort for model in self.models])
 
     def __repr__(self) -> str:
         return f"<Pool of {self.backend or 'auto'!r}>"

@@ -1,7 +1,7 @@
 """What is served and how: the user's model, or one for each compiled shape, and the settings.
 
 Lives here: checks that need no device, and what is to be loaded for which shape. Must not be here: loading
-(engine/lane.py), which shape runs (tensors/buckets.py, sched/scheduler.py).
+(engine/loading.py), which shape runs (tensors/buckets.py, sched/scheduler.py).
 """
 
 import os

@@ -1,6 +1,6 @@
 """Counters, and the frozen snapshot that `model.statistics()` returns.
 
-Lives here: numbers. Must not be here: who counts when (the lanes do, on the loop), exporters, a clock.
+Lives here: numbers. Must not be here: who counts when (engine/run.py, on the loop), exporters, a clock.
 """
 
 from bisect import bisect_right

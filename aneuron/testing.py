@@ -76,7 +76,7 @@ def run(main: Coroutine[Any, Any, T]) -> T:
         return runner.run(main)
 
 
-async def settle(iterations: int = 10) -> None:
+async def settle(iterations: int = 20) -> None:
     """Let everything happen that can happen without a core or the clock."""
     for _ in range(iterations):
         await asyncio.sleep(0)

@@ -335,12 +335,12 @@ def test_calls_of_one_bucket_may_share_a_batch_whatever_their_length():
     assert one.signature == other.signature != longer.signature
     assert (one.signature[1], longer.signature[1]) == (32, 64)
     assert one.signature[0] == longer.signature[0]
-    assert (one.bucket, one.length, longer.bucket, longer.length) == (32, 5, 64, 33)
+    assert (one.bucket, one.pads.length, longer.bucket, longer.pads.length) == (32, 5, 64, 33)
 
 
 def test_without_buckets_nothing_is_new():
     call = measure((ids(1, 5),), {}, 0)
-    assert (call.bucket, call.length, call.pads) == (0, 0, None)
+    assert (call.bucket, call.pads) == (0, None)
     assert call.signature == ((5,), torch.int64)
 
 
@@ -351,7 +351,7 @@ def test_the_short_way_sees_what_the_long_way_sees(dim, shape):
     short, long = measure((x,), {}, 0, buckets), measure((x.numpy(),), {}, 0, buckets)
     assert short.template is None is not long.template
     assert short.signature == long.signature
-    assert (short.rows, short.bucket, short.length, short.pads) == (long.rows, long.bucket, long.length, long.pads)
+    assert (short.rows, short.bucket, short.pads) == (long.rows, long.bucket, long.pads)
     held = Compiled((x,), {}, 0, buckets).lengths
     assert measure((x,), {}, 0, buckets, held).signature == short.signature
 
@@ -373,7 +373,7 @@ def test_what_differs_beside_the_length_is_not_packed():
 def test_a_number_pads_what_is_as_long_as_the_first_that_has_the_dim():
     call = measure((torch.zeros(2), ids(2, 20), torch.zeros(2, 3), torch.zeros(2, 20, 4)), {}, 0, Buckets(pad=7))
     assert call.pads.values == (None, 7, None, 7)
-    assert call.length == 20
+    assert call.pads.length == 20
 
 
 def test_a_mapping_names_what_has_a_length():
@@ -386,7 +386,7 @@ def test_a_mapping_names_what_has_a_length():
     assert by_position.pads.values == (None, 5)
     by_path = measure(((ids(1, 16), ids(1, 20)),), {}, 0, Buckets(pad={"input 0[1]": 5}))
     assert by_path.pads.values == (None, 5)
-    assert by_path.length == 20
+    assert by_path.pads.length == 20
 
 
 def test_the_example_decides_what_has_a_length():
@@ -531,12 +531,12 @@ def test_results_have_storage_of_exactly_their_size():
     (given,), _ = gathered(chunks, 4, 8)
     value = {"tokens": given.float().unsqueeze(2).expand(4, 8, 6), "pooled": given.sum(1)}
     for result, call in zip(handed_out(value, chunks, 4, ((1,), ())), calls, strict=True):
-        assert result["tokens"].shape == (1, call.length, 6)
-        assert result["tokens"].untyped_storage().nbytes() == call.length * 6 * 4
+        assert result["tokens"].shape == (1, call.pads.length, 6)
+        assert result["tokens"].untyped_storage().nbytes() == call.pads.length * 6 * 4
         assert result["tokens"].is_contiguous()
         file, twin = io.BytesIO(), io.BytesIO()
         torch.save(result["tokens"], file)
-        torch.save(torch.ones(1, call.length, 6), twin)
+        torch.save(torch.ones(1, call.pads.length, 6), twin)
         assert file.tell() == twin.tell()
         assert result["pooled"].shape == (1,)
 

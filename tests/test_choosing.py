@@ -111,12 +111,12 @@ async def test_cores_have_the_numbers_of_the_machine_in_the_statistics(neuron_ma
 async def test_what_auto_takes_is_decided_at_start_and_kept():
     model = AsyncDataParallel(torch.neg, backend="auto")
     assert "'auto'" in repr(model)
-    assert model._backend is None
+    assert model._pool.backend is None
 
 
 @pytest.mark.parametrize("name", ["neuron", "cuda", "cpu"])
 def test_a_backend_by_name(name):
-    assert AsyncDataParallel(NET, backend=name)._backend.name == name
+    assert AsyncDataParallel(NET, backend=name)._pool.backend.name == name
 
 
 @pytest.mark.parametrize("found", [(), ("cuda",), ("neuron",), ("neuron", "cuda"), ("native",), ("native", "cuda")])

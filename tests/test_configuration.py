@@ -114,7 +114,7 @@ async def test_a_traced_model_goes_along(how, by_size):
     async with model:
         twin = COPIES[how](model)
     if how == "copy":
-        assert twin._models.given[0] is net
+        assert twin._life.program.given[0] is net
     async with twin:
         assert torch.equal(await twin(torch.full((5, 2), 3.0)), torch.ones(5, 2))
     again = COPIES[how](twin)
@@ -127,8 +127,8 @@ async def test_a_traced_model_goes_along(how, by_size):
 def test_backends_go_along(how, backend):
     twin = COPIES[how](AsyncDataParallel(torch.nn.ReLU().eval(), backend=backend))
     for name in ("cores_per_device", "staging_bytes"):
-        assert getattr(twin._backend, name, None) == getattr(backend, name, None)
-    assert len(twin._backend.cores()) == len(backend.cores())
+        assert getattr(twin._pool.backend, name, None) == getattr(backend, name, None)
+    assert len(twin._pool.backend.cores()) == len(backend.cores())
 
 
 async def test_a_scripted_function_goes_along():
@@ -152,8 +152,8 @@ def test_a_traced_model_asks_for_the_package_that_knows_its_classes(monkeypatch)
 def test_a_copy_shares_the_model_and_a_deep_copy_does_not():
     net = torch.nn.Linear(2, 2).eval()
     model = AsyncDataParallel(net)
-    assert copy.copy(model)._models.source is net
-    assert copy.deepcopy(model)._models.source is not net
+    assert copy.copy(model)._life.program.source is net
+    assert copy.deepcopy(model)._life.program.source is not net
 
 
 def test_what_cannot_be_pickled_is_named():
@@ -164,7 +164,7 @@ def test_what_cannot_be_pickled_is_named():
 def test_pickling_warns_of_nothing_that_was_said_before():
     with pytest.warns(UserWarning, match="dim=1"):
         model = AsyncDataParallel(torch.nn.ReLU().eval(), None, 1, True)
-    assert pickled(model)._dim == 1
+    assert pickled(model)._settings.dim == 1
 
 
 # A path with a backend of one's own.
@@ -340,6 +340,7 @@ async def test_the_old_run_is_counted_from_the_moment_on_when_it_is_swapped(capl
         await asyncio.gather(swap, *calls)
 
 
+@pytest.mark.pure  # compiled, numbers are compared without a word to them
 def test_who_asks_while_another_sorts_gets_the_median_of_now():
     recent, seen = Recent(), []
 

@@ -199,7 +199,7 @@ def lengths(draw):
         rows = draw(st.integers(1, 3))
         length = draw(st.integers(1, 6))
         start = draw(st.integers(0, rows - 1))
-        chunks.append((SimpleNamespace(rows=rows, bucket=6, length=length), start, rows))
+        chunks.append((SimpleNamespace(rows=rows, bucket=6, pads=SimpleNamespace(length=length)), start, rows))
         inputs.append((filled((rows, *row[: at - 1], length, *row[at:]), dtype, seed),))
     size = sum(stop - start for _, start, stop in chunks) + draw(st.integers(0, 2))
     pad = draw(st.sampled_from([0, 1] + [-1.5, float("-inf")] * dtype.is_floating_point))
@@ -222,7 +222,7 @@ def test_rows_are_padded_to_a_length_and_cut_back_to_it(native, case, from_behin
             whole = copying.join(chunks, inputs, 0, size, 0, to)
         except NotImplementedError:  # torch's own padding, of some dtypes
             return
-        fit = all(owner.length <= bucket for owner, _, _ in chunks)
+        fit = all(owner.pads.length <= bucket for owner, _, _ in chunks)
         copies = copying.split(whole, chunks, size, 0, (at,)) if fit else [None] * len(chunks)
     assert whole.shape[at] == bucket
     assert len(whole) == size
@@ -230,7 +230,7 @@ def test_rows_are_padded_to_a_length_and_cut_back_to_it(native, case, from_behin
     end = 0
     for (owner, start, stop), (x,), copied in zip(chunks, inputs, copies, strict=True):
         begin, end = end, end + stop - start
-        had = min(owner.length, bucket)
+        had = min(owner.pads.length, bucket)
         part = whole[begin:end]
         assert same(part.narrow(at, 0, had), x[start:stop].narrow(at, 0, had))
         if had < bucket:

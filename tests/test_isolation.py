@@ -547,7 +547,7 @@ def test_cancelled_calls_leave_no_inputs_behind_on_an_idle_model():
             backend[0].release()
             await first
             await settle()
-            assert len(model._life.run.scheduler._order.kinds) <= 40
+            assert len(model._life.run.scheduler._queue.kinds) <= 40
 
     run(main())
 

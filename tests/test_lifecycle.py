@@ -16,7 +16,7 @@ import pytest
 import torch
 from puppets import scenario
 
-from aneuron import AsyncDataParallel, Closed, CpuBackend, DeviceError, Fault, SimulatedBackend
+from aneuron import AsyncDataParallel, Closed, CpuBackend, DeviceError, Fault, Pool, SimulatedBackend
 from aneuron.engine import dispatcher
 from aneuron.engine.run import SLOW_CLOSE
 from aneuron.testing import PuppetBackend, VirtualTimeLoop, settle
@@ -662,3 +662,35 @@ async def test_num_workers_may_be_set_while_too_few_cores_serve():
         assert sum(model._life.run.dispatcher.board.slots.slots) == 6
         next(core for core in backend.loaded.values() if core.executing is not None).release()
         await task
+
+
+def test_a_start_that_fails_before_loading_leaves_its_pool_to_any_loop():
+    pool = Pool(backend=PuppetBackend(2))
+    first, second = VirtualTimeLoop(), VirtualTimeLoop()
+    with pytest.raises(DeviceError, match="min_cores=3"):
+        first.run_until_complete(AsyncDataParallel(torch.neg, pool=pool, min_cores=3).start())
+    model = AsyncDataParallel(torch.neg, pool=pool)
+    second.run_until_complete(model.start())
+    second.run_until_complete(model.aclose())
+    first.close()
+    second.close()
+
+
+@scenario
+async def test_a_model_starts_on_a_pool_that_its_last_model_leaves_meanwhile():
+    class Asked(PuppetBackend):
+        def compiled_rows(self, model):
+            asked.append(model)
+
+    asked = []
+    backend = Asked(1, service_time=0.01)
+    pool = Pool(backend=backend)
+    first, second = [AsyncDataParallel(each, pool=pool) for each in (torch.neg, torch.abs)]
+    await first.start()
+    start = asyncio.ensure_future(second.start())
+    while torch.abs not in asked:
+        await asyncio.sleep(0)
+    await first.abort()
+    await start
+    assert torch.equal(await second(-torch.ones(1, 1)), torch.ones(1, 1))
+    await second.aclose()

@@ -752,7 +752,7 @@ def test_what_raises_holds_no_batch_behind():
 
 
 def test_a_context_of_the_user_is_around_executions_only():
-    from aneuron.engine.threads import Within
+    from aneuron.engine.modes import Within
 
     core = SimulatedBackend(cores=1).load(torch.neg, 0, None)
     assert not isinstance(Within(core, contextvars.copy_context), SubmittingCore)

@@ -190,7 +190,7 @@ async def test_a_request_s_terms_reach_the_queue():
 
 async def test_without_a_deadline_the_call_is_the_model_s_own():
     class Model:
-        def _run(self, *what):
+        def _call(self, *what):
             return what
 
     assert RequestView("net", Model())(1, b=2) == ((1,), {"b": 2}, None, None)
@@ -288,7 +288,7 @@ async def test_an_internal_error_ends_life_until_the_model_is_started_again(monk
     model = AsyncDataParallel(torch.neg, backend=backend)
     health = Health({"net": model})
     await model.start()
-    monkeypatch.setattr(model._life.run, "_bind", lambda now: 1 / 0)
+    monkeypatch.setattr(model._life.run.dispatcher, "clock", lambda: 1 / 0)
     with pytest.raises(Closed, match="internal error"):
         await model(row())
     await settle()

@@ -24,6 +24,7 @@ class Bound:
         self.staged: list[Execution] = []  # those that are prepared and wait for the core
         self.given_up: list[Execution] = []  # whose threads have not come back
         self.since = 0.0  # when the oldest one in flight came to be the oldest
+        self.busy_until = 0.0  # what came before that has been charged
 
 
 class Board:
@@ -64,7 +65,14 @@ class Board:
             bound.since = now
         bound.in_flight.remove(execution)
         self.slots.release(lane, now, execution.batch)
+        self._charge(bound, execution, execution.ended)
         return True
+
+    def _charge(self, bound: Bound, execution: Execution, ended: float) -> None:
+        """Charge the time that an execution has had a core for: its model's next batch is bound with that known."""
+        seconds = ended - max(execution.started, bound.busy_until) if execution.begun else 0.0
+        bound.busy_until = max(bound.busy_until, ended)
+        self.shares.took(execution.batch, max(0.0, seconds))
 
     def next(self, lane: int, now: float) -> Batch | Execution | None:
         """What a lane is to do next: from its queue, from the schedulers, or stolen from a lane that is late."""
@@ -118,8 +126,12 @@ class Board:
 
     def recall(self, lane: int, scheduler: Scheduler) -> None:
         """Nothing more of a model is bound to a lane; what of it has not begun there is to run elsewhere."""
-        bound = self.lanes[lane]
         scheduler.out.add(lane)
+        self.take_back(lane, scheduler)
+
+    def take_back(self, lane: int, scheduler: Scheduler) -> None:
+        """What of a model is bound to a lane, and has not begun, waits again."""
+        bound = self.lanes[lane]
         queued = [bound.queue.get_nowait() for _ in range(bound.queue.qsize())]
         back = [batch for batch in queued if batch.scheduler is scheduler]
         for batch in queued:
@@ -133,6 +145,7 @@ class Board:
                 back.append(execution.batch)
         for batch in reversed(back):
             scheduler.recall(lane, batch)
+            self.shares.took(batch, 0.0)
 
     def give_up(self, lane: int, execution: Execution, now: float) -> bool:
         """Wait for an execution no more; whether it had not ended."""
@@ -143,6 +156,7 @@ class Board:
         bound.in_flight.remove(execution)
         bound.given_up.append(execution)
         self.slots.release(lane, now, execution.batch)
+        self._charge(bound, execution, now)
         return True
 
     def executing(self, scheduler: Scheduler) -> list[list[Execution]]:

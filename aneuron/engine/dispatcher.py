@@ -31,6 +31,7 @@ from aneuron.engine.threads import Workers
 from aneuron.sched.call import Call
 from aneuron.sched.filling import Batch
 from aneuron.sched.scheduler import Scheduler
+from aneuron.sched.shares import Account
 from aneuron.sched.slots import spread
 from aneuron.stats import Counters, PoolStatistics, ShareStatistics
 
@@ -79,12 +80,6 @@ class Served(Protocol):
     def forget(self, why: str) -> None:
         """Be in a process that was forked."""
 
-    async def drain(self) -> None:
-        """Refuse new calls, finish those accepted, free the cores."""
-
-    def abort(self) -> None:
-        """Fail what has not begun to execute, and free the cores after what they execute."""
-
     def stop(self) -> None:
         """Begin nothing more, and free the cores as soon as nothing executes on them."""
 
@@ -105,6 +100,7 @@ class Dispatcher:
         self.num_workers = num_workers  # batches that may be in flight, on all lanes; None: two for each in service
         self.slots = num_workers or 0  # the same, as it is
         self.held = held  # the threads stay, also without a model
+        self.coming = 0  # models that are about to be loaded
         self.forked = self.stopped = False
         self._scheduled = False  # a dispatch is
         self._timer: asyncio.TimerHandle | None = None  # a dispatch that is due later
@@ -133,6 +129,8 @@ class Dispatcher:
             return
         with self.board.lock:
             lane.gone = True
+            for run in self.runs:  # whatever waits behind what hangs, of whichever model
+                self.board.take_back(lane.index, run.scheduler)
         self.lanes[lane.index] = self._new_lane(lane.index)
         lane.workers.stop(lambda: self.call_loop(partial(self._threads_ended, lane)))
 
@@ -238,15 +236,16 @@ class Dispatcher:
         why = f"the model was closed by an internal error ({text(error)}); please report it. aclose(), then start()"
         for run in list(self.runs):
             run.crash(why)
+        with suppress(BaseException):  # also if they are held: the next start has others
+            self.stop()
         if isinstance(error, (KeyboardInterrupt, SystemExit)):
             raise error
 
-    def took(self, execution: Execution, seconds: float, now: float) -> None:
-        """An execution has ended, and has taken so many seconds of its core."""
+    def took(self, execution: Execution, now: float) -> None:
+        """An execution has ended."""
         lane = execution.lane
         if lane.copied(execution.copied, execution.preparing, now):
             self.board.slots.lead(lane.index, lane.lead)
-        self.board.shares.took(execution.batch, seconds)
 
     # Results back.
 
@@ -312,7 +311,7 @@ class Dispatcher:
         """A model is to be loaded on the lanes; it is served as soon as it serves on one of them."""
         self.runs.append(run)
         with self.board.lock:
-            self.board.shares.add(run.scheduler, weight)
+            self.board.shares.add(run.scheduler, weight, run.counters)
 
     def remove(self, run: Served) -> None:
         """A model has left."""
@@ -320,22 +319,14 @@ class Dispatcher:
             self.runs.remove(run)
         with self.board.lock:
             self.board.shares.remove(run.scheduler)
-        if not self.runs and not self.held:
-            self.stop()
-        elif not self.stopped:
+        self.stop_if_unused()
+        if not self.stopped:
             self.spread()
 
-    async def drain(self) -> None:
-        """Have every model finish what it has accepted, and end the threads. If cancelled, at once."""
-        try:
-            await asyncio.gather(*[run.drain() for run in list(self.runs)])
-        except BaseException:
-            for run in list(self.runs):
-                run.abort()
-            raise
-        finally:
+    def stop_if_unused(self) -> None:
+        """End the threads where no model needs them any more."""
+        if not self.runs and not self.held and not self.coming:
             self.stop()
-        self.join()
 
     def stop(self) -> None:
         """Let every lane's threads end."""
@@ -359,14 +350,14 @@ class Dispatcher:
         """The frozen snapshot of now, from any thread."""
         board = self.board
         with board.lock:
-            models = tuple(
-                ShareStatistics(
-                    share.weight, sum(board.in_flight(share.scheduler)), share.scheduler.waiting_rows, share.busy
-                )
-                for share in board.shares.shares
-            )
+            models = tuple(self._share(account) for account in board.shares.accounts)
             in_flight = tuple(map(len, board.slots.bound))
             return PoolStatistics(tuple(self.core_ids), tuple(board.slots.slots), in_flight, models)
+
+    def _share(self, account: Account) -> ShareStatistics:
+        schedulers = [share.scheduler for share in self.board.shares.shares if share.account is account]
+        in_flight = sum(sum(self.board.in_flight(each)) for each in schedulers)
+        return ShareStatistics(account.weight, in_flight, sum(each.waiting_rows for each in schedulers), account.busy)
 
     def forget(self) -> None:
         """Be in a process that was forked: nothing here works any more, and nothing may wait."""

@@ -6,7 +6,7 @@ be here: what runs when.
 
 import threading
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 import torch
@@ -111,6 +111,7 @@ class Within:
 
     def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model in the context. What entering and leaving it raise is like an error of the model."""
-        with self._context():
+        with ExitStack() as stack:
+            stack.enter_context(self._context())  # a bare `with` of what is none raises something else where compiled
             return self._core.execute(args, kwargs)
         raise RuntimeError("what context= has made suppressed an exception of the model: there is no result")

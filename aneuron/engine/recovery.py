@@ -1,10 +1,10 @@
 """What follows from a fault: who gets which error, which core goes out of service, and how it comes back.
 
 Lives here: the effects of health.py's decisions, all of it on the loop thread. Must not be here: what is a fault
-(backends), when a core is trusted (health.py), the lock (lanes.py), tensors, blocking.
+(backends), when a core is trusted (health.py), the lock (board.py), tensors, blocking.
 
-A lane is never mended: its threads are told to end, the last of them closes the core, and what is loaded later is a new
-lane. A thread that hangs has only the old one.
+What is loaded on a lane (loading.py) is never mended: it goes out of service, is closed when no thread executes it any
+more, and what is loaded later is another one. A thread that hangs has only the old one.
 """
 
 import asyncio

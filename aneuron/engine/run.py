@@ -490,7 +490,7 @@ class Run:
             if batch.size is not None and len(self._load.models) > 1 and service:
                 with self._board.lock:
                     self.sizes[batch.bucket].learn(batch.size, service)
-        self.dispatcher.took(execution, service, now)
+        self.dispatcher.took(execution, now)
         counters.drained(rows, now)
         counters.device_seconds.add(ended - started)
         if batch.expected:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any, Protocol
 
 from aneuron.sched.batch_delay import BatchDelay
@@ -211,19 +212,28 @@ class Scheduler:
 
         Only if anything does.
         """
-        if self._again:
-            return 0.0, -NEVER
         level = self._queue.level()
         urgency = level.urgency() if level is not None else None
-        return (0.0, NEVER) if level is None or urgency is None else (level.priority, urgency)
+        head = (0.0, NEVER) if level is None or urgency is None else (level.priority, urgency)
+        if not self._again:
+            return head
+        call = self._again[0].chunks[0][0]
+        priority = call.terms.priority if call.terms is not None else 0.0
+        return min(head, (priority, call.admitted - priority), key=itemgetter(1))
 
-    def bind(self, now: float) -> tuple[int, Batch] | None:
+    @property
+    def has_full(self) -> bool:
+        """Whether a lane that executes may get a batch behind that."""
+        return bool(self._again) or self._queue.has_full()
+
+    def bind(self, now: float, contended: bool = False) -> tuple[int, Batch] | None:
         """The next batch and the lane that gets it, or None if none can start anywhere: ask again when a call comes, a
         lane is free, or it is `due`.
 
         An idle lane takes what is there; of several the one that has been idle for the longest. A lane that is
         executing takes the batch that the head of the queue would start, only if it is full, and as late as useful:
-        rows wait in the queue, not behind a lane. Of several the one that should end first.
+        rows wait in the queue, not behind a lane. Of several the one that should end first. `contended`: there is
+        another model's full batch; then it need not be full, else that would go first.
         """
         slots = self.slots
         self.due = slots.due = None
@@ -232,9 +242,9 @@ class Scheduler:
         if not self._queue.rows and not self._again:
             return None
         lane = self._idlest() if slots.timed or self._again or self.out else next(iter(slots.idle), None)
-        if lane is None and slots.staging and (self._again or self._queue.has_full()):
+        if lane is None and slots.staging and (contended or self.has_full):
             lane = self._next_to_end(now)
-        batch = None if lane is None else self.pull(lane, now)
+        batch = None if lane is None else self.pull(lane, now, contended)
         self.due = min(filter(None, (self.due, slots.due)), default=None)
         return None if lane is None or batch is None else (lane, batch)
 
@@ -286,7 +296,7 @@ class Scheduler:
         lanes = [lane for lane in self.lanes() if slots.has_slot(lane) and not slots.is_too_early(lane, now)]
         return min(lanes, key=slots.ends.__getitem__, default=None)
 
-    def pull(self, lane: int, now: float) -> Batch | None:
+    def pull(self, lane: int, now: float, contended: bool = False) -> Batch | None:
         """The next batch of a lane that has a free slot, by the rules of `bind`."""
         slots = self.slots
         while True:
@@ -299,7 +309,7 @@ class Scheduler:
             if busy and slots.is_too_early(lane, now):
                 return None
             again = bool(self._again) and not self._avoids(lane)
-            batch = self._again.popleft() if again else self._form(lane, busy, now)
+            batch = self._again.popleft() if again else self._form(lane, busy, now, contended)
             if batch is not None:
                 slots.occupy(lane, batch, now)
             if batch is not None or self._queue.rows or not self.outside:  # else all were late: there is room anew
@@ -310,7 +320,7 @@ class Scheduler:
         retry = self._again[0].retry
         return retry is not None and retry.avoid == lane and any(other != lane for other in self.lanes())
 
-    def _form(self, lane: int, busy: bool, now: float) -> Batch | None:
+    def _form(self, lane: int, busy: bool, now: float, contended: bool) -> Batch | None:
         """A batch that starts with the head of the order; None if nothing waits, or `busy` and it would not be full.
 
         Calls that cannot meet their deadline are dropped on the way; a busy lane's batch may be short of their rows.
@@ -318,7 +328,7 @@ class Scheduler:
         while (head := self._queue.head()) is not None:
             kind = head.kind
             if kind.rows < kind.limit and head.calls[0].cut.shared:
-                if busy:
+                if busy and not contended:
                     return None
                 if self.rules.max_delay != 0.0 and self._is_held(lane, kind, now):
                     other = self._delay.a_full_batch()

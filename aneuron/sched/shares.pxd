@@ -9,9 +9,15 @@ cdef class Decision:
     cdef public object batches, due, late
 
 
-cdef class Share:
-    cdef public Scheduler scheduler
+cdef class Account:
+    cdef public object model
     cdef public double weight, tag, busy
+    cdef public long turn
+
+
+cdef class Share:
+    cdef public Account account
+    cdef public Scheduler scheduler
     cdef public bint waits
 
 
@@ -19,6 +25,7 @@ cdef class Shares:
     cdef public Slots slots
     cdef public list shares
     cdef double _time
+    cdef long _turns
     @cython.locals(share=Share)
     cpdef Decision bind(self, double now)
     @cython.locals(share=Share, batch=Batch)
@@ -32,4 +39,5 @@ cdef class Shares:
     cpdef bint wants_calls(self) except -1
     @cython.locals(share=Share)
     cpdef _flush(self)
-    cpdef _charge(self, Share share, Batch batch)
+    @cython.locals(account=Account, other=Share)
+    cpdef _charge(self, Share share, Batch batch, passed)

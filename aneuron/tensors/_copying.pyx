@@ -335,8 +335,8 @@ def split(leaf, chunks, int64_t size, int at=0):
             return None
         if rows == call.rows:
             if at:
-                length = call.pads.length
-                if not call.bucket or not 0 < length <= whole.like.shape[at]:
+                length = call.pads.length if call.bucket else 0
+                if not 0 < length <= whole.like.shape[at]:
                     return None
             made = allocate(&whole, rows, at, length)
             copy_lines(
