@@ -83,6 +83,7 @@ class Lifecycle:
         run = self.run
         if run is not None and not run.serving and not run.loop.is_closed():
             raise Closed(run.why_closed)
+        self.pool.check_open()
         self.closed = False
         await self.started()
 
@@ -355,7 +356,10 @@ class Lifecycle:
         if run is None or run.dispatcher.forked:
             return False
         for each in (run, *self.retired):
-            each.stop()
+            if each.loop.is_running():  # others may be served there; and whoever collects garbage may hold the lock
+                each.dispatcher.call_loop(each.stop)
+            else:
+                each.stop()
         return True
 
 

@@ -25,7 +25,6 @@ from aneuron.engine.dispatcher import FORKED, Dispatcher, in_a_thread
 from aneuron.errors import Closed
 from aneuron.stats import PoolStatistics
 
-
 CLOSED = "the pool was closed, and this model with it; start() opens both again"
 OTHER_LOOP = (
     "the pool runs on another event loop, and belongs to it until its last model is closed; close it there first, or "
@@ -53,8 +52,8 @@ class Pool:
 
     A pool starts with its first model and ends with its last one; ``async with pool`` keeps its threads until it is
     left, and closes the models that are still on it then. It belongs to the event loop that has started it, until it
-    ends. A model without ``pool=`` has one of its own. Pickled, or copied deeply, a model takes a copy of its pool along,
-    which is not started; models that are pickled together stay together.
+    ends. A model without ``pool=`` has one of its own. Pickled or copied deeply a model takes a copy of its pool along,
+    not started; models that are pickled together stay together.
 
     device_ids, backend, num_workers: as for `AsyncDataParallel`. With "auto" the first model that starts decides.
 
@@ -146,8 +145,7 @@ class Pool:
                 raise RuntimeError(OTHER_LOOP)
             self._opening = loop, asyncio.Lock()
         async with self._opening[1]:
-            if self._closing:
-                raise Closed("the pool is being closed; start() opens it again when its aclose() has returned")
+            self.check_open()
             dispatcher = self._dispatcher
             if dispatcher is None or dispatcher.stopped:
                 make = getattr(self.chosen, "workers", None)
@@ -158,6 +156,11 @@ class Pool:
     def _look_for_cores(self, given: list[Any]) -> tuple[Backend, Traits, list[int]]:
         backend = self.chosen or automatic(given)
         return backend, traits_of(backend), choose_cores(backend, self._ids)
+
+    def check_open(self) -> None:
+        """Raise `Closed` while it is being closed. Of the package."""
+        if self._closing:
+            raise Closed("the pool is being closed; start() opens it again when its aclose() has returned")
 
     def check_loop(self) -> None:
         """Raise `RuntimeError` on another loop than the pool's, or in a process that was forked. Of the package."""

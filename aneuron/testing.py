@@ -117,12 +117,18 @@ class PuppetCore:
     @property
     def executing(self) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """The arguments of the batch that has begun."""
-        current = self.workers.current if self.workers is not None else None
+        current = self._current
         return current.prepared if current is not None else None
+
+    @property
+    def _current(self) -> Execution | None:
+        """Not what the lane executes of another model."""
+        current = self.workers.current if self.workers is not None else None
+        return current if current is not None and current.core is self else None
 
     def release(self, error: BaseException | None = None) -> None:
         """End the batch that has begun, with the model's output or with an error."""
-        if self.workers is None or self.workers.current is None:
+        if self.workers is None or self._current is None:
             raise RuntimeError(f"core {self.core_id} executes nothing that could be released")
         self._error = error
         self.workers.advance()
@@ -208,7 +214,7 @@ class PuppetWorkers:
 
 
 class PuppetBackend:
-    """Finds puppet cores: `backend[i]` is the one with id i, once it is loaded.
+    """Finds puppet cores: `backend[i]` is the one with id i, once it is loaded; of several models that loaded last.
 
     With `service_time` (seconds, or a function of the rows of a batch) they release themselves after that time, on
     the clock of the loop. Errors that a puppet is released with are classified by `faults`, the first type that fits;

@@ -320,7 +320,7 @@ class Dispatcher:
         with self.board.lock:
             self.board.shares.remove(run.scheduler)
         self.stop_if_unused()
-        if not self.stopped:
+        if not self.stopped and not self.loop.is_closed():
             self.spread()
 
     def stop_if_unused(self) -> None:

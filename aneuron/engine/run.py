@@ -582,7 +582,7 @@ class Run:
 
     def end_waiting(self, error: Callable[[], Exception]) -> None:
         """No core serves: end the calls that wait, each with an error of its own; no other is accepted."""
-        self._down = True
+        self.spread()  # the lanes are the others'
         with self._board.lock:
             calls = self.scheduler.calls()
         self.futures.end([(call, error()) for call in calls], failed=True)
