@@ -61,7 +61,7 @@ class Calls:
         if call.structure and call.rows > 1 and not self._warned_of_list:
             self._look_for_list(call, rules, inputs, kwargs)
         call.terms, call.trace = terms, trace
-        future = run.admit(call, timeout)
+        future = run.admission.admit(call, timeout)
         try:
             return await future
         finally:

@@ -345,7 +345,7 @@ class Lifecycle:
     def _close_door(self, why: str | None) -> None:
         self.closed, self._why_closed = True, why or CLOSED
         if why is not None and self.run is not None:
-            self.run.why_closed = why
+            self.run.admission.why_closed = why
         self._closings += 1
         if self._starting is not None and self._starting.task is not None:
             self._starting.task.cancel()

@@ -309,7 +309,7 @@ class AsyncDataParallel:
         """
         self._life.check_loop()
         if self._life.run is not None:
-            self._life.run.check(count("rows", rows) or 1)
+            self._life.run.admission.check(count("rows", rows) or 1)
 
     async def _timed(
         self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None = None, timeout: Limit | None = None

@@ -18,7 +18,7 @@ from puppets import scenario
 
 from aneuron import AsyncDataParallel, Closed, CpuBackend, DeviceError, Fault, Pool, SimulatedBackend
 from aneuron.engine import dispatcher
-from aneuron.engine.run import SLOW_CLOSE
+from aneuron.engine.cores import SLOW_CLOSE
 from aneuron.testing import PuppetBackend, VirtualTimeLoop, settle
 
 

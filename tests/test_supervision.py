@@ -10,10 +10,11 @@ from puppets import call, check_sum, release_all, row, scenario
 
 from aneuron import AsyncDataParallel, Closed, Fault, SimulatedBackend
 from aneuron.engine import health
+from aneuron.engine.cores import SLOW_CLOSE
 from aneuron.engine.execution import Execution
 from aneuron.engine.health import FIRST
 from aneuron.engine.lane import Lane
-from aneuron.engine.run import SLOW_CLOSE, SLOW_DRAIN
+from aneuron.engine.run import SLOW_DRAIN
 from aneuron.map.sources import LoopSource
 from aneuron.map.window import _Window
 from aneuron.testing import PuppetBackend, settle
@@ -209,7 +210,7 @@ async def test_the_task_of_a_start_is_cancelled():
 async def test_what_says_that_a_core_is_closed_dies_and_the_close_ends(monkeypatch, death):
     backend, model = served(2)
     await model.start()
-    kill(monkeypatch, model._life.run, "_left", death)
+    kill(monkeypatch, model._life.run.cores, "_left", death)
     calls = [call(model, n, rows=4) for n in range(3)]
     await settle()
     await model.abort()
@@ -219,14 +220,14 @@ async def test_what_says_that_a_core_is_closed_dies_and_the_close_ends(monkeypat
 
 
 @every_death
-@pytest.mark.parametrize("where", ["_left", "_check_closed"])
+@pytest.mark.parametrize("where", ["_left", "check_closed"])
 @scenario
 async def test_a_drain_does_not_wait_for_what_has_died(monkeypatch, where, death):
     backend, model = served(2)
     await model.start()
     calls = [call(model, n, rows=4) for n in range(3)]
     await settle()
-    kill(monkeypatch, model._life.run, where, death)
+    kill(monkeypatch, model._life.run.cores, where, death)
     closing = asyncio.ensure_future(model.aclose())
     await release_all(backend, *calls)
     await asyncio.sleep(SLOW_CLOSE + 0.01)

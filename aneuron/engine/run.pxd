@@ -1,5 +1,6 @@
 cimport cython
 
+from aneuron.engine.admission cimport Admission
 from aneuron.engine.board cimport Board
 from aneuron.engine.dispatcher cimport Dispatcher
 from aneuron.engine.execution cimport Common, Execution
@@ -8,12 +9,12 @@ from aneuron.engine.loading cimport Loaded
 from aneuron.sched.call cimport Call
 from aneuron.sched.filling cimport Batch
 from aneuron.sched.scheduler cimport Scheduler
-from aneuron.stats cimport Counters, Recent
+from aneuron.stats cimport Counters
 
 
 cdef class Run:
     cdef public Dispatcher dispatcher
-    cdef public object loop, thread, clock, phase, why_closed, sizes, context, closed, recovery
+    cdef public object loop, thread, clock, sizes, context, recovery, cores
     cdef public double weight
     cdef public Counters counters
     cdef public Scheduler scheduler
@@ -22,12 +23,9 @@ cdef class Run:
     cdef public Futures futures
     cdef public object _load
     cdef public dict _times
-    cdef public bint _down, _traced, _watched, _beside
-    cdef public str _end
-    cdef public Recent _late_by
+    cdef public Admission admission
+    cdef public bint _beside
     cdef public list loaded
-    cdef public set _open
-    cpdef admit(self, Call call, timeout=*)
     @cython.locals(made=Execution)
     cpdef Execution execution(self, Batch batch, long lane)
     @cython.locals(batch=Batch)

@@ -7,43 +7,31 @@ futures (futures.py), faults (recovery.py), which batch is next (sched/, behind 
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future
 from contextlib import AbstractContextManager, suppress
 from contextvars import copy_context
 from dataclasses import replace
-from enum import Enum
 from functools import partial
 from threading import Lock
 from typing import Any
 
 from aneuron.backends import Fault
+from aneuron.engine.admission import Admission, Phase
+from aneuron.engine.cores import Cores
 from aneuron.engine.dispatcher import Dispatcher
 from aneuron.engine.execution import Common, Execution
 from aneuron.engine.futures import Futures
 from aneuron.engine.loading import Load, Loaded
 from aneuron.engine.recovery import Recovery, note
-from aneuron.errors import Closed, CoreFailed, DeviceError, OutputError, QueueFull, ShapeError
+from aneuron.errors import Closed, CoreFailed, DeviceError, OutputError, ShapeError
 from aneuron.observing import observed
-from aneuron.sched.call import Call, Chunk, Limit
+from aneuron.sched.call import Call, Chunk
 from aneuron.sched.filling import Batch, Retry
 from aneuron.sched.scheduler import Rules, Scheduler, Sizes, rounded
-from aneuron.stats import CoreCounters, Counters, Recent, ServiceTimes, Statistics
+from aneuron.stats import Counters, ServiceTimes, Statistics
 
 logger = logging.getLogger("aneuron")
 
 SLOW_DRAIN = 10.0  # seconds after which a drain that goes on is logged
-SLOW_CLOSE = 30.0  # seconds after which a core that does not close is left to itself
-
-
-class Phase(Enum):
-    """Where a run is in its life; it never goes back."""
-
-    LOADING = "loading"
-    SERVING = "serving"
-    DRAINING = "draining"
-    """Calls that were accepted are served, no others."""
-    STOPPED = "stopped"
-    """Nothing begins any more; what executes is waited for, and the cores are closed."""
 
 
 class Run:
@@ -65,8 +53,6 @@ class Run:
         self.loop = dispatcher.loop
         self.thread = dispatcher.thread
         self.clock = dispatcher.clock
-        self.phase = Phase.LOADING
-        self.why_closed = "the model is closed or closing; start() opens it again when aclose() has returned"
         self.weight = weight
         self.sizes = sizes
         self.counters = counters
@@ -74,11 +60,6 @@ class Run:
         self._board = dispatcher.board
         self._load = load
         self._times = times  # of the model, by core id: it may have run before
-        self._down = False  # no core serves
-        self._end = "closed"  # the state of its cores when they are closed
-        self._traced = False  # whether any call was asked how it was run
-        self._late_by = Recent()  # seconds that batches have ended after they should have
-        self._watched = exec_timeout is not None
         self._beside = beside  # another run of the model serves on these cores until `take_over`
         backend, context = dispatcher.backend, copy_context()
         self._common = Common(
@@ -92,24 +73,13 @@ class Run:
             None if dict(context) == dict(dispatcher.context) else context,
         )
         self.context = context
-        self.closed = self.loop.create_future()  # done when the last core is closed
-        for core_id in dispatcher.core_ids:
-            counters.cores.setdefault(core_id, CoreCounters(core_id, dispatcher.traits.global_id(core_id)))
-        self.loaded: list[Loaded] = []  # the last one on each lane
-        self._open: set[Loaded] = set()  # those whose cores have not been closed; hung ones may never be
-        for index in range(len(dispatcher.core_ids)):
-            self.loaded.append(self._make_loaded(index))
+        self.cores = Cores(dispatcher, load, counters, times, context, self)
+        self.loaded = self.cores.loaded
         proven = load.compiled is not None
         self.recovery = Recovery(self, len(self.loaded), backend.recoverable, proven, exec_timeout)
         self.futures = Futures(self.loop, self.clock, counters, self.discard, dispatcher.guard)
-
-    def _make_loaded(self, index: int) -> Loaded:
-        core_id = self.dispatcher.core_ids[index]
-        times = self._times.setdefault(core_id, ServiceTimes())
-        backend, core = self.dispatcher.backend, self.counters.cores[core_id]
-        loaded = Loaded(index, core_id, backend, core, times, self.clock, self)
-        self._open.add(loaded)
-        return loaded
+        watched = exec_timeout is not None
+        self.admission = Admission(dispatcher, self.scheduler, self.futures, self.recovery, counters, watched)
 
     @property
     def rules(self) -> Rules:
@@ -117,13 +87,18 @@ class Run:
         return self.scheduler.rules
 
     @property
+    def why_closed(self) -> str:
+        """What calls are told that come when none are accepted."""
+        return self.admission.why_closed
+
+    @property
     def serving(self) -> bool:
         """Whether calls are accepted."""
-        return self.phase is Phase.SERVING
+        return self.admission.phase is Phase.SERVING
 
     def serves(self, lane: int) -> bool:
         """Whether it may have batches on a lane."""
-        return self.phase in (Phase.SERVING, Phase.DRAINING) and self.recovery.health[lane].serves
+        return self.admission.phase in (Phase.SERVING, Phase.DRAINING) and self.recovery.health[lane].serves
 
     # Lifecycle.
 
@@ -140,20 +115,20 @@ class Run:
                     if not self._beside:
                         loaded.own()
                     loaded.show("loading")
-                    await asyncio.wrap_future(self._begin_to_load(loaded))
+                    await asyncio.wrap_future(self.cores.begin_to_load(loaded))
                     self.recovery.health[loaded.index].loaded(self.clock())
                     loaded.show("ready")
                 except Exception as error:
                     failures.append(error)
                     note(error, f"aneuron: while loading core {loaded.core_id} of the {self._backend_name} backend")
                     self.recovery.not_loaded(loaded, error)
-                    self._leave(loaded)
+                    self.cores.leave(loaded)
                     if len(self.loaded) - len(failures) < min_cores or self._is_hopeless_to_load(error):
                         raise failures[0] from failures[0].__cause__
         except BaseException as error:
             self.stop()
             if isinstance(error, Exception):
-                await self.cores_closed()
+                await self.cores.wait_closed()
             raise
         finally:
             failures.clear()  # their tracebacks hold this frame, and that the cores
@@ -165,32 +140,6 @@ class Run:
     @property
     def _backend_name(self) -> str:
         return self.dispatcher.backend.name
-
-    def _in_a_thread(self, loaded: Loaded, fn: Callable[[], None]) -> "Future[None]":
-        """Have a thread of its own load or close cores: those of the lane may be serving others."""
-        workers = self.dispatcher.workers(loaded.core_id, self.context)
-        workers.grow(1)
-        future = workers.submit(fn)
-        workers.stop()
-        loaded.workers = workers
-        return future
-
-    def _begin_to_load(self, loaded: Loaded) -> "Future[None]":
-        """Load cores; if nobody wants them any more by then, they are closed."""
-
-        def ended() -> None:
-            loaded.loading = False
-            self.close_what_is_out()
-
-        future = self._in_a_thread(loaded, partial(loaded.load, self._load))
-        loaded.loading = True
-        self._call_when_done(future, ended)
-        return future
-
-    def _call_when_done(self, future: "Future[None]", callback: Callable[[], None]) -> None:
-        """Have the loop call when a thread is done with what it was given."""
-        guarded = partial(self.dispatcher.guard, callback)
-        future.add_done_callback(lambda _: self.dispatcher.call_loop(guarded))
 
     def _is_hopeless_to_load(self, error: Exception) -> bool:
         """Whether the other cores would not load either: it is about the model, or fatal."""
@@ -206,7 +155,7 @@ class Run:
 
     def serve(self) -> None:
         """Accept calls. Raises if no threads are to be had."""
-        self.phase = Phase.SERVING
+        self.admission.phase = Phase.SERVING
         self.spread()
 
     def spread(self) -> None:
@@ -215,7 +164,7 @@ class Run:
         with self._board.lock:
             self.scheduler.out = {lane for lane, each in enumerate(serves) if not each}
         self.change(cores=max(1, sum(serves)))
-        self._down = not any(serves)
+        self.admission.down = not any(serves)
         self.dispatcher.spread()
 
     def change(self, **settings: Any) -> None:
@@ -228,35 +177,20 @@ class Run:
 
     async def drain(self) -> None:
         """Refuse new calls, finish those accepted, free the cores."""
-        if self.phase is Phase.SERVING:
-            self.phase = Phase.DRAINING
+        if self.admission.phase is Phase.SERVING:
+            self.admission.phase = Phase.DRAINING
         self.scheduler.draining = True
         self.dispatcher.dispatch_soon()  # nothing is held back any more
         slow = self.loop.call_later(SLOW_DRAIN, self._log_slow_drain)
         try:
             await asyncio.shield(self.futures.drained())
             self.stop()
-            await self.cores_closed()
+            await self.cores.wait_closed()
         finally:
             slow.cancel()
 
     def _log_slow_drain(self) -> None:
         logger.warning("closing has taken %g s; %d calls have not ended", SLOW_DRAIN, len(self.futures.calls))
-
-    async def cores_closed(self) -> None:
-        """Wait for the cores to be closed, but not for ever."""
-        await asyncio.wait({self.closed}, timeout=SLOW_CLOSE)
-        if not self.closed.done():  # it hangs in its close, or executes for nobody
-            cores = sorted(loaded.core_id for loaded in self._open)
-            logger.warning("cores %s have not closed within %g s, and are left to themselves", cores, SLOW_CLOSE)
-            for loaded in self._open:
-                loaded.hung = True
-            self._check_closed()
-        for loaded in self.loaded:
-            if loaded.workers is not None and not loaded.hung:
-                loaded.workers.join(1.0)  # they have said their last words
-        if self.dispatcher.stopped:
-            self.dispatcher.join()
 
     def abort(self) -> None:
         """Fail what has not begun to execute, and free the cores after what they execute."""
@@ -269,55 +203,29 @@ class Run:
 
     def stop(self) -> None:
         """Begin nothing more, and free the cores as soon as nothing executes on them."""
-        self.phase = Phase.STOPPED
+        self.admission.phase = Phase.STOPPED
         self.recovery.stop()
         self.dispatcher.remove(self)
-        for loaded in list(self._open):
-            self._leave(loaded)
-        self._check_closed()
-
-    def _leave(self, loaded: Loaded) -> None:
-        """A core is not used any more: it is closed when no thread has an execution of it in hand."""
-        loaded.out = True
-        self.close_what_is_out()
+        self.cores.stop()
 
     def close_what_is_out(self) -> None:
         """Close the cores that are out of service, if nothing executes on them."""
-        for loaded in [each for each in self._open if each.out and not each.closed]:
-            with self._board.lock:
-                holds = self._board.holds(loaded.index, loaded)
-            if not holds and not loaded.loading:
-                loaded.closed = True
-                if loaded.is_empty:
-                    self._left(loaded)
-                    continue
-                try:
-                    self._call_when_done(self._in_a_thread(loaded, loaded.close), partial(self._left, loaded))
-                except RuntimeError:  # no thread is to be had, as at the end of the interpreter
-                    self._left(loaded)
+        self.cores.close_what_is_out()
 
-    def _left(self, loaded: Loaded) -> None:
-        self._open.discard(loaded)
-        self._check_closed()
-
-    def _check_closed(self) -> None:
-        if self.phase is not Phase.STOPPED or self.closed.done() or not all(each.hung for each in self._open):
-            return
-        for loaded in self.loaded:
-            if loaded.counters.owner in (self, None):  # not another run of the model, on the same core
-                loaded.counters.state = self._end
-        if not self.futures.calls:
-            self.recovery.end()
-        self.closed.set_result(None)
+    @property
+    def closed(self) -> "asyncio.Future[None]":
+        """Done when the last core is closed."""
+        return self.cores.closed
 
     def crash(self, why: str) -> None:
         """A bug of ours: end everything, whatever of it is broken."""
-        self.why_closed, self._end = why, "failed"  # whoever asks whether the process is to be restarted is to see it
+        self.admission.why_closed = why
+        self.cores.end = "failed"  # whoever asks whether the process is to be restarted is to see it
         for loaded in self.loaded:
             loaded.show("failed")
         with suppress(BaseException):  # it may be what is broken, or the queue
             self.stop()
-        self.phase = Phase.STOPPED
+        self.admission.phase = Phase.STOPPED
         calls = list(self.futures.calls)
         for call in calls:
             with suppress(BaseException):
@@ -327,107 +235,7 @@ class Run:
 
     def forget(self, why: str) -> None:
         """Be in a process that was forked."""
-        self.phase, self.why_closed, self.thread = Phase.STOPPED, why, 0
-
-    # Calls in.
-
-    def admit(self, call: Call, timeout: Limit | None = None) -> "asyncio.Future[Any]":
-        """Admit a call; its future. Who stops waiting for that before the call is settled must `withdraw` it."""
-        self._check_open()
-        outside = False
-        if self.scheduler.rules.max_pending is not None and not (
-            timeout is not None and self._cannot_be_met(call, timeout)
-        ):
-            outside = not self._find_room(call)  # nobody gives way to a call that will not run
-        future = self.futures.accept(call, self.clock())
-        if timeout is not None and self._is_hopeless(call, timeout):
-            return future
-        if call.trace is not None:
-            self._traced = True
-            call.trace.admitted, call.trace.clock = call.admitted, self.clock
-        if outside:
-            with self._board.lock:
-                self.scheduler.outside.append(call)
-        else:
-            self.scheduler.arrivals.append(call)  # before the question: a lane that falls idle looks here afterwards
-        self.dispatcher.call_came()
-        if self._watched:
-            self.recovery.watch()
-        return future
-
-    def check(self, rows: int) -> None:
-        """Raise what a call of so many rows is refused with now, if it is."""
-        self._check_open()
-        if self.rules.max_pending is not None and not self._has_room(rows, 0):
-            with self._board.lock:
-                let_in = self.scheduler.lets_in(rows, 0, self.clock())
-            if not let_in:
-                self.counters.refused += 1
-                raise self._full(rows, 0)
-
-    def _check_open(self) -> None:
-        """Raise what any call is refused with now."""
-        self.dispatcher.hand_out()  # results do not wait for the end of a long iteration of a loop that is flooded
-        if self.phase is not Phase.SERVING:
-            raise Closed(self.why_closed)
-        if self._down:
-            raise self.recovery.none_left()
-
-    def _cannot_be_met(self, call: Call, timeout: Limit) -> bool:
-        """Whether a call will be found to be hopeless when it is admitted."""
-        now = self.clock()
-        call.deadline = now + timeout
-        with self._board.lock:
-            return self.scheduler.hopeless(call, now)
-
-    def _is_hopeless(self, call: Call, timeout: Limit) -> bool:
-        """Give a call its deadline, and end it if that cannot be met."""
-        self._board.slots.timed = True
-        if self._late_by.is_stale(call.admitted):
-            self._late_by, self.scheduler.slack = Recent(), 0.0
-        self.futures.time(call, timeout)
-        with self._board.lock:
-            hopeless = self.scheduler.hopeless(call, call.admitted)
-        if hopeless:
-            self.futures.expire(call)
-        return hopeless
-
-    def _has_room(self, rows: int, bucket: int) -> bool:
-        """Whether a caller's call finds room without another being refused for it."""
-        with self._board.lock:
-            self.scheduler.flush()
-            full = self.scheduler.excess(rows, bucket)
-        if full:
-            self.dispatcher.dispatch()  # what idle cores can take does not wait
-            if self.phase is not Phase.SERVING:
-                raise Closed(self.why_closed)
-            full = self.scheduler.excess(rows, bucket)
-        return not full
-
-    def _find_room(self, call: Call) -> bool:
-        """Find room for a call, or raise `QueueFull`. False if it is of a map, and is to wait for room outside."""
-        room, guest = self._has_room(call.rows, call.bucket), call.terms is not None and call.terms.yields
-        if room and not guest and self.scheduler.is_plain(call.rows):
-            return True
-        with self._board.lock:
-            if guest:
-                return self.scheduler.has_room(call)
-            gone = self.scheduler.make_room(call, self.clock())
-        if gone is None:
-            self.counters.refused += 1
-            raise self._full(call.rows, call.bucket)
-        if gone:
-            why = "; the call has given its room to another tenant with less, or to a higher level"
-            self.futures.end([(each, self._full(each.rows, each.bucket, why)) for each in gone], failed=True)
-        return True
-
-    def _full(self, rows: int, bucket: int, why: str = "") -> QueueFull:
-        retry_after = self.counters.drain_seconds(self.scheduler.excess(rows, bucket), self.clock())
-        return QueueFull(
-            f"no room for {rows} rows: {self.scheduler.waiting_rows} wait and max_pending={self.rules.max_pending}"
-            f"{why}; try again later, or raise max_pending",
-            retry_after,
-        )
+        self.admission.phase, self.admission.why_closed, self.thread = Phase.STOPPED, why, 0
 
     def expire(self, call: Call) -> None:
         """A call that waits cannot meet its deadline."""
@@ -450,7 +258,7 @@ class Run:
     def execution(self, batch: Batch, lane: int) -> Execution:
         """A batch as it is executed on a lane. Worker thread."""
         made = Execution(batch, self.loaded[lane], self._common)
-        if self._traced:
+        if self.admission.traced:
             made.watch = self._watch
         return made
 
@@ -494,15 +302,14 @@ class Run:
         counters.drained(rows, now)
         counters.device_seconds.add(ended - started)
         if batch.expected:
-            self._late_by.add(ended - batch.due, now)
-            self.scheduler.slack = min(max(0.0, self._late_by.high), batch.expected)
+            self.admission.ended(ended - batch.due, batch.expected, now)
         if batch.reason != "rerun":
             counters.closed_because[batch.reason] += 1
             counters.batch_rows.add(rows)
             counters.queue_seconds.add_all(
                 [started - call.admitted for call, start, _ in execution.chunks if not start]
             )
-        if self._traced:
+        if self.admission.traced:
             for call, _, _ in execution.chunks:
                 if call.trace is not None:
                     call.trace.note(loaded.core_id, started, ended, rows, padded, batch.reason)
@@ -519,7 +326,7 @@ class Run:
         with self._board.lock:
             if self.loaded[loaded.index] is loaded:
                 self._board.recall(loaded.index, self.scheduler)
-        self._leave(loaded)
+        self.cores.leave(loaded)
 
     def running(self) -> list[tuple[Loaded, list[Execution]]]:
         """What executes, oldest first, by core; also on those that are out of service."""
@@ -542,7 +349,7 @@ class Run:
             loaded.hung = True
             self.dispatcher.replace(execution.lane)
             self.dispatcher.spread()
-            self._check_closed()
+            self.cores.check_closed()
         return given_up
 
     def threads_died(self, lane: int, error: BaseException) -> None:
@@ -552,21 +359,23 @@ class Run:
             lost = [each for each in self._board.lanes[lane].in_flight if each.batch.scheduler is self.scheduler]
         if lost:
             self.recovery.lost(lost[0].loaded, lost, error)
-        if self.phase is not Phase.STOPPED:  # it may have had nothing in hand, and been the one to take what comes
+        if (
+            self.admission.phase is not Phase.STOPPED
+        ):  # it may have had nothing in hand, and been the one to take what comes
             self.recovery.take_out(loaded, error)
 
     def reload(self, index: int, done: Callable[[Loaded, BaseException | None], None]) -> None:
         """Load a core anew."""
-        loaded = self._make_loaded(index)
+        loaded = self.cores.make(index)
         loaded.show("loading")
 
         def ended(future: "asyncio.Future[None]") -> None:
             error = asyncio.CancelledError() if future.cancelled() else future.exception()
             done(loaded, error)
             if self.loaded[index] is not loaded:
-                self._leave(loaded)
+                self.cores.leave(loaded)
 
-        future = asyncio.wrap_future(self._begin_to_load(loaded))
+        future = asyncio.wrap_future(self.cores.begin_to_load(loaded))
         future.add_done_callback(lambda future: self.dispatcher.guard(partial(ended, future)))
 
     def install(self, loaded: Loaded) -> None:
