@@ -10,7 +10,7 @@ cdef class Dispatcher:
     cdef public object loop, thread, backend, traits, core_ids, context, num_workers, clock
     cdef public Board board
     cdef public list runs, lanes
-    cdef public long slots
+    cdef public long slots, coming
     cdef public bint forked, stopped, held, _scheduled, _posted
     cdef public object _timer, _done
     cpdef call_came(self)
@@ -20,5 +20,5 @@ cdef class Dispatcher:
     cpdef post(self, Execution execution)
     @cython.locals(execution=Execution, now=double, runs=list)
     cpdef hand_out(self)
-    cpdef took(self, Execution execution, double seconds, double now)
+    cpdef took(self, Execution execution, double now)
     cpdef execution(self, batch, lane)
