@@ -263,7 +263,7 @@ class History(Cores):
     def finish(self):
         self.run()
         self.note_late()
-        assert not self.scheduler.has_work
+        assert not self.scheduler.has_work()
         for call in self.calls:
             assert self.bound[call] == self.gone.get(call, call.rows)
 

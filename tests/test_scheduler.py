@@ -317,7 +317,7 @@ def test_a_retired_lane_gets_nothing_and_its_bound_batches_run_elsewhere():
     assert bind_all(s) == []
     s.slots.release(1, 0.0)
     assert bind_all(s) == [(1, second)]
-    assert not s.has_work
+    assert not s.has_work()
 
 
 @pytest.mark.parametrize(

@@ -399,7 +399,7 @@ async def test_a_thread_dies(monkeypatch, step, death, copy_time):
         if step == "take":
             monkeypatch.setattr(Lane, "take", dying)
         elif step == "post":
-            object.__setattr__(run._common, "post", dying)
+            run._common.post = dying
         elif step == "_deliver":  # it does not come to the loop
             call_loop = dispatcher.call_loop
             patched = lambda callback: (dying if callback == dispatcher._deliver and not died else call_loop)(callback)  # noqa: E731

@@ -1,11 +1,15 @@
-from aneuron.sched.shares cimport Shares
+cimport cython
+
+from aneuron.engine.execution cimport Execution
+from aneuron.sched.filling cimport Batch
+from aneuron.sched.shares cimport Decision, Shares
 from aneuron.sched.slots cimport Slots
 
 
 cdef class Bound:
     cdef public object queue
     cdef public list in_flight, staged, given_up
-    cdef public double since
+    cdef public double since, busy_until
 
 
 cdef class Board:
@@ -14,7 +18,11 @@ cdef class Board:
     cdef public Slots slots
     cdef public list lanes
     cdef public bint stopped
-    cpdef bind(self, double now)
-    cpdef begin(self, long lane, execution)
-    cpdef bint end(self, long lane, execution, double now)
+    @cython.locals(decision=Decision)
+    cpdef Decision bind(self, double now)
+    @cython.locals(bound=Bound)
+    cpdef begin(self, long lane, Execution execution)
+    @cython.locals(bound=Bound)
+    cpdef bint end(self, long lane, Execution execution, double now) except -1
+    @cython.locals(bound=Bound, batch=Batch)
     cpdef next(self, long lane, double now)

@@ -178,10 +178,10 @@ class Dispatcher:
             self._scheduled = True
             self.loop.call_soon(self.dispatch)
 
-    @property
-    def wants_calls(self) -> bool:
-        """Whether a call that has come is to be dispatched, and is not going to be."""
-        return not self._scheduled and self.board.shares.wants_calls
+    def call_came(self) -> None:
+        """See that it is dispatched, unless that is going to be, or a lane that ends looks for it."""
+        if not self._scheduled and self.board.shares.wants_calls():
+            self.dispatch_soon()
 
     def dispatch(self) -> None:
         """Queue what has come, and wake the lanes that can begin with it."""
@@ -270,7 +270,7 @@ class Dispatcher:
     def _deliver(self) -> None:
         self._posted = False  # before the queue is emptied: what is posted from here on posts again
         self.hand_out()
-        if self.board.slots.staging and self.board.shares.has_work:
+        if self.board.slots.staging and self.board.shares.has_work():
             self.dispatch_soon()
 
     def hand_out(self) -> None:
@@ -279,12 +279,12 @@ class Dispatcher:
             return
         now = self.clock()
         try:
-            runs: set[Served] = set()
+            runs: list[Served] = []
             while self._done:
                 execution = self._done.popleft()
                 run = execution.batch.scheduler.run
                 if run not in runs:  # of those that wait, the first has waited longest
-                    runs.add(run)
+                    runs.append(run)
                     run.counters.loop_lag_seconds.add(now - execution.posted)
                 run.settle(execution, now)
             for run in runs:

@@ -1,10 +1,32 @@
+cimport cython
+
+from aneuron.engine.loading cimport Loaded
+from aneuron.sched.call cimport Call
 from aneuron.sched.filling cimport Batch
+
+
+cdef class Common:
+    cdef public object backend, unpad, evidence, sizes, guard, post, context
+    cdef public long dim
 
 
 cdef class Execution:
     cdef public Batch batch
-    cdef public object chunks, size, loaded, common, prepared, output, lane, watch, error, fault, finished
+    cdef public Loaded loaded
+    cdef public Common common
+    cdef public object chunks, size, prepared, output, lane, watch, error, fault, finished
     cdef public long rows, copied
     cdef public bint begun, over, failed, abandoned, may_be_stolen
     cdef public double started, ended, posted, since, preparing
     cdef object _cut, _inputs, _template
+    @cython.locals(begin=double)
+    cpdef prepare(self, clock)
+    @cython.locals(call=Call)
+    cpdef bint begin(self, clock) except -1
+    cpdef execute(self, clock)
+    @cython.locals(common=Common, size=long)
+    cpdef finish(self, clock)
+    @cython.locals(size=long, dim=long)
+    cpdef _collate(self)
+    @cython.locals(common=Common, call=Call)
+    cpdef _run(self, args, kwargs, clock)

@@ -8,7 +8,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from contextvars import Context
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -30,18 +29,30 @@ logger = logging.getLogger("aneuron")
 NOTABLE = 5e-5  # seconds: no less than it takes to copy half a megabyte
 
 
-@dataclass(frozen=True, slots=True)
 class Common:
-    """What all executions of a run of a model have in common."""
+    """What all executions of a run of a model have in common. Written to by nobody."""
 
-    backend: Backend
-    dim: int
-    unpad: Unpad | None  # what of the outputs is to be cut back to each call's length
-    evidence: Evidence  # what of them has rows
-    sizes: Mapping[int, Sequence[int]]  # the compiled ones, by bucket; none where any number will do
-    guard: AbstractContextManager[Any]  # held while two workers agree about one call
-    post: "Callable[[Execution], None]"  # to the loop
-    context: Context | None = None  # to execute in, where it is not that of the threads
+    __slots__ = ("backend", "context", "dim", "evidence", "guard", "post", "sizes", "unpad")
+
+    def __init__(
+        self,
+        backend: Backend,
+        dim: int,
+        unpad: Unpad | None,
+        evidence: Evidence,
+        sizes: Mapping[int, Sequence[int]],
+        guard: AbstractContextManager[Any],
+        post: "Callable[[Execution], None]",
+        context: Context | None = None,
+    ) -> None:
+        self.backend = backend
+        self.dim = dim
+        self.unpad = unpad  # what of the outputs is to be cut back to each call's length
+        self.evidence = evidence  # what of them has rows
+        self.sizes = sizes  # the compiled ones, by bucket; none where any number will do
+        self.guard = guard  # held while two workers agree about one call
+        self.post = post  # to the loop
+        self.context = context  # to execute in, where it is not that of the threads
 
 
 class Execution:

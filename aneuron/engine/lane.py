@@ -80,7 +80,7 @@ class Lane:
                         board.begin(self.index, execution)
                 shares = board.shares
                 idles = execution is None and not board.lanes[self.index].in_flight
-                asks = shares.tells or (idles and shares.has_work)
+                asks = shares.tells() or (idles and shares.has_work())
             if asks:  # what waits is held back, or for the loop to decide
                 host.ask()
             return execution

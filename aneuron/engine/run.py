@@ -350,8 +350,7 @@ class Run:
                 self.scheduler.outside.append(call)
         else:
             self.scheduler.arrivals.append(call)  # before the question: a lane that falls idle looks here afterwards
-        if self.dispatcher.wants_calls:
-            self.dispatcher.dispatch_soon()
+        self.dispatcher.call_came()
         if self._watched:
             self.recovery.watch()
         return future
@@ -450,10 +449,10 @@ class Run:
 
     def execution(self, batch: Batch, lane: int) -> Execution:
         """A batch as it is executed on a lane. Worker thread."""
-        execution = Execution(batch, self.loaded[lane], self._common)
+        made = Execution(batch, self.loaded[lane], self._common)
         if self._traced:
-            execution.watch = self._watch
-        return execution
+            made.watch = self._watch
+        return made
 
     def _watch(self, execution: Execution) -> AbstractContextManager[Any]:  # worker thread
         rows, core = execution.rows, execution.loaded.core_id
@@ -474,7 +473,7 @@ class Run:
                 self.recovery.failed(execution, execution.error)
             elif batch.retry is not None or self.recovery.health[execution.loaded.index].state == "suspect":
                 self.recovery.succeeded(execution)
-        self.futures.end(execution.finished, now=now)  # given up or not: they are the right ones
+        self.futures.end(execution.finished, False, now)  # given up or not: they are the right ones
         # A traceback holds the worker's frames, and they the execution: no cycle, and nobody else's rows.
         execution.chunks, execution.error, execution.finished = (), None, []
         batch.chunks, batch.retry = [], None
@@ -510,7 +509,7 @@ class Run:
 
     def relax(self) -> None:
         """Results have been handed out: if nothing waits, the time to the next ones says nothing."""
-        if not self.scheduler.has_work and not self.scheduler.arrivals:
+        if not self.scheduler.has_work() and not self.scheduler.arrivals:
             self.counters.relaxed()
 
     # For recovery.py.

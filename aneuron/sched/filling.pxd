@@ -1,3 +1,5 @@
+cimport cython
+
 from aneuron.sched.call cimport Call
 from aneuron.sched.fair_queue cimport FairQueue
 from aneuron.sched.flows cimport Flow, Kind
@@ -20,5 +22,6 @@ cdef class Filling:
     cdef public long limit, room
     cdef public double pace
     cpdef take(self, Flow head, Kind kind)
-    cpdef bint _is_late(self, Call call)
+    cpdef bint _is_late(self, Call call) except -1
+    @cython.locals(flow=Flow, call=Call, room=long, had=long, fresh=long, finished=long, start=long, stop=long, tag=double)
     cpdef _take_rows(self, list heap, Flow leader)

@@ -1,3 +1,5 @@
+cimport cython
+
 from aneuron.sched.call cimport Call
 
 
@@ -6,6 +8,7 @@ cdef class Tenant:
     cdef public long live
     cdef public bint listed
     cdef public list heap
+    @cython.locals(flow=Flow, call=Call)
     cpdef Flow first(self)
 
 
@@ -16,6 +19,7 @@ cdef class Line:
     cdef public dict tenants
     cdef public double time
     cdef public object begun
+    @cython.locals(flow=Flow, call=Call, tenant=Tenant, due=Flow)
     cpdef Flow first(self)
 
 
@@ -24,6 +28,7 @@ cdef class Level:
     cdef public tuple lines
     cdef public long starts
     cdef public object key
+    @cython.locals(line=Line, other=Line)
     cpdef Line turn(self)
 
 
@@ -49,6 +54,7 @@ cdef class Flow:
     cdef public Stake stake
     cdef public list heap
     cdef public tuple twins
+    @cython.locals(call=Call)
     cpdef Call first(self)
 
 
@@ -62,4 +68,5 @@ cdef class Kind:
     cdef list _priorities
 
 
+@cython.locals(flow=Flow, call=Call)
 cpdef Flow first(list heap)

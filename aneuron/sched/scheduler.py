@@ -203,7 +203,6 @@ class Scheduler:
         """Those that may have batches of this model."""
         return (lane for lane, slots in enumerate(self.slots.slots) if slots and lane not in self.out)
 
-    @property
     def has_work(self) -> bool:
         """Whether anything waits for a lane."""
         return self._queue.rows > 0 or bool(self._again) or bool(self.outside)
@@ -254,7 +253,7 @@ class Scheduler:
         idle, and there is nothing to choose. They need not be queued then; None if they must be.
         """
         calls = self.arrivals
-        if not calls or not self.slots.idle or self.out or self.has_work or self.rules.max_delay != 0.0:
+        if not calls or not self.slots.idle or self.out or self.has_work() or self.rules.max_delay != 0.0:
             return None
         first = calls[0]
         rows = 0

@@ -12,7 +12,6 @@ model: a second of waiting counts as much as a unit of priority.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from aneuron.sched.call import Call
 from aneuron.sched.filling import Batch
@@ -20,13 +19,17 @@ from aneuron.sched.scheduler import Scheduler
 from aneuron.sched.slots import Slots
 
 
-@dataclass(frozen=True, slots=True)
 class Decision:
     """What is to be done now: batches with their lanes, when to ask again at the latest, calls that are too late."""
 
-    batches: Sequence[tuple[int, Batch]]
-    due: float | None
-    late: Sequence[tuple[Scheduler, Call]]
+    __slots__ = ("batches", "due", "late")
+
+    def __init__(
+        self, batches: Sequence[tuple[int, Batch]], due: float | None, late: Sequence[tuple[Scheduler, Call]]
+    ) -> None:
+        self.batches = batches
+        self.due = due
+        self.late = late
 
 
 class Account:
@@ -62,12 +65,13 @@ class Shares:
         self._turns = 0
         self._time = 0.0  # where the batch that was bound last has started
 
-    @property
     def has_work(self) -> bool:
         """Whether anything waits for a lane, or has come and is not queued."""
-        return any(share.scheduler.has_work or share.scheduler.arrivals for share in self.shares)
+        for share in self.shares:
+            if share.scheduler.arrivals or share.scheduler.has_work():
+                return True
+        return False
 
-    @property
     def wants_calls(self) -> bool:
         """Whether a call that comes may begin, or be bound, before a lane ends what it executes."""
         return self.slots.staging or bool(self.slots.idle)
@@ -90,11 +94,13 @@ class Shares:
 
     def bind(self, now: float) -> Decision:
         """What can begin, or be bound to lanes that execute."""
-        batches: list[tuple[int, Batch]] = []
-        bound = self._bind_at_once(now)
-        if bound is not None:
-            batches.append(bound)
+        if len(self.shares) == 1:
+            bound = self.shares[0].scheduler.bind_at_once(now)
+            if bound is not None:
+                self._charge(self.shares[0], bound[1])
+                return Decision((bound,), None, ())
         self._flush()
+        batches: list[tuple[int, Batch]] = []
         due: float | None = None
         more = True
         while more:
@@ -125,10 +131,12 @@ class Shares:
             passed.append(share)
         return None
 
-    @property
     def tells(self) -> bool:
         """Whether `bind` has something to say even if nothing can begin."""
-        return any(share.scheduler.late for share in self.shares)
+        for share in self.shares:
+            if share.scheduler.late:
+                return True
+        return False
 
     def took(self, batch: Batch, seconds: float) -> None:
         """A batch has ended, or will not begin, and has taken so many seconds of its core."""
@@ -136,14 +144,6 @@ class Shares:
             if share.scheduler is batch.scheduler:
                 share.account.busy += seconds
                 share.account.tag += (seconds - batch.expected) / share.account.weight
-
-    def _bind_at_once(self, now: float) -> tuple[int, Batch] | None:
-        if len(self.shares) != 1:
-            return None
-        bound = self.shares[0].scheduler.bind_at_once(now)
-        if bound is not None:
-            self._charge(self.shares[0], bound[1])
-        return bound
 
     def _flush(self) -> None:
         for share in self.shares:
@@ -158,7 +158,7 @@ class Shares:
         levels: dict[float, float] = {}
         waiting: list[tuple[float, Share]] = []  # with their priorities
         for share in shares:
-            waited, share.waits = share.waits, share.scheduler.has_work
+            waited, share.waits = share.waits, share.scheduler.has_work()
             if share.waits:
                 if not waited:
                     share.account.tag = max(share.account.tag, self._now(share))
@@ -187,6 +187,8 @@ class Shares:
         account.turn = self._turns
 
     def _late(self) -> list[tuple[Scheduler, Call]]:
+        if not self.tells():
+            return []
         late: list[tuple[Scheduler, Call]] = []
         for share in self.shares:
             if share.scheduler.late:

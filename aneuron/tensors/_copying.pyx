@@ -19,6 +19,8 @@ from libc.string cimport memcpy, memmove
 
 import torch
 
+from aneuron.sched.call cimport Call
+
 
 cdef extern from *:
     """
@@ -302,6 +304,7 @@ def split(leaf, chunks, int64_t size, int at=0):
     row = lines(&whole, at)
     had = whole.row // row.number
     cdef list copies = []
+    cdef Call call
     for chunk in chunks:
         call = chunk[0]
         rows = <int64_t>chunk[2] - <int64_t>chunk[1]
@@ -365,8 +368,10 @@ def unmodified(chunks, inputs):
     """Whether the tensors of all calls are as often written to as these have noted; False where it is not known."""
     cdef Py_ssize_t place
     cdef int64_t version
+    cdef Call call
     for place in range(len(chunks)):
-        version = chunks[place][0].version
+        call = chunks[place][0]
+        version = call.version
         for leaf in inputs[place]:
             if type(leaf) is not Tensor:
                 return False

@@ -1,0 +1,13 @@
+from aneuron.stats cimport CoreCounters, ServiceTimes
+
+
+cdef class Loaded:
+    cdef public long index
+    cdef public object core_id, run, workers
+    cdef public CoreCounters counters
+    cdef public ServiceTimes times
+    cdef public bint out, closed, loading, hung, warming, concurrent
+    cdef public double ended
+    cdef public dict kinds, _cores
+    cdef object _backend, _clock
+    cpdef core(self, size, long bucket)
