@@ -8,7 +8,6 @@ import inspect
 import warnings
 from collections.abc import Callable, Coroutine, Hashable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from threading import get_ident
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,6 +15,7 @@ from aneuron.arguments import count, seconds
 from aneuron.arguments import weight as checked_weight
 from aneuron.backends import Backend
 from aneuron.backends.torchscript import held, released
+from aneuron.calls import Calls
 from aneuron.engine.evidence import check_declared
 from aneuron.errors import ShapeError
 from aneuron.lifecycle import Lifecycle
@@ -24,11 +24,10 @@ from aneuron.observing import Observer, Trace
 from aneuron.options import Options, View
 from aneuron.pool import Pool
 from aneuron.program import Program, Settings
-from aneuron.sched.call import Call, Cut, Limit, Terms
-from aneuron.sched.scheduler import Rules
+from aneuron.sched.call import Limit, Terms
 from aneuron.stats import Statistics, Timing
 from aneuron.tensors.buckets import Buckets
-from aneuron.tensors.signature import Compiled, list_of_rows, measure
+from aneuron.tensors.signature import Compiled
 
 Model = Any  # nn.Module | ScriptModule | callable | path of a TorchScript file
 
@@ -151,7 +150,6 @@ class AsyncDataParallel:
         weight: float = 1.0,
     ) -> None:
         others = frozenset(vars(self))  # what a subclass has set before
-        self._observer: Observer | None = None
         if isinstance(device_ids, Iterable) and not isinstance(device_ids, (str, bytes)):
             device_ids = list(device_ids)
         self._fixed = {
@@ -191,11 +189,7 @@ class AsyncDataParallel:
             weight=checked_weight(weight),
         )
         self._life = Lifecycle(program, self._settings, self._pool)
-        example = self._settings.example
-        self._lengths = example.lengths if example is not None else None
-        self._known = example.names if example is not None else ()
-        self._warned_of_list = False
-        self._checked: Hashable = None  # the signature of the last call that was found to fit
+        self._calls = Calls(self._life, self._settings)
         if dim != 0 and set_dynamic_batching and self._asked_for_batching:
             warnings.warn(
                 f"dynamic batching cannot be enabled for dim={dim}, only for dim=0; it is off: rows / cores must equal "
@@ -233,7 +227,7 @@ class AsyncDataParallel:
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
         """Run the model on the inputs' rows; see the class. To be awaited."""
-        return self._call(inputs, kwargs)  # not through a coroutine of its own, which each call would pay for
+        return self._calls.call(inputs, kwargs)  # not through a coroutine of its own, which each call would pay for
 
     async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
         """The same, and how the call was run."""
@@ -324,93 +318,15 @@ class AsyncDataParallel:
         result = await self._call(inputs, kwargs, terms, timeout, trace)
         return result, trace.timing()
 
-    async def _call(
+    def _call(
         self,
         inputs: tuple[Any, ...],
         kwargs: dict[str, Any],
         terms: Terms | None = None,
         timeout: Limit | None = None,
         trace: Trace | None = None,
-    ) -> Any:
-        if self._observer is not None and (trace is None or trace.observer is None):
-            return await self._observed(self._observer, inputs, kwargs, terms, timeout, trace or Trace())
-        settings, life = self._settings, self._life
-        example = settings.example
-        call = measure(inputs, kwargs, settings.dim, settings.buckets, self._lengths, self._known)
-        if example is not None and call.signature is not self._checked and life.program.compiled:
-            example.check(call, inputs, kwargs)
-            self._checked = call.signature
-        run = life.run
-        if run is None or run.thread != get_ident() or not run.loop.is_running():
-            if timeout is None:
-                run = await life.started()
-            else:
-                run, timeout = await life.started_within(timeout)
-        rules = run.scheduler.rules
-        if rules.batch_size is None or rules.split_size is not None or not rules.packing:
-            call.cut = self._cut(call, rules)
-        if call.structure and call.rows > 1 and not self._warned_of_list:
-            self._look_for_list(call, rules, inputs, kwargs)
-        call.terms, call.trace = terms, trace
-        future = run.admit(call, timeout)
-        try:
-            return await future
-        finally:
-            if not call.settled:
-                run.futures.withdraw(call)
-            del future  # an exception's traceback holds this frame
-
-    async def _observed(
-        self,
-        observer: Observer,
-        inputs: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        terms: Terms | None,
-        timeout: Limit | None,
-        trace: Trace,
-    ) -> Any:
-        with observer.call(trace.timing) as trace.token:
-            trace.observer = observer
-            return await self._call(inputs, kwargs, terms, timeout, trace)
-
-    def _cut(self, call: Call, rules: Rules) -> Cut:
-        """How a call will be cut, where that is not anywhere."""
-        run, program = self._life.run, self._life.program
-        sizes = run.sizes[call.bucket].sizes if run is not None and run.sizes else [program.batch_size or 0]
-        cut = rules.cut(call.rows, sizes[-1])
-        if rules.packing and rules.split_size is None:
-            return cut
-        pieces = cut.count(call.rows)
-        if not rules.packing:
-            even = call.rows == cut.piece * pieces and (rules.split_size is not None or pieces == rules.cores)
-            if sizes[-1] and not (even and cut.piece in sizes):
-                compiled = " or ".join(map(str, sizes))
-                raise ShapeError(
-                    f"{call.rows} rows / {rules.cores} cores != {compiled} compiled rows: with dynamic batching off "
-                    f"the rows of a call, divided by the cores, must be those that the model was compiled for"
-                    + (f" (split_size={rules.split_size})" if rules.split_size else "")
-                )
-        if pieces % rules.cores and (rules.split_size is not None or not self._settings.packing):
-            warnings.warn(
-                f"the cores are not fully used: {call.rows} rows in {pieces} pieces on {rules.cores} cores",
-                stacklevel=3,
-            )
-        if not rules.packing:
-            call.signature = (None, call.signature)  # apart from calls that share batches
-        return cut
-
-    def _look_for_list(self, call: Call, rules: Rules, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Warn once of a list that is given whole to each piece of a call, and looks as if it had an entry a row."""
-        cut = call.cut.count(call.rows) > 1 or call.rows > (rules.batch_size or call.rows)
-        name = list_of_rows(inputs, kwargs, call.rows) if cut else None
-        if name is not None:
-            self._warned_of_list = True
-            warnings.warn(
-                f"{name} is a list of {call.rows} entries, as many as the call has rows; the call is cut into pieces, "
-                "and each is given the whole list. If it has an entry for each row pass aneuron.Rows(...), if not "
-                "aneuron.Shared(...) or a tuple",
-                stacklevel=3,
-            )
+    ) -> Coroutine[Any, Any, Any]:
+        return self._calls.call(inputs, kwargs, terms, timeout, trace)
 
     def disable_dynamic_batching(self) -> None:
         """Neither pack nor pad the calls made from now on: `rows / cores` must equal the compiled rows, if known.
@@ -490,7 +406,7 @@ class AsyncDataParallel:
             >>> asyncio.run(main())
             [('a call', 3)] 3 5 core_idle
         """
-        self._observer = observer
+        self._calls.observer = observer
 
     # Lifecycle.
 

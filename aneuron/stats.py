@@ -137,8 +137,8 @@ class PoolStatistics:
 class Tally:
     """A histogram that is being filled.
 
-    What comes is kept as it is and sorted in later, many at once: that costs a fifth. Both are replaced as one, for other
-    threads, which may take a snapshot at any time.
+    What comes is kept as it is and sorted in later, many at once: that costs a fifth. Both are replaced as one, for
+    other threads, which may take a snapshot at any time.
     """
 
     __slots__ = ("_bounds", "_pending", "_sorted")

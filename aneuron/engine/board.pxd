@@ -24,5 +24,7 @@ cdef class Board:
     cpdef begin(self, long lane, Execution execution)
     @cython.locals(bound=Bound)
     cpdef bint end(self, long lane, Execution execution, double now) except -1
+    @cython.locals(seconds=double)
+    cpdef _charge(self, Bound bound, Execution execution, double ended)
     @cython.locals(bound=Bound, batch=Batch)
     cpdef next(self, long lane, double now)

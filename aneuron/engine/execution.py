@@ -26,6 +26,7 @@ from aneuron.tensors.verdicts import Seen
 
 logger = logging.getLogger("aneuron")
 
+INPUT = Fault.INPUT  # looked up for each execution
 NOTABLE = 5e-5  # seconds: no less than it takes to copy half a megabyte
 
 
@@ -86,7 +87,7 @@ class Execution:
         self.preparing = 0.0  # seconds
         self.copied = 0  # bytes that were collated and scattered, seen at a glance, where that took a notable time
         self.error: BaseException | None = None
-        self.fault = Fault.INPUT
+        self.fault = INPUT
         self.finished: Sequence[Finished] = ()
         self._cut: Carried | None = None
         self._inputs: Sequence[Sequence[Any]] = ()  # the callers' tensors, and what they stand in

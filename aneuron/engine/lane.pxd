@@ -1,4 +1,6 @@
-from aneuron.engine.board cimport Board
+cimport cython
+
+from aneuron.engine.board cimport Board, Bound
 from aneuron.engine.execution cimport Execution
 
 
@@ -10,5 +12,6 @@ cdef class Lane:
     cdef object _host, _clock, _preparing
     cdef long _slots
     cdef bint _staging, _concurrent
+    @cython.locals(board=Board, execution=Execution, now=double, waited_for=cython.bint, asks=cython.bint)
     cpdef Execution take(self, Execution ended)
     cpdef bint copied(self, long size, double preparing, double now) except -1

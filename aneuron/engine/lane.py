@@ -17,6 +17,7 @@ from aneuron.sched.filling import Batch
 from aneuron.stats import Recent
 
 COPYING_PAYS = 1 << 20  # bytes of a batch to copy, in and out, from which on a lane has a second thread
+INPUT = Fault.INPUT  # looked up for each execution
 TICK = 0.001  # seconds: event loops' timers are no finer
 
 
@@ -65,7 +66,7 @@ class Lane:
             with board.lock:
                 now = self._clock()
                 waited_for = ended is None or board.end(self.index, ended, now)
-                if ended is not None and (ended.fault is not Fault.INPUT or ended.loaded.out or not waited_for):
+                if ended is not None and (ended.fault is not INPUT or ended.loaded.out or not waited_for):
                     host.ended(ended, self.index)
                 execution = None
                 if waited_for and not self.gone and (ended is None or not ended.failed):
@@ -78,9 +79,9 @@ class Lane:
                     if execution is not None:
                         execution.lane = self
                         board.begin(self.index, execution)
-                shares = board.shares
-                idles = execution is None and not board.lanes[self.index].in_flight
-                asks = shares.tells() or (idles and shares.has_work())
+                asks = board.shares.tells()
+                if execution is None and not asks and not board.lanes[self.index].in_flight:
+                    asks = board.shares.has_work()
             if asks:  # what waits is held back, or for the loop to decide
                 host.ask()
             return execution

@@ -16,16 +16,16 @@ cdef class Account:
 
 
 cdef class Share:
-    cdef public Scheduler scheduler
     cdef public Account account
+    cdef public Scheduler scheduler
     cdef public bint waits
 
 
 cdef class Shares:
     cdef public Slots slots
     cdef public list shares
-    cdef long _turns
     cdef double _time
+    cdef long _turns
     @cython.locals(share=Share)
     cpdef Decision bind(self, double now)
     @cython.locals(share=Share, batch=Batch)
@@ -39,4 +39,5 @@ cdef class Shares:
     cpdef bint wants_calls(self) except -1
     @cython.locals(share=Share)
     cpdef _flush(self)
-    cpdef _charge(self, Share share, Batch batch, passed=*)
+    @cython.locals(account=Account, other=Share)
+    cpdef _charge(self, Share share, Batch batch, passed)

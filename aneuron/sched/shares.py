@@ -67,7 +67,7 @@ class Shares:
 
     def has_work(self) -> bool:
         """Whether anything waits for a lane, or has come and is not queued."""
-        for share in self.shares:
+        for share in self.shares:  # noqa: SIM110  # no generator where a type is compiled
             if share.scheduler.arrivals or share.scheduler.has_work():
                 return True
         return False
@@ -97,7 +97,7 @@ class Shares:
         if len(self.shares) == 1:
             bound = self.shares[0].scheduler.bind_at_once(now)
             if bound is not None:
-                self._charge(self.shares[0], bound[1])
+                self._charge(self.shares[0], bound[1], ())
                 return Decision((bound,), None, ())
         self._flush()
         batches: list[tuple[int, Batch]] = []
@@ -133,7 +133,7 @@ class Shares:
 
     def tells(self) -> bool:
         """Whether `bind` has something to say even if nothing can begin."""
-        for share in self.shares:
+        for share in self.shares:  # noqa: SIM110  # see above
             if share.scheduler.late:
                 return True
         return False
@@ -177,7 +177,7 @@ class Shares:
             return min(self._time, *tags)
         return max([each.account.tag for each in self.shares])
 
-    def _charge(self, share: Share, batch: Batch, passed: Sequence[Share] = ()) -> None:
+    def _charge(self, share: Share, batch: Batch, passed: Sequence[Share]) -> None:
         account = share.account
         self._time = account.tag
         for other in passed:

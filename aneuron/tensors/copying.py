@@ -114,6 +114,13 @@ def split(leaf: Tensor, chunks: Sequence[Any], size: int, dim: int, lengths: tup
     return found
 
 
+def deal(leaf: Tensor, chunks: Sequence[Any], size: int, dim: int) -> list[Any] | None:
+    """The calls of chunks that are whole, each with its rows in storage of its own, at a glance; None where it takes
+    more to see what the tensor is.
+    """
+    return None if native is None or dim else native.deal(leaf, chunks, size)
+
+
 def shortened(leaf: Any, call: Any, lengths: tuple[int, ...]) -> Any:
     """A view of a leaf as long as the call was, along these dims."""
     for dim in lengths:

@@ -212,11 +212,11 @@ def scatter(
     if not chunks[0][0].cut.shared:
         return _keep_piece(value, chunks[0], dim, guard, cut)
     if type(value) is Tensor and not cut:  # the short way, same results
-        value = checked(value, size, dim)
-        copies = copying.split(value, chunks, size, dim)
-        finished: list[Finished] = [
-            (chunk[0], copy) for chunk, copy in zip(chunks, copies, strict=True) if copy is not None
-        ]
+        finished: list[Finished] | None = copying.deal(value, chunks, size, dim)
+        if finished is None:
+            value = checked(value, size, dim)
+            copies = copying.split(value, chunks, size, dim)
+            finished = [(chunk[0], copy) for chunk, copy in zip(chunks, copies, strict=True) if copy is not None]
         return finished if len(finished) == len(chunks) else finished + _spread(Output(value, None, dim), chunks, guard)
     output = value if isinstance(value, Output) else Output(value, size, dim)
     lengths = cut or ((),) * len(output.leaves)
