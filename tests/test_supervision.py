@@ -19,7 +19,7 @@ from aneuron.map.sources import LoopSource
 from aneuron.map.window import _Window
 from aneuron.testing import PuppetBackend, settle
 
-pytestmark = pytest.mark.core
+pytestmark = pytest.mark.pure  # it puts functions that die into compiled classes
 
 BUG = ZeroDivisionError("a bug")
 DEATHS = [BUG, asyncio.CancelledError("from nowhere")]

@@ -194,6 +194,7 @@ class Run:
 
     def abort(self) -> None:
         """Fail what has not begun to execute, and free the cores after what they execute."""
+        self.recovery.stop()  # first: of calls that wait for other parts of their batch nobody else knows
         with self._board.lock:
             calls = self.scheduler.calls()
             calls += [call for batch in self._board.not_begun(self.scheduler) for call, _, _ in batch.chunks]

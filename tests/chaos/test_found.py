@@ -7,7 +7,7 @@ import weakref
 
 import pytest
 import torch
-from puppets import call, row, scenario
+from puppets import call, release_all, row, scenario
 
 from aneuron import AsyncDataParallel, CoreFailed, Fault, NoHealthyCores, SimulatedBackend
 from aneuron.engine import recovery
@@ -132,3 +132,25 @@ async def test_what_fails_alone_after_the_last_core_went_out_of_service_is_blame
         await settle()
         errors = [each.exception() for each in calls]
         assert sorted(type(error).__name__ for error in errors) == ["NoHealthyCores", "ValueError"]
+
+
+@scenario
+async def test_what_has_failed_alone_is_not_lost_when_an_abort_finds_the_other_half_behind_another_batch():
+    """The half that nobody will run was all that knew of the call that waited for it."""
+    backend = PuppetBackend(2, concurrent=True)
+    model = AsyncDataParallel(torch.neg, backend=backend, batch_size=2, num_workers=3)
+    other = call(model, 9, rows=2)
+    await settle()
+    calls = [call(model, n) for n in range(2)]
+    await settle()
+    assert [backend[n].executing[0][0].tolist()[0][0] for n in (0, 1)] == [9, 0]
+    backend[1].release(ValueError("one of the inputs"))  # the halves: one executes, one is bound behind the other batch
+    await settle()
+    last = call(model, 8, rows=2)
+    await settle()
+    backend[1].release(ValueError("this one"))
+    await settle()
+    await model.abort()
+    await release_all(backend, other, last)
+    await settle()
+    assert sorted(type(each.exception()).__name__ for each in calls) == ["Closed", "ValueError"]
