@@ -226,10 +226,14 @@ class Run:
         if waiting:
             self.dispatcher.ask()  # there may be more room
 
+    def refuse(self, why: str | None = None) -> None:
+        """Refuse new calls; None: with the usual words."""
+        if self.phase is Phase.SERVING:
+            self.phase, self.why_closed = Phase.DRAINING, why or self.why_closed
+
     async def drain(self) -> None:
         """Refuse new calls, finish those accepted, free the cores."""
-        if self.phase is Phase.SERVING:
-            self.phase = Phase.DRAINING
+        self.refuse()
         self.scheduler.draining = True
         self.dispatcher.dispatch_soon()  # nothing is held back any more
         slow = self.loop.call_later(SLOW_DRAIN, self._log_slow_drain)
