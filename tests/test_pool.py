@@ -304,7 +304,7 @@ async def test_leaving_it_finishes_what_its_models_have_accepted():
 @scenario
 async def test_leaving_it_with_an_error_does_not_wait_for_what_has_not_begun():
     backend, pool, a, b = served(1)
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError):  # noqa: PT012
         async with pool:
             await start(a, b)
             calls = [call(a, 1), call(b, 2)]
@@ -785,6 +785,30 @@ async def test_num_workers_bounds_what_all_have_in_flight():
     await settle()
     assert (pool.num_workers, b.num_workers, pool.statistics().slots) == (4, 4, (2, 2))
     await backend.finish(*calls)
+    await end(pool)
+
+
+@scenario
+async def test_a_model_that_is_out_on_the_only_lane_with_a_slot_has_one_elsewhere():
+    backend, pool, a, b = served(2, num_workers=1)
+    await start(a, b)
+    failing = call(a, 1, 4)
+    await settle()
+    backend.release(0, OSError("the core"))
+    await settle()
+    assert backend.running() == {1: double}  # not after core 0 has come back
+    assert pool.statistics().slots == (0, 1)  # which both can use
+    other = call(b, 1, 4)
+    await backend.finish(failing, other)
+    backend.hung.clear()
+    failing = call(b, 1, 4)
+    await settle()
+    backend.release(1, OSError("the core"))
+    await settle()
+    more = call(a, 2, 4)
+    await settle()
+    assert backend.running() == {0: negate, 1: double}  # one each: else one would wait for ever
+    await backend.finish(failing, more)
     await end(pool)
 
 

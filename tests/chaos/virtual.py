@@ -139,7 +139,7 @@ class Guest:
 
 
 class Schedule:
-    """Models and what happens to them. A new kind of event is a method and a line in EVENTS; `at` is whom it happens to."""
+    """Models and what happens to them, each time to the one `at`. A new kind is a method and a line in EVENTS."""
 
     def __init__(self, seed, verbose=False):
         self.pick = pick = random.Random(seed)
@@ -282,7 +282,8 @@ class Schedule:
         """Close all that share it, and start them again."""
         if self.pool is not None:
             await self._close(self.guests, self.pool.aclose)
-            for self.at in self.guests:
+            for guest in self.guests:
+                self.at = guest
                 await self.start()
 
     EVENTS = {
@@ -325,7 +326,8 @@ class Schedule:
     async def run(self):
         problems = []
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context))
-        for self.at in self.guests:
+        for guest in self.guests:
+            self.at = guest
             await self.start()
         kinds, weights = list(self.EVENTS), list(self.EVENTS.values())
         count = self.pick.randrange(5, 80) * (len(self.guests) + 1) // 2
@@ -339,12 +341,14 @@ class Schedule:
                 guest.note()
                 check_now(guest.model, guest.min_cores)
         await settle(4)  # what the workers have posted has arrived
-        for self.at in self.guests:
+        for guest in self.guests:
+            self.at = guest
             made = [core for core in self.backend.cores_made if core.whose == self.at.number]
             if self.model.ready:
                 sound = [core for core in made if core.sound and not core.closed]
                 assert len(sound) >= (self.at.min_cores or 1), "ready, and no core is sound"
-        for self.at in self.pick.sample(self.guests, len(self.guests)):
+        for guest in self.pick.sample(self.guests, len(self.guests)):
+            self.at = guest
             await self.close()
         while self.backend.executing():  # too late, and nobody must be harmed
             self.hung |= set(self.backend.executing())
