@@ -100,6 +100,9 @@ class AsyncDataParallel:
     context: a function that makes a context manager, which is entered around each execution, those of the warm-up too,
         in the thread that executes: `lambda: torch.autocast("cpu")`, `lambda: sdpa_kernel(SDPBackend.MATH)`. What it
         raises is like an error of the model.
+    pool: the `Pool` whose cores the model shares with others; excludes `device_ids`, `backend` and `num_workers`, which
+        are the pool's. None: a pool of its own.
+    weight: its share of the pool's time while others have rows waiting too, beside their weights; above 0.
 
     Threads that execute start in a copy of the context (`contextvars`) of `start()`, or of the call that started the
     model. After each execution the thread's modes are put back, whatever the model has left on: gradients, inference

@@ -266,7 +266,8 @@ class Run:
         """Fail what has not begun to execute, and free the cores after what they execute."""
         with self._board.lock:
             calls = self.scheduler.calls()
-            calls += [call for batch in self._board.not_begun(self.scheduler) for call, _, _ in batch.chunks]
+            bound = self._board.not_begun(self.scheduler)  # until `stop`: they hold bisections that it is to close
+            calls += [call for batch in bound for call, _, _ in batch.chunks]
         closed = "the model was closed before it ran this call"
         self.futures.end([(call, Closed(closed)) for call in calls], failed=True)
         self.stop()
