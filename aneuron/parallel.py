@@ -433,6 +433,16 @@ class AsyncDataParallel:
         self._settings.packing = False
 
     @property
+    def pool(self) -> Pool:
+        """Whose cores it uses: the one that was given, or its own."""
+        return self._pool
+
+    @property
+    def weight(self) -> float:
+        """Its share of the pool's time, beside the others' weights."""
+        return self._settings.weight
+
+    @property
     def num_workers(self) -> int | None:
         """Batches that may be in flight, on all cores of the pool together; None before the start if none was given."""
         return self._pool.num_workers
