@@ -311,7 +311,7 @@ class Lifecycle:
     async def aclose(self, why: str | None = None) -> None:
         """Drain; see `AsyncDataParallel.aclose`."""
         self.check_loop()
-        self._close_door(why)
+        self.close_door(why)
         run = self.run
         if run is None:
             return
@@ -326,14 +326,10 @@ class Lifecycle:
             if self.run is run:
                 self.run = None
 
-    async def aabort(self, why: str | None = None) -> None:
-        """The same as `abort`, as a pool does it."""
-        self.abort(why)
-
     def abort(self, why: str | None = None) -> None:
         """End what has not begun; see `AsyncDataParallel.abort`."""
         self.check_loop()
-        self._close_door(why)
+        self.close_door(why)
         run, self.run = self.run, None
         if run is not None:
             self._abort_all(run)
@@ -342,10 +338,11 @@ class Lifecycle:
         for each in (run, *self.retired):
             each.abort()
 
-    def _close_door(self, why: str | None) -> None:
+    def close_door(self, why: str | None) -> None:
+        """Accept no more calls; they are told why."""
         self.closed, self._why_closed = True, why or CLOSED
-        if why is not None and self.run is not None:
-            self.run.admission.why_closed = why
+        if self.run is not None:
+            self.run.refuse(why)
         self._closings += 1
         if self._starting is not None and self._starting.task is not None:
             self._starting.task.cancel()

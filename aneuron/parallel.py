@@ -99,6 +99,9 @@ class AsyncDataParallel:
     context: a function that makes a context manager, which is entered around each execution, those of the warm-up too,
         in the thread that executes: `lambda: torch.autocast("cpu")`, `lambda: sdpa_kernel(SDPBackend.MATH)`. What it
         raises is like an error of the model.
+    pool: the `Pool` whose cores the model shares with others; excludes `device_ids`, `backend` and `num_workers`, which
+        are the pool's. None: a pool of its own.
+    weight: its share of the pool's time while others have rows waiting too, beside their weights; above 0.
 
     Threads that execute start in a copy of the context (`contextvars`) of `start()`, or of the call that started the
     model. After each execution the thread's modes are put back, whatever the model has left on: gradients, inference
@@ -344,6 +347,16 @@ class AsyncDataParallel:
                 )
             run.change(packing=False)
         self._settings.packing = False
+
+    @property
+    def pool(self) -> Pool:
+        """Whose cores it uses: the one that was given, or its own."""
+        return self._pool
+
+    @property
+    def weight(self) -> float:
+        """Its share of the pool's time, beside the others' weights."""
+        return self._settings.weight
 
     @property
     def num_workers(self) -> int | None:

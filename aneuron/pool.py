@@ -5,7 +5,7 @@ loaded (program.py), who runs when (sched/), threads (engine/).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -35,10 +35,13 @@ OTHER_LOOP = (
 class OnPool(Protocol):
     """A model, as its pool knows it."""
 
-    async def aclose(self, why: str) -> None:
-        """Finish the calls that were accepted; others are told why not."""
+    def close_door(self, why: str) -> None:
+        """Accept no more calls: they are told why."""
 
-    async def aabort(self, why: str) -> None:
+    async def aclose(self, why: str) -> None:
+        """Finish those that were accepted."""
+
+    def abort(self, why: str) -> None:
         """End what has not begun."""
 
 
@@ -182,24 +185,26 @@ class Pool:
 
         Their calls raise `Closed` from now on, until somebody starts them again.
         """
-        await self._close([model.aclose for model in self.models])
-
-    async def _close(self, ways: Sequence[Callable[[str], Coroutine[Any, Any, None]]]) -> None:
         self.check_loop()
-        self._held = False
-        dispatcher = self._dispatcher
+        models = list(self.models)
+        for model in models:  # all at once
+            model.close_door(CLOSED)
         self._closing += 1
         try:
-            results = await asyncio.gather(*[close(CLOSED) for close in ways], return_exceptions=True)
-            for error in filter(None, results):
-                raise error
+            for error in await asyncio.gather(*[model.aclose(CLOSED) for model in models], return_exceptions=True):
+                if error is not None:
+                    raise error
         finally:
             self._closing -= 1
-            if dispatcher is not None:
-                dispatcher.held = False
-                dispatcher.stop_if_unused()
-        if dispatcher is not None and dispatcher.stopped:
-            dispatcher.join()
+            self._let_go()
+        if self._dispatcher is not None and self._dispatcher.stopped:
+            self._dispatcher.join()
+
+    def _let_go(self) -> None:
+        self._held = False
+        if self._dispatcher is not None:
+            self._dispatcher.held = False
+            self._dispatcher.stop_if_unused()
 
     async def __aenter__(self) -> Self:
         self.check_loop()
@@ -211,7 +216,13 @@ class Pool:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self._close([model.aclose if kind is None else model.aabort for model in self.models])
+        if kind is None:
+            await self.aclose()
+            return
+        self.check_loop()
+        for model in list(self.models):
+            model.abort(CLOSED)
+        self._let_go()
 
     def __repr__(self) -> str:
         return f"<Pool of {self.backend or 'auto'!r}>"

@@ -168,7 +168,7 @@ async def test_statistics_of_each_model_and_of_the_pool():
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (1.0, 3.0, 4.0)])
 @scenario
 async def test_saturated_models_share_the_cores_by_weight(weights):
-    backend, pool, *models = served(3, (double, negate, add), weights=weights, service_time=0.001)
+    _backend, pool, *models = served(3, (double, negate, add), weights=weights, service_time=0.001)
     stop = asyncio.Event()
     await start(*models)
     floods = [asyncio.ensure_future(flood(model, stop)) for model in models]
@@ -183,7 +183,7 @@ async def test_saturated_models_share_the_cores_by_weight(weights):
 
 @scenario
 async def test_what_an_idle_model_leaves_is_the_others_at_once():
-    backend, pool, a, b = served(2, service_time=0.001)
+    _backend, pool, a, b = served(2, service_time=0.001)
     stop = asyncio.Event()
     await start(a, b)
     flooded = asyncio.ensure_future(flood(a, stop))
@@ -196,7 +196,7 @@ async def test_what_an_idle_model_leaves_is_the_others_at_once():
 
 @scenario
 async def test_a_light_call_waits_for_one_execution_of_each_at_most_under_a_flood():
-    backend, pool, a, b, light = served(1, (double, negate, add), service_time=0.010)
+    _backend, pool, a, b, light = served(1, (double, negate, add), service_time=0.010)
     stop = asyncio.Event()
     await start(a, b, light)
     floods = [asyncio.ensure_future(flood(model, stop, 100)) for model in (a, b)]
@@ -234,7 +234,7 @@ async def test_priorities_are_compared_across_models():
 
 @scenario
 async def test_a_deadline_is_judged_by_what_the_others_have_in_flight():
-    backend, pool, a, b = served(1, service_time=1.0)
+    _backend, pool, a, b = served(1, service_time=1.0)
     await start(a, b)
     await asyncio.gather(a(row(0, 4)), b(row(0, 4)))  # now it is known what one takes
     first = call(a, 1, 4)
@@ -255,7 +255,7 @@ async def test_a_deadline_is_judged_by_what_the_others_have_in_flight():
 
 @scenario
 async def test_a_pool_starts_with_its_first_model_and_ends_with_its_last():
-    backend, pool, a, b = served(1, service_time=0.001)
+    _backend, pool, a, b = served(1, service_time=0.001)
     assert repr(pool).startswith("<Pool of <")
     await a(row())
     await b(row())
@@ -273,7 +273,7 @@ async def test_a_pool_starts_with_its_first_model_and_ends_with_its_last():
 
 @scenario
 async def test_while_it_is_entered_its_threads_stay():
-    backend, pool, a, b = served(1, service_time=0.001)
+    _backend, pool, a, b = served(1, service_time=0.001)
     async with pool:
         async with a:
             await a(row())
@@ -304,7 +304,7 @@ async def test_leaving_it_finishes_what_its_models_have_accepted():
 @scenario
 async def test_leaving_it_with_an_error_does_not_wait_for_what_has_not_begun():
     backend, pool, a, b = served(1)
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError):  # noqa: PT012
         async with pool:
             await start(a, b)
             calls = [call(a, 1), call(b, 2)]
@@ -319,12 +319,12 @@ async def test_leaving_it_with_an_error_does_not_wait_for_what_has_not_begun():
 
 @scenario
 async def test_a_pool_that_is_closed_closes_its_models_and_their_calls_say_so():
-    backend, pool, a, b, never = served(2, (double, negate, add), service_time=0.1)
+    _backend, pool, a, b, never = served(2, (double, negate, add), service_time=0.1)
     await start(a, b)
     accepted = [call(model, value) for model in (a, b) for value in range(5)]
     await settle()
     closing = asyncio.ensure_future(pool.aclose())
-    await settle()
+    await asyncio.sleep(0)
     for use in (lambda: a(row()), a.start, lambda: never(row())):
         with pytest.raises(Closed, match=r"the pool (was|is being) closed"):
             await use()
@@ -368,7 +368,7 @@ async def test_a_close_that_is_cancelled_ends_what_has_not_begun():
 
 @scenario
 async def test_closing_a_pool_that_nobody_has_started():
-    backend, pool, a = served(1, (double,))
+    _backend, pool, a = served(1, (double,))
     await pool.aclose()
     with pytest.raises(Closed, match="the pool was closed"):
         await a(row())
@@ -438,7 +438,7 @@ async def test_a_model_that_is_being_loaded_when_the_pool_is_closed_is_not_serve
 
 @scenario
 async def test_models_started_at_once_share_one_set_of_lanes():
-    backend, pool, *models = served(2, (double, negate, add), service_time=0.001)
+    _backend, pool, *models = served(2, (double, negate, add), service_time=0.001)
     await asyncio.gather(*[model.start() for model in models])
     assert len(pool.statistics().models) == 3
     assert len({model._life.run.dispatcher for model in models}) == 1
@@ -581,7 +581,7 @@ async def test_errors_of_ones_rows_are_its_own():
             raise ValueError("a negative row")
         return x
 
-    backend, pool, a, b = served(2, (strict, negate), service_time=0.01)
+    _backend, pool, a, b = served(2, (strict, negate), service_time=0.01)
     await start(a, b)
     calls = [call(a, value - 2) for value in range(6)] + [call(b, value - 2) for value in range(6)]
     results = await asyncio.gather(*calls, return_exceptions=True)
@@ -607,7 +607,7 @@ async def test_a_flood_is_refused_for_its_own_bound_only():
 
 @scenario
 async def test_a_swap_of_one_leaves_the_other_and_both_versions_have_one_share():
-    backend, pool, a, b = served(1, service_time=0.01)
+    _backend, pool, a, b = served(1, service_time=0.01)
     stop = asyncio.Event()
     await start(a, b)
     floods = [asyncio.ensure_future(flood(model, stop, 40)) for model in (a, b)]
@@ -789,8 +789,32 @@ async def test_num_workers_bounds_what_all_have_in_flight():
 
 
 @scenario
+async def test_a_model_that_is_out_on_the_only_lane_with_a_slot_has_one_elsewhere():
+    backend, pool, a, b = served(2, num_workers=1)
+    await start(a, b)
+    failing = call(a, 1, 4)
+    await settle()
+    backend.release(0, OSError("the core"))
+    await settle()
+    assert backend.running() == {1: double}  # not after core 0 has come back
+    assert pool.statistics().slots == (0, 1)  # which both can use
+    other = call(b, 1, 4)
+    await backend.finish(failing, other)
+    backend.hung.clear()
+    failing = call(b, 1, 4)
+    await settle()
+    backend.release(1, OSError("the core"))
+    await settle()
+    more = call(a, 2, 4)
+    await settle()
+    assert backend.running() == {0: negate, 1: double}  # one each: else one would wait for ever
+    await backend.finish(failing, more)
+    await end(pool)
+
+
+@scenario
 async def test_a_model_that_is_restarted_goes_on_where_the_others_are():
-    backend, pool, a, b = served(1, service_time=0.01)
+    _backend, pool, a, b = served(1, service_time=0.01)
     stop = asyncio.Event()
     await start(a, b)
     floods = [asyncio.ensure_future(flood(b, stop, 8))]
@@ -850,7 +874,7 @@ def test_a_pools_arguments_are_checked_as_a_models(wrong):
 
 @scenario
 async def test_the_same_module_twice_on_a_pool_is_two_models():
-    backend, pool, a, b = served(1, (double, double), service_time=0.001)
+    _backend, pool, a, b = served(1, (double, double), service_time=0.001)
     assert torch.equal(await a(row(1)), await b(row(1)))
     assert len(pool.statistics().models) == 2
     await a.aclose()
@@ -874,7 +898,7 @@ def other_loop(main):
 
 
 def test_a_pool_belongs_to_the_loop_of_its_models_until_the_last_is_closed():
-    backend, pool, a, b = served(1, service_time=0.001)
+    _backend, pool, a, b = served(1, service_time=0.001)
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         runner.run(a.start())
 
@@ -906,7 +930,7 @@ def test_a_pool_belongs_to_the_loop_of_its_models_until_the_last_is_closed():
 
 
 def test_a_pool_whose_loop_has_gone_is_anybodys():
-    backend, pool, a, b = served(1, service_time=0.001)
+    _backend, pool, a, b = served(1, service_time=0.001)
     for model in (a, b, a):
         other_loop(model.start())  # and never closed
 

@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from selenium import webdriver
 
-from aneuron import AsyncDataParallel, SimulatedBackend
+from aneuron import AsyncDataParallel, Pool, SimulatedBackend
 from aneuron.stats import SECONDS, CoreCounters, Counters, Tally
 from aneuron.web import console
 
@@ -397,6 +397,26 @@ async def test_who_does_not_read_does_not_stay(monkeypatch):
     async with asyncio.timeout(60):
         await console.app(net=net)(scope | {"asgi": {"spec_version": "2.4"}}, receive, send)
     assert sent.is_set()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_models_on_a_pool_say_with_whom_they_share_it():
+    pool = Pool(backend=SimulatedBackend(cores=2, service_time=0.002))
+    a, b, hidden = (AsyncDataParallel(torch.neg, pool=pool, weight=weight) for weight in (3.0, 1.0, 1.0))
+    alone = model()
+    feed = console.Feed({"a": a, "b": b, "alone": alone})
+    async with pool, alone:
+        for each in (a, b, hidden):
+            await each.start()
+        feed._sample(1.0)
+        await asyncio.gather(a(torch.ones(1, 1)), b(torch.ones(1, 1)))
+        feed._sample(2.0)
+        shown = json.loads(feed._newest.split(b"data: ")[1])["models"]
+    assert shown["a"]["pool"] == {"weight": 3.0, "with": ["b"], "unnamed": 1}
+    assert shown["b"]["pool"] == {"weight": 1.0, "with": ["a"], "unnamed": 1}
+    assert shown["alone"]["pool"] == {"weight": 1.0, "with": [], "unnamed": 0}
+    assert 20 <= shown["a"]["busy_share"] <= 80
+    assert shown["alone"]["busy_share"] is None
 
 
 # The page.

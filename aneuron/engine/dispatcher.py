@@ -159,8 +159,7 @@ class Dispatcher:
         in_service = sum(map(bool, serving))
         if self.num_workers is None:
             self.slots = max(self.slots, 2 * in_service)
-        shares = iter(spread(self.slots, max(1, in_service)))
-        slots = [next(shares) if loaded else 0 for loaded in serving]
+        slots = self._slots_of_lanes(serving)
         crowded = sum([min([each.pace for each in loaded]) for loaded in serving if loaded]) > CROWDED
         leads = [
             lane.widen(own, all(each.concurrent for each in loaded), crowded) if own else None
@@ -169,6 +168,22 @@ class Dispatcher:
         with self.board.lock:
             self.board.slots.resize(slots, leads)
         self.dispatch_soon()
+
+    def _slots_of_lanes(self, serving: "Sequence[Sequence[Loaded]]") -> list[int]:
+        """The slots of each lane. Where they do not suffice for all lanes, those have them that most models can use; a
+        model that has none of these has one all the same, for it would wait for ever.
+        """
+        slots = [0] * len(serving)
+        lanes = sorted(
+            (index for index, loaded in enumerate(serving) if loaded), key=lambda index: -len(serving[index])
+        )
+        for index, share in zip(lanes, spread(self.slots, max(1, len(lanes))), strict=False):
+            slots[index] = share
+        for run in self.runs:
+            own = [index for index in lanes if run.serves(index)]
+            if own and self.slots and not any(slots[index] for index in own):
+                slots[own[0]] = 1
+        return slots
 
     # Batches out.
 

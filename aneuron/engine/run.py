@@ -175,10 +175,15 @@ class Run:
         if waiting:
             self.dispatcher.ask()  # there may be more room
 
+    def refuse(self, why: str | None = None) -> None:
+        """Refuse new calls; None: with the usual words."""
+        door = self.admission
+        if door.phase is Phase.SERVING:
+            door.phase, door.why_closed = Phase.DRAINING, why or door.why_closed
+
     async def drain(self) -> None:
         """Refuse new calls, finish those accepted, free the cores."""
-        if self.admission.phase is Phase.SERVING:
-            self.admission.phase = Phase.DRAINING
+        self.refuse()
         self.scheduler.draining = True
         self.dispatcher.dispatch_soon()  # nothing is held back any more
         slow = self.loop.call_later(SLOW_DRAIN, self._log_slow_drain)
@@ -197,7 +202,8 @@ class Run:
         self.recovery.stop()  # first: of calls that wait for other parts of their batch nobody else knows
         with self._board.lock:
             calls = self.scheduler.calls()
-            calls += [call for batch in self._board.not_begun(self.scheduler) for call, _, _ in batch.chunks]
+            bound = self._board.not_begun(self.scheduler)  # until `stop`: they hold bisections that it is to close
+            calls += [call for batch in bound for call, _, _ in batch.chunks]
         closed = "the model was closed before it ran this call"
         self.futures.end([(call, Closed(closed)) for call in calls], failed=True)
         self.stop()

@@ -50,10 +50,11 @@ STREAM_HEADERS = {
 def app(**models: AsyncDataParallel) -> "Starlette":
     """The console of these models, to be mounted in a Starlette or FastAPI application.
 
-    It shows each model under its name: what its cores do, how many calls wait and how long they take, why batches
-    closed; of the last five minutes, as far as somebody watched. It neither starts nor closes models, shows no inputs
-    or results, and does nothing while no page is open. At most 32 pages are served at a time; a page that is open
-    delays the server's end by at most five seconds. With several worker processes, a page shows one of them.
+    It shows each model under its name: what its cores do, with whom it shares them, how many calls wait and how long
+    they take, why batches closed; of the last five minutes, as far as somebody watched. It neither starts nor closes
+    models, shows no inputs or results, and does nothing while no page is open. At most 32 pages are served at a time; a
+    page that is open delays the server's end by at most five seconds. With several worker processes, a page shows one
+    of them.
 
     It says how busy a service is and how much it fails: mount it where only those may look who should. FastAPI's
     dependencies do not apply to what is mounted; a middleware of the mount does:
@@ -143,6 +144,7 @@ class Sample:
     at: float
     ready: bool
     statistics: Statistics
+    pool_busy: float = 0.0  # seconds that the executions of all models on its pool have taken
 
 
 def quantile(bounds: Sequence[float], counts: Sequence[int], share: float) -> float | None:
@@ -207,6 +209,14 @@ def lanes(earlier: Sample, later: Sample) -> list[dict[str, Any]]:
     return shown
 
 
+def busy_share(earlier: Sample, later: Sample) -> int | None:
+    """How many per cent of what all models on its pool have taken of the cores the model has."""
+    own = sum(core.busy_seconds for core in later.statistics.cores)
+    own -= sum(core.busy_seconds for core in earlier.statistics.cores)
+    all_of_them = later.pool_busy - earlier.pool_busy
+    return round(100 * min(1.0, max(0.0, own / all_of_them))) if all_of_them > 0 else None
+
+
 class History:
     """The samples of one model's last minutes, and what follows from them."""
 
@@ -231,6 +241,7 @@ class History:
             "calls": {name: getattr(calls, name) for name in calls.__dataclass_fields__},
             "waiting_rows": new.waiting_rows,
             "lanes": lanes(first, sample),
+            "busy_share": busy_share(first, sample),
             "seconds": sample.at - self._minutes[0].at,  # what the rest is about
             "closed_because": {
                 why: count - old.closed_because.get(why, 0) for why, count in new.closed_because.items()
@@ -298,7 +309,12 @@ class Feed:
         self._number += 1
         past, rest = {}, {}
         for name, (model, history) in self._models.items():
-            past[name], rest[name] = history.add(Sample(now, model.ready, model.statistics()))
+            models = model.pool.statistics().models
+            busy = sum(share.busy_seconds for share in models)
+            past[name], rest[name] = history.add(Sample(now, model.ready, model.statistics(), busy))
+            others = [other for other, (each, _) in self._models.items() if each.pool is model.pool and other != name]
+            unnamed = max(0, len(models) - 1 - len(others))
+            rest[name]["pool"] = {"weight": model.weight, "with": others, "unnamed": unnamed}
         self._newest = self._encode({"at": now, "curves": past, "models": rest, "process": os.getpid()})
         while self._past and now - self._past[0].at > MINUTES:
             self._past.popleft()

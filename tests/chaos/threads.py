@@ -1,4 +1,5 @@
-"""A random schedule on real threads, from a seed: simulated cores that fail, hang and are slow.
+"""A random schedule on real threads, from a seed: simulated cores that fail, hang and are slow, of one
+model or of several.
 
 `python tests/chaos/threads.py SEED` runs one again; threads make it another run each time, of the same kind.
 """
@@ -10,9 +11,9 @@ import threading
 from unittest import mock
 
 import uvloop
-from callers import Callers, check_nothing_left, check_now, model_of
+from callers import Callers, Version, check_nothing_left, check_now
 
-from aneuron import AsyncDataParallel, SimulatedBackend
+from aneuron import AsyncDataParallel, Pool, SimulatedBackend
 from aneuron.engine import health
 
 
@@ -47,43 +48,52 @@ async def schedule(seed, callers_made):
         faults=plan(pick),
         seed=seed,
     )
-    model = AsyncDataParallel(
-        model_of,
-        backend=backend,
-        batch_size=4,
-        max_pending=40,
-        max_delay=pick.choice([0, 0.001, None]),
-        exec_timeout=0.1,
-    )
-    await model.start()
-    lanes = [model._life.run]
-    callers = Callers(pick, model)
-    callers_made.append(callers)
+    pool = Pool(backend=backend)  # of one model, two or three
+    for number in range(1 + seed // 2 % 3):
+        model = AsyncDataParallel(
+            Version(1 + 1000 * number),
+            pool=pool,
+            weight=pick.choice([0.5, 1.0, 3.0]),
+            batch_size=4,
+            max_pending=40,
+            max_delay=pick.choice([0, 0.001, None]),
+            exec_timeout=0.1,
+        )
+        callers_made.append(Callers(pick, model))
+    runs = {callers: [] for callers in callers_made}
 
-    async def end():
+    async def start(callers):
+        await callers.model.start()
+        runs[callers].append(callers.model._life.run)
+
+    async def end(callers):
         callers.closings += 1
-        await pick.choice([model.aclose, model.abort])()
+        await pick.choice([callers.model.aclose, callers.model.abort])()
 
+    for callers in callers_made:
+        await start(callers)
     for _ in range(60):
+        callers = pick.choice(callers_made)
         for _ in range(pick.randrange(8)):
             callers.add()
         if pick.random() < 0.5:
             callers.cancel_one()
         if pick.random() < 0.1:
-            model.num_workers = pick.randrange(1, 9)
+            pool.num_workers = pick.randrange(1, 9)
         await asyncio.sleep(pick.choice([0, 0, 0.0005, 0.002]))
         if pick.random() < 0.03:
-            await end()
-            await model.start()
-            lanes.append(model._life.run)
-        check_now(model, None)
-    await end()
-    if callers.tasks:
-        await asyncio.wait(callers.tasks)
-    await callers.finish()
-    for run in lanes:
-        await asyncio.shield(run.closed)
-    check_nothing_left(model, lanes, callers)
+            await end(callers)
+            await start(callers)
+        for each in callers_made:
+            check_now(each.model, None)
+    for callers in callers_made:
+        await end(callers)
+        if callers.tasks:
+            await asyncio.wait(callers.tasks)
+        await callers.finish()
+        for run in runs[callers]:
+            await asyncio.shield(run.closed)
+        check_nothing_left(callers.model, runs[callers], callers)
     assert asyncio.all_tasks() == {asyncio.current_task()}, "a task is left"
 
 
@@ -101,8 +111,8 @@ def replay(seed):
     except BaseException as error:
         command = f"python tests/chaos/threads.py {seed}"
         raise AssertionError(f"{type(error).__name__}: {error}; run it again with: {command}") from error
-    return made[0]
+    return made
 
 
 if __name__ == "__main__":
-    print(replay(int(sys.argv[1])).fates)
+    print(*[callers.fates for callers in replay(int(sys.argv[1]))], sep="\n")

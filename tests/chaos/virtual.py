@@ -1,4 +1,7 @@
-"""A random schedule on virtual time, from a seed: puppet cores, and whatever may happen to a model in service.
+"""A random schedule on virtual time, from a seed: puppet cores, and whatever may happen to models in service.
+
+Every other seed has one model, the others two or three on a pool: of these, what happens to one is the others' affair
+no further than that they wait. Whose an answer is its value tells.
 
 `python tests/chaos/virtual.py SEED` replays one and says what happens.
 """
@@ -12,9 +15,10 @@ from collections import Counter
 
 from callers import Callers, SickCoreError, Turns, Version, check_nothing_left, check_now
 
-from aneuron import AsyncDataParallel, Closed, CoreFailed, Fault
+from aneuron import AsyncDataParallel, Closed, CoreFailed, Fault, Pool
 from aneuron.testing import PuppetBackend, PuppetCore, PuppetWorkers, run, settle
 
+APART = 1000  # more than the versions that any model has: number // APART says whose version it is
 RUNS = 16  # that a row may take at most: one, halving of 32 rows, a trial, and the same on a second core
 
 
@@ -23,9 +27,13 @@ class Core(PuppetCore):
 
     sound = True
 
+    @property
+    def whose(self):
+        return self._model.number // APART
+
     def execute(self, args, kwargs):
         assert not self.closed, "a closed core executes"
-        rows = {row for row in args[0].flatten().tolist() if row >= 0}
+        rows = {(self.whose, row) for row in args[0].flatten().tolist() if row >= 0}
         self.backend.runs.update(rows)
         error = self._error
         if isinstance(error, (OSError, SystemError)):
@@ -73,8 +81,8 @@ class Backend(PuppetBackend):
         self.cores_made: list[Core] = []
         self.workers_made = []
         self.turns: Turns | None = None
-        self.runs: Counter[float] = Counter()  # of each row
-        self.failures: Counter[float] = Counter()
+        self.runs: Counter[tuple[int, float]] = Counter()  # of each row
+        self.failures: Counter[tuple[int, float]] = Counter()
 
     def load(self, model, core_id, batch_size):
         if self.random.random() < self.unloadable:
@@ -93,49 +101,86 @@ class Backend(PuppetBackend):
         return [each.current for each in self.workers_made if each.current is not None]
 
 
-class Schedule:
-    """One model and what happens to it. A new kind of event is a method and a line in EVENTS."""
+class Guest:
+    """One model, and what has become of it."""
 
-    def __init__(self, seed, verbose=False):
-        self.pick = pick = random.Random(seed)
-        random.seed(seed)  # recovery's jitter
-        self.verbose = verbose
-        self.backend = Backend(pick, concurrent=pick.random() < 0.5)
+    def __init__(self, number, schedule, pool, plain, by_size, **settings):
+        pick = schedule.pick
+        self.number, self.by_size = number, by_size
         self.exec_timeout = pick.choice([None, 0.05, 0.05])
         self.min_cores = pick.choice([None, 1])
-        self.hung = set()  # executions that do not end by themselves
-        self.lanes = []
-        plain = pick.random() < 0.25  # no priorities, tenants, deadlines, pieces: what is fair can be counted
-        by_size = self.by_size = not plain and pick.random() < 0.1
-        self.versions = 0
-        self.swaps = []
+        self.versions = number * APART
+        self.lanes, self.swaps = [], []
+        where = (
+            {"backend": schedule.backend} if pool is None else {"pool": pool, "weight": pick.choice([0.5, 1.0, 3.0])}
+        )
         self.model = AsyncDataParallel(
             self.next_version(),
-            backend=self.backend,
             batch_size=None if by_size else pick.choice([4, 8] if plain else [None, 1, 4, 8]),
-            num_workers=pick.choice([None, 1, 5]),
             max_pending=pick.choice([None, 10, 40]),
             split_size=None if plain else pick.choice([None, None, 2]),
             max_delay=0.0 if plain else pick.choice([0.0, 0.0, 0.002, None]),
             set_dynamic_batching=by_size or plain or pick.random() < 0.9,
             exec_timeout=self.exec_timeout,
             min_cores=self.min_cores,
+            **where,
+            **settings,
         )
-        # What is bound to a concurrent core waits behind whatever that executes, and this is released in any order:
-        # turns are told where batches begin. That they are kept where batches are bound, test_fairness.py tells.
-        self.backend.turns = Turns(self.model) if plain and not self.backend._concurrent else None
-        self.callers = Callers(pick, self.model, self.backend.turns)
-        self.callers.sick = self.sick = pick.random() < 0.3
 
     def next_version(self):
         self.versions += 1
         model = Version(self.versions)
         return {2: model, 8: model} if self.by_size else model
 
+    def note(self):
+        """The runs of the model, of which a swap makes more."""
+        if self.model._life.run not in (None, *self.lanes):
+            self.lanes.append(self.model._life.run)
+
+
+class Schedule:
+    """Models and what happens to them, each time to the one `at`. A new kind is a method and a line in EVENTS."""
+
+    def __init__(self, seed, verbose=False):
+        self.pick = pick = random.Random(seed)
+        random.seed(seed)  # recovery's jitter
+        self.verbose = verbose
+        self.backend = Backend(pick, concurrent=pick.random() < 0.5)
+        self.hung = set()  # executions that do not end by themselves
+        count = 1 if seed % 2 else pick.choice([2, 2, 3])
+        alone = count == 1
+        plain = alone and pick.random() < 0.25  # no priorities, tenants, deadlines, pieces: what is fair can be counted
+        num_workers = pick.choice([None, 1, 5])
+        settings = {"num_workers": num_workers} if alone else {}
+        self.pool = None if alone else Pool(backend=self.backend, num_workers=num_workers)
+        self.guests = [
+            Guest(number, self, self.pool, plain, not plain and pick.random() < 0.1, **settings)
+            for number in range(count)
+        ]
+        self.at = self.guests[0]
+        # What is bound to a concurrent core waits behind whatever that executes, and this is released in any order:
+        # turns are told where batches begin. That they are kept where batches are bound, test_fairness.py tells.
+        self.backend.turns = Turns(self.at.model) if plain and not self.backend._concurrent else None
+        self.sick = pick.random() < 0.3
+        for guest in self.guests:
+            guest.callers = Callers(pick, guest.model, self.backend.turns)
+            guest.callers.sick = self.sick
+
+    @property
+    def model(self):
+        return self.at.model
+
+    @property
+    def callers(self):
+        return self.at.callers
+
+    def guest_of(self, execution):
+        return self.guests[execution.core.whose]
+
     def say(self, what):
         if self.verbose:
             states = [core.state for core in self.model.statistics().cores]
-            print(f"{asyncio.get_running_loop().time():9.4f}  {what:20} {states}")
+            print(f"{asyncio.get_running_loop().time():9.4f}  {self.at.number} {what:20} {states}")
 
     # Events.
 
@@ -165,8 +210,8 @@ class Schedule:
         await self.release(SystemError("the process"))
 
     async def hang(self):
-        if self.exec_timeout is not None:
-            self.hung |= set(self.backend.executing()[:1])
+        may = [each for each in self.backend.executing() if self.guest_of(each).exec_timeout is not None]
+        self.hung |= set(may[:1])
 
     async def wake(self):
         """A hang ends after all, perhaps too late."""
@@ -192,21 +237,16 @@ class Schedule:
     async def swap(self):
         """Another version takes the place of the one that serves, if all cores load it. Not waited for."""
         if self.backend.turns is None:
-            self.swaps.append(asyncio.ensure_future(self._swap(self.next_version())))
+            self.at.swaps.append(asyncio.ensure_future(self._swap(self.model, self.at.next_version())))
 
-    async def _swap(self, model):
+    async def _swap(self, model, version):
         try:
-            await self.model.swap(model)
+            await model.swap(version)
         except (Closed, CoreFailed, OSError):
             pass  # closed meanwhile, or a core has not loaded it
         except RuntimeError as error:
             if "another swap is in progress" not in str(error):
                 raise
-
-    def note(self):
-        """The runs of the model, of which a swap makes more."""
-        if self.model._life.run not in (None, *self.lanes):
-            self.lanes.append(self.model._life.run)
 
     async def unloadable(self):
         self.backend.unloadable = self.pick.choice([0.0, 0.5, 1.0])
@@ -221,7 +261,7 @@ class Schedule:
     async def probe(self):
         """A call that comes while no core serves is told so before the clock moves."""
         lanes = self.model._life.run
-        swapped = any(not swap.done() for swap in self.swaps)  # soon, to cores that may serve
+        swapped = any(not swap.done() for swap in self.at.swaps)  # soon, to cores that may serve
         if lanes is None or not lanes.serving or lanes.recovery.in_service or swapped:
             return
         before = asyncio.get_running_loop().time()
@@ -238,9 +278,18 @@ class Schedule:
         await self.close()
         await self.start()
 
+    async def restart_pool(self):
+        """Close all that share it, and start them again."""
+        if self.pool is not None:
+            await self._close(self.guests, self.pool.aclose)
+            for guest in self.guests:
+                self.at = guest
+                await self.start()
+
     EVENTS = {
         call: 30, burst: 3, cancel: 10, release: 30, sicken: 4, core_fault: 4, fatal: 0.4, hang: 3, wake: 2,
         resize: 3, bound: 1, map: 1, split: 1, unloadable: 1, pass_time: 12, probe: 6, restart: 1, swap: 2,
+        restart_pool: 0.5,
     }  # fmt: skip
 
     # From the start to the end.
@@ -249,49 +298,67 @@ class Schedule:
         unloadable, self.backend.unloadable = self.backend.unloadable, 0.0
         await self.model.start()
         self.backend.unloadable = unloadable
-        self.note()
+        self.at.note()
 
     async def close(self):
         """Drain or abort, while cores go on to answer, but for those that hang."""
-        end = self.pick.choice([self.model.aclose, self.model.abort])
-        self.say(end.__name__)
-        self.note()
+        await self._close([self.at], self.pick.choice([self.model.aclose, self.model.abort]))
+
+    async def _close(self, guests, end):
+        self.say(end.__qualname__)
+        for guest in guests:
+            guest.note()
         closing = asyncio.ensure_future(end())
         await asyncio.sleep(0)
-        self.callers.closings += 1  # calls that came before this iteration ended found it open
-        while not closing.done() or not all(run.closed.done() for run in self.lanes):
-            assert not self.model.ready, "ready while it closes"
+        for guest in guests:
+            guest.callers.closings += 1  # calls that came before this iteration ended found it open
+        while not closing.done() or not all(run.closed.done() for guest in guests for run in guest.lanes):
+            assert not any(guest.model.ready for guest in guests), "ready while it closes"
             while any(each not in self.hung for each in self.backend.executing()):
                 await self.release()
-            if self.exec_timeout is None or closing.done():  # nobody looks for hangs after an abort
-                while self.hung & set(self.backend.executing()):
-                    await self.wake()
+            for each in self.hung & set(self.backend.executing()):  # nobody looks for hangs after an abort
+                if closing.done():
+                    self.hung.discard(each)
+                    each.core.release()
             await asyncio.sleep(0.01)
         await closing
 
     async def run(self):
         problems = []
         asyncio.get_running_loop().set_exception_handler(lambda loop, context: problems.append(context))
-        await self.start()
+        for guest in self.guests:
+            self.at = guest
+            await self.start()
         kinds, weights = list(self.EVENTS), list(self.EVENTS.values())
-        for kind in self.pick.choices(kinds, weights, k=self.pick.randrange(5, 80)):
+        count = self.pick.randrange(5, 80) * (len(self.guests) + 1) // 2
+        for kind in self.pick.choices(kinds, weights, k=count):
+            if self.pool is not None:
+                self.at = self.pick.choice(self.guests)
             self.say(kind.__name__)
             await kind(self)
             await settle(self.pick.choice([0, 0, 1, 4]))
-            self.note()
-            check_now(self.model, self.min_cores)
+            for guest in self.guests:
+                guest.note()
+                check_now(guest.model, guest.min_cores)
         await settle(4)  # what the workers have posted has arrived
-        if self.model.ready:
-            sound = [core for core in self.backend.cores_made if core.sound and not core.closed]
-            assert len(sound) >= (self.min_cores or 1), "ready, and no core is sound"
-        await self.close()
+        for guest in self.guests:
+            self.at = guest
+            made = [core for core in self.backend.cores_made if core.whose == self.at.number]
+            if self.model.ready:
+                sound = [core for core in made if core.sound and not core.closed]
+                assert len(sound) >= (self.at.min_cores or 1), "ready, and no core is sound"
+        for guest in self.pick.sample(self.guests, len(self.guests)):
+            self.at = guest
+            await self.close()
         while self.backend.executing():  # too late, and nobody must be harmed
             self.hung |= set(self.backend.executing())
             await self.wake()
         await settle()
-        await self.callers.finish()
-        await asyncio.gather(*self.swaps)
-        check_nothing_left(self.model, self.lanes, self.callers)
+        for guest in self.guests:
+            await guest.callers.finish()
+            await asyncio.gather(*guest.swaps)
+            check_nothing_left(guest.model, guest.lanes, guest.callers)
+        assert self.pool is None or self.pool._dispatcher.stopped, "the pool is open without a model"
         assert all(core.closed for core in self.backend.cores_made), "a core was not closed"
         assert asyncio.all_tasks() == {asyncio.current_task()}, "a task is left"
         assert max(self.backend.failures.values(), default=0) <= 2, "rows that failed two cores were tried on a third"
@@ -317,8 +384,8 @@ def replay(seed, verbose=False):
         raise AssertionError(f"{type(error).__name__}: {error}; replay it with: {command}") from error
     finally:
         logging.disable(logging.NOTSET)
-    return schedules[0].callers
+    return [guest.callers for guest in schedules[0].guests]
 
 
 if __name__ == "__main__":
-    print(replay(int(sys.argv[1]), verbose=True).fates)
+    print(*[callers.fates for callers in replay(int(sys.argv[1]), verbose=True)], sep="\n")
