@@ -51,9 +51,10 @@ def app(**models: AsyncDataParallel) -> "Starlette":
     """The console of these models, to be mounted in a Starlette or FastAPI application.
 
     It shows each model under its name: what its cores do, with whom it shares them, how many calls wait and how long
-    they take, why batches closed; of the last five minutes, as far as somebody watched. It neither starts nor closes models, shows no inputs
-    or results, and does nothing while no page is open. At most 32 pages are served at a time; a page that is open
-    delays the server's end by at most five seconds. With several worker processes, a page shows one of them.
+    they take, why batches closed; of the last five minutes, as far as somebody watched. It neither starts nor closes
+    models, shows no inputs or results, and does nothing while no page is open. At most 32 pages are served at a time; a
+    page that is open delays the server's end by at most five seconds. With several worker processes, a page shows one
+    of them.
 
     It says how busy a service is and how much it fails: mount it where only those may look who should. FastAPI's
     dependencies do not apply to what is mounted; a middleware of the mount does:
