@@ -410,6 +410,7 @@ async def test_models_on_a_pool_say_with_whom_they_share_it():
             await each.start()
         feed._sample(1.0)
         await asyncio.gather(a(torch.ones(1, 1)), b(torch.ones(1, 1)))
+        await until(lambda: all(share.busy_seconds for share in pool.statistics().models[:2]))
         feed._sample(2.0)
         shown = json.loads(feed._newest.split(b"data: ")[1])["models"]
     assert shown["a"]["pool"] == {"weight": 3.0, "with": ["b"], "unnamed": 1}
@@ -591,6 +592,20 @@ async def test_the_numbers_move_and_agree_with_the_statistics(framework, browser
             assert seconds(text) == pytest.approx(console.quantile(total.bounds, total.counts, share), rel=0.006)
         names = "return [...document.querySelectorAll('h2')].map((heading) => heading.innerHTML)"
         assert await browser.execute_script(names) == ["net", "&lt;b&gt;&amp;amp;"]
+
+
+async def test_the_page_says_with_whom_cores_are_shared(browser):
+    pool = Pool(backend=SimulatedBackend(cores=2, service_time=0.01))
+    encoder, reranker = (AsyncDataParallel(torch.neg, pool=pool, batch_size=8, weight=weight) for weight in (2.0, 1.0))
+    script = "return [...document.querySelectorAll('.pool')].map((line) => line.textContent)"
+    async with pool, in_starlette(encoder=encoder, reranker=reranker, alone=model()) as port, browser.on(port):
+        await encoder.start()
+        async with load(encoder, callers=40), load(reranker, callers=40):
+            first, second, third = await browser.until(script, lambda shown: "% of" in "".join(shown[:1]))
+            await browser.picture("pool.png")
+        assert re.fullmatch(r"shared with reranker; weight 2; \d+ % of their busy time", first)
+        assert second.startswith("shared with encoder; weight 1")
+        assert third == ""
 
 
 CLIPPED = """
