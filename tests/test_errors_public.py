@@ -41,19 +41,18 @@ ERRORS = {
 
 # Design § 13: a file may import those above it.
 ORDER = [
-    "_native.sources", "_native", "errors", "names", "arguments", "sched",
-    "sched.call", "sched.flows", "sched.fair_queue", "sched.room",
-    "sched.filling", "sched.slots", "sched.batch_delay", "sched.sizes", "sched.scheduler", "sched.shares",
-    "engine.health", "engine.failures", "tensors", "tensors.buckets", "tensors.marked", "tensors.nested",
-    "tensors.quantized", "tensors.lengths", "tensors.copying", "tensors.outputs", "tensors.verdicts",
-    "engine.evidence", "tensors.rows", "tensors.signature", "backends.traits", "backends", "engine.modes",
-    "backends.timer", "backends.files", "backends.unwarned", "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu",
-    "backends.simulated", "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores",
-    "backends.neuron.placement", "backends.neuron.native", "backends.neuron", "backends.cuda", "stats", "program",
-    "observing", "engine", "engine.loading", "engine.execution", "engine.threads", "engine.board", "engine.lane",
-    "engine.dispatcher", "engine.futures", "engine.recovery", "engine.admission", "engine.cores",
-    "engine.run", "map", "map.sources", "map.window",
-    "options", "pool", "lifecycle", "calls", "parallel", "testing", "web", "cli", "__main__",
+    "_native.sources", "_native", "errors", "names", "arguments", "sched", "sched.call", "sched.flows",
+    "sched.fair_queue", "sched.room", "sched.filling", "sched.slots", "sched.batch_delay", "sched.sizes",
+    "sched.scheduler", "sched.shares", "engine.health", "engine.failures", "tensors", "tensors.buckets",
+    "tensors.marked", "tensors.nested", "tensors.quantized", "tensors.lengths", "tensors.copying",
+    "tensors.outputs", "tensors.verdicts", "engine.evidence", "tensors.rows", "tensors.signature",
+    "backends.traits", "backends", "engine.modes", "backends.timer", "backends.files", "backends.unwarned",
+    "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu", "backends.simulated",
+    "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores", "backends.neuron.placement",
+    "backends.neuron.native", "backends.neuron", "backends.cuda", "stats", "program", "observing", "engine",
+    "engine.loading", "engine.execution", "engine.threads", "engine.board", "engine.lane", "engine.dispatcher",
+    "engine.futures", "engine.recovery", "engine.admission", "engine.cores", "engine.run", "map", "map.sources",
+    "map.window", "options", "pool", "lifecycle", "calls", "parallel", "testing", "web", "cli", "__main__",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.
