@@ -101,3 +101,10 @@ def test_long_lines_are_folded_under_their_column(asked, columns):
         " ".join(f"lacks: {each}" for each in Poor().report()["lacks"]).split()
     )
     assert (len(folded) == 2) is (columns == 200)
+
+
+def test_where_no_console_answers_it_says_so(capsys):
+    assert main(["info", "http://127.0.0.1:9/console"]) == 1
+    assert "no console answers at http://127.0.0.1:9/console" in capsys.readouterr().out
+    assert main(["info", "nowhere"]) == 1
+    assert "pass its address, as http://127.0.0.1:8000/console" in capsys.readouterr().out

@@ -250,6 +250,19 @@ async def test_a_deadline_is_judged_by_what_the_others_have_in_flight():
     await end(pool)
 
 
+@scenario
+async def test_time_that_two_models_executions_overlap_on_a_core_counts_once():
+    backend, pool, a, b = served(1, concurrent=True, num_workers=2)
+    await start(a, b)
+    calls = [call(a, 1, 4), call(b, 1, 4)]
+    await settle()
+    await asyncio.sleep(1.0)
+    await backend.finish(*calls)
+    assert busy(a) + busy(b) == pytest.approx(1.0)
+    assert [share.busy_seconds for share in pool.statistics().models] == pytest.approx([busy(a), busy(b)])
+    await end(pool)
+
+
 # Opened and closed.
 
 

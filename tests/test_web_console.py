@@ -20,7 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from selenium import webdriver
 
-from aneuron import AsyncDataParallel, Pool, SimulatedBackend
+from aneuron import AsyncDataParallel, Pool, SimulatedBackend, cli
 from aneuron.stats import SECONDS, CoreCounters, Counters, Tally
 from aneuron.web import console
 
@@ -603,6 +603,12 @@ async def test_the_page_says_with_whom_cores_are_shared(browser):
         async with load(encoder, callers=40), load(reranker, callers=40):
             first, second, third = await browser.until(script, lambda shown: "% of" in "".join(shown[:1]))
             await browser.picture("pool.png")
+            info = await asyncio.to_thread(cli.info.served, f"http://127.0.0.1:{port}/console")
+        lines = cli.info.pools(info)
+        assert lines[0] == "cores 0, 1"
+        assert re.fullmatch(r"  encoder +weight 2( +\d+ % of the busy time)?", lines[1])
+        assert lines[2].startswith("  reranker              weight 1")
+        assert lines[3:] == ["cores not started", "  alone                 weight 1"]
         assert re.fullmatch(r"shared with reranker; weight 2; \d+ % of their busy time", first)
         assert second.startswith("shared with encoder; weight 1")
         assert third == ""

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
+from urllib.request import urlopen
 
 import torch
 
@@ -19,7 +20,9 @@ import aneuron
 
 DESCRIPTION = """\
 Say which backends this machine has for this process, with how many cores, why, and what those that are not found lack;
-and which one backend="auto" takes for a model. Nothing is loaded, and no core is claimed."""
+and which one backend="auto" takes for a model. Nothing is loaded, and no core is claimed.
+
+With the address of a running service's console: which of its models share which cores."""
 
 ABSENT = {"found": False, "cores": 0, "why": "not in this version of aneuron", "lacks": []}
 WHOLE_WORDS: Mapping[str, Any] = {"break_long_words": False, "break_on_hyphens": False}  # addresses are copied
@@ -31,12 +34,21 @@ def add(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "info", help="say which backends were found, why, and what the others lack", description=DESCRIPTION
     )
+    parser.add_argument("console", nargs="?", help="address of a running service's console: say who shares its cores")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Say it."""
+    if args.console is not None:
+        try:
+            models = served(args.console)
+        except (OSError, ValueError, LookupError) as error:
+            print(f"no console answers at {args.console}: {error}; pass its address, as http://127.0.0.1:8000/console")
+            return 1
+        print(json.dumps(models, indent=2) if args.json else "\n".join(pools(models)))
+        return 0
     classes = {
         name: getattr(aneuron, f"{name.title()}Backend", None) for name in ("neuron", "cuda", "cpu", "simulated")
     }
@@ -48,6 +60,35 @@ def run(args: argparse.Namespace) -> int:
     else:
         print(f"PyTorch {versions['torch']}, Python {versions['python']}\n\n{table(backends)}\n\n{choices(auto)}")
     return 0
+
+
+def served(address: str) -> Report:
+    """The models that a console shows, by name, from the first event of its stream."""
+    with urlopen(f"{address.rstrip('/')}/events", timeout=10) as stream:
+        for line in stream:
+            if line.startswith(b"data: {"):
+                event = json.loads(line[6:])
+                if "models" in event:  # not what others have seen before
+                    models: Report = event["models"]
+                    return models
+    raise LookupError("the stream has no models")
+
+
+def pools(models: Report) -> list[str]:
+    """A line for each pool, and one for each model on it."""
+    lines, said = [], set()
+    for name, model in models.items():
+        if name not in said:
+            together = [name, *model["pool"]["with"]]
+            said.update(together)
+            cores = ", ".join(str(lane["id"]) for lane in model["lanes"]) or "not started"
+            unnamed = f", and {model['pool']['unnamed']} more models" * bool(model["pool"]["unnamed"])
+            lines.append(f"cores {cores}{unnamed}")
+            for each in together:
+                share = models[each]["busy_share"]
+                had = "" if share is None else f"  {share:>3} % of the busy time"
+                lines.append(f"  {each:<20}  weight {models[each]['pool']['weight']:<4g}{had}".rstrip())
+    return lines
 
 
 def report(backend: Any) -> Report:

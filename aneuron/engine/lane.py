@@ -49,6 +49,7 @@ class Lane:
         self.workers = workers
         self.turn: AbstractContextManager[Any] = threading.Lock()  # to execute
         self.gone = False  # guarded by the board's lock: its threads take nothing more
+        self.ended = 0.0  # when its last execution did, of whichever model; the loop's
         self._board = board
         self._host = host
         self._clock: Callable[[], float] = workers.clock

@@ -56,7 +56,6 @@ class Loaded:
         self.workers: Any = None  # the last thread that has loaded or closed it
         self.hung = False  # a thread that has an execution of it does not come back
         self.warming = False  # loaded, and not warmed up
-        self.ended = 0.0  # when the last execution did
         self.kinds: dict[Shape, Hashable] = {}  # of the outputs that the example gave
         self.concurrent = False
         self._backend = backend

@@ -296,8 +296,9 @@ class Run:
     def _count(self, execution: Execution, loaded: Loaded, now: float) -> None:
         counters, batch, rows = self.counters, execution.batch, execution.rows
         started, ended = execution.started, execution.ended
-        service = max(0.0, ended - max(started, loaded.ended))
-        loaded.ended = max(loaded.ended, ended)
+        lane = execution.lane
+        service = max(0.0, ended - max(started, lane.ended))
+        lane.ended = max(lane.ended, ended)
         padded = (execution.size or rows) - rows
         loaded.counters.executed(rows, padded, service)
         if execution.error is None:  # what raises at once is not fast
