@@ -593,6 +593,7 @@ async def test_close_waits_for_a_batch_whose_caller_has_left():
     assert backend[0].closed
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("where", ["settle", "_count", "failed", "end", "execution", "next"])
 @scenario
 async def test_an_internal_error_leaves_nobody_waiting(caplog, monkeypatch, where):
@@ -663,6 +664,7 @@ async def test_times_are_those_of_the_clock():
 # Found by a reviewer; each was seen to fail.
 
 
+@pytest.mark.pure
 @pytest.mark.parametrize("where", ["bind", "pull"])
 @scenario
 async def test_a_broken_queue_leaves_nobody_waiting(monkeypatch, where):

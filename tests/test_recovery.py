@@ -593,6 +593,7 @@ class Planned(SimulatedBackend):
         return SimulatedBackend(1, self.service_time, faults=own).load(model, core_id, batch_size)
 
 
+@pytest.mark.pure
 async def test_what_waits_in_the_queue_of_a_device_that_hangs_is_not_to_blame(monkeypatch):
     """It runs elsewhere, as if it had not been here."""
     plan = [SimulatedBackend.fault("hang", core=0, execution=0, seconds=3.0)]
@@ -649,6 +650,7 @@ async def test_simulated_cores_fail_and_hang_and_every_caller_gets_the_right_ans
         await until(lambda: "loading" not in states(model) and "quarantined" not in states(model))
 
 
+@pytest.mark.pure
 async def test_a_thread_that_dies_takes_nothing_with_it(monkeypatch, caplog):
     """The worker's own code fails, not the model: in `take`, or between two steps."""
     monkeypatch.setattr(health, "FIRST", 0.02)

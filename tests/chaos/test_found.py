@@ -69,6 +69,7 @@ async def test_the_error_of_a_core_does_not_keep_what_a_caller_sent(monkeypatch)
         assert sent[0]() is None
 
 
+@pytest.mark.pure
 async def test_a_batch_that_its_thread_has_claimed_is_not_taken_away(monkeypatch):
     """Its core fails just before it begins."""
     backend = SimulatedBackend(cores=2, service_time=0.0, copy_time=0.001)  # concurrent: a second thread has a claim
