@@ -222,7 +222,7 @@ def test_the_properties_are_those_of_the_design():
     settable = {
         name: value.fset is not None for name, value in vars(AsyncDataParallel).items() if isinstance(value, property)
     }
-    assert settable == {"num_workers": True, "split_size": True, "max_pending": True, "ready": False}
+    assert settable == {"num_workers": True, "split_size": True, "max_pending": True, "pool": False, "weight": False, "ready": False}
 
 
 # Imports.
