@@ -8,6 +8,7 @@ cdef class Lane:
     cdef public long index
     cdef public object core_id, workers, turn
     cdef public bint gone
+    cdef public double ended
     cdef Board _board
     cdef object _host, _clock, _preparing
     cdef long _slots

@@ -7,7 +7,6 @@ cdef class Loaded:
     cdef public CoreCounters counters
     cdef public ServiceTimes times
     cdef public bint out, closed, loading, hung, warming, concurrent
-    cdef public double ended
     cdef public dict kinds, _cores
     cdef object _backend, _clock
     cpdef core(self, size, long bucket)
