@@ -18,6 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from aneuron.sched.call import Call
 from aneuron.tensors import copying
 
 NATIVE = copying.native
@@ -55,7 +56,9 @@ def same(one, other):
 
 
 def call(rows, version=0):
-    return SimpleNamespace(rows=rows, version=version)
+    made = Call(rows, None)
+    made.version = version
+    return made
 
 
 def check_own(tensor, *others):
@@ -199,7 +202,9 @@ def lengths(draw):
         rows = draw(st.integers(1, 3))
         length = draw(st.integers(1, 6))
         start = draw(st.integers(0, rows - 1))
-        chunks.append((SimpleNamespace(rows=rows, bucket=6, pads=SimpleNamespace(length=length)), start, rows))
+        call = Call(rows, None, bucket=6)
+        call.pads = SimpleNamespace(length=length)
+        chunks.append((call, start, rows))
         inputs.append((filled((rows, *row[: at - 1], length, *row[at:]), dtype, seed),))
     size = sum(stop - start for _, start, stop in chunks) + draw(st.integers(0, 2))
     pad = draw(st.sampled_from([0, 1] + [-1.5, float("-inf")] * dtype.is_floating_point))
@@ -477,11 +482,12 @@ def test_it_may_be_freed_in_any_thread(way):
 def test_it_may_be_alive_when_the_interpreter_ends(pure):
     code = """
 import threading, torch
-from types import SimpleNamespace
+from aneuron.sched.call import Call
+from aneuron.sched.call import Call
 from aneuron.tensors import copying
-kept = [copying.split(torch.ones(8, 4), [(SimpleNamespace(rows=1), 0, 1)] * 8, 8, 0) for _ in range(100)]
+kept = [copying.split(torch.ones(8, 4), [(Call(1, None), 0, 1)] * 8, 8, 0) for _ in range(100)]
 torch.kept = kept
-threading.kept = copying.join([(SimpleNamespace(rows=1), 0, 1)], [(torch.ones(1, 4),)], 0, 1, 0)
+threading.kept = copying.join([(Call(1, None), 0, 1)], [(torch.ones(1, 4),)], 0, 1, 0)
 print(copying.native is None)
 """
     done = subprocess.run(
