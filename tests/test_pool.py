@@ -692,6 +692,7 @@ async def test_the_end_of_one_leaves_the_others(way):
     await end(pool)
 
 
+@pytest.mark.pure
 @scenario
 async def test_a_bug_of_ours_ends_all_models_of_the_pool_and_a_start_opens_them(monkeypatch, caplog):
     backend, pool, a, b = served(1)

@@ -860,6 +860,7 @@ async def test_what_has_ended_meanwhile_does_not_hang_and_what_is_behind_it_stay
         assert model.statistics().cores[0].errors == 0
 
 
+@pytest.mark.pure
 async def test_rows_that_were_handed_out_before_their_execution_was_given_up_count():
     """A thread is between handing out its rows and saying that it has ended."""
     backend = Holding(2)
