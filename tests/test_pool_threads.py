@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import contextvars
+import gc
 import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 
 import doubles
 import pytest
@@ -120,6 +122,50 @@ async def test_each_model_executes_in_the_context_of_its_own_start():
         for model in made.values():
             await model(torch.ones(1, 1))
     assert seen == {"first": "first", "second": "second", "third": "third"}
+
+
+async def test_values_in_contexts_are_told_apart_without_being_compared():
+    async with Pool(backend=SimulatedBackend(cores=1, service_time=0.0)) as pool:
+        models = [AsyncDataParallel(lambda x: PLACE.get() + 0 * x, pool=pool) for _ in range(2)]
+        for number, model in enumerate(models):
+            PLACE.set(torch.tensor([[number, number]]))  # tensors are not simply equal or unequal
+            await model.start()
+        answers = [await model(torch.ones(1, 2)) for model in models]
+    assert [y.tolist() for y in answers] == [[[0.0, 0.0]], [[1.0, 1.0]]]
+
+
+async def test_an_empty_context_is_one_too():
+    places = []
+
+    class Remembering(SimulatedBackend):
+        def load(self, model, core_id, batch_size):
+            places.append(PLACE.get())
+            return super().load(model, core_id, batch_size)
+
+    async with Pool(backend=Remembering(cores=1, service_time=0.0)) as pool:
+        models = [AsyncDataParallel(fn, pool=pool) for fn in (torch.neg, torch.abs)]
+        PLACE.set("here")
+        await models[0].start()
+        await asyncio.create_task(models[1].start(), context=contextvars.Context())
+    assert places == ["here", "nowhere"]
+
+
+async def test_a_thread_lets_go_of_the_context_of_a_model_that_has_ended():
+    async with Pool(backend=SimulatedBackend(cores=1, service_time=0.0)) as pool:
+        first = AsyncDataParallel(torch.neg, pool=pool)
+        await first(torch.ones(1, 1))  # whose context the threads have
+
+        async def serve():
+            value = torch.ones(1)
+            PLACE.set(value)
+            async with AsyncDataParallel(torch.abs, pool=pool) as model:
+                await model(torch.ones(1, 1))
+            return weakref.ref(value)
+
+        held = await asyncio.create_task(serve())
+        await asyncio.sleep(0)  # the loop holds the task until then, and that its context
+        gc.collect()
+        assert held() is None
 
 
 def test_a_process_that_forked_is_told_so_and_may_use_what_was_closed_before():

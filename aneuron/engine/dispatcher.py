@@ -115,7 +115,7 @@ class Dispatcher:
     def workers(self, core_id: int, context: Context | None = None) -> Workers:
         """Threads of a core, which start in a copy of a context; None: that of the pool's start."""
         name, make = f"aneuron-core-{core_id}", self.traits.workers
-        return make(name) if make is not None else Workers(name, context or self.context)
+        return make(name) if make is not None else Workers(name, self.context if context is None else context)
 
     def _new_lane(self, index: int) -> Lane:
         core_id = self.core_ids[index]
@@ -260,7 +260,8 @@ class Dispatcher:
         """An execution has ended."""
         lane = execution.lane
         if lane.copied(execution.copied, execution.preparing, now):
-            self.board.slots.lead(lane.index, lane.lead)
+            with self.board.lock:
+                self.board.slots.lead(lane.index, lane.lead)
 
     # Results back.
 

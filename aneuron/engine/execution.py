@@ -7,7 +7,6 @@ futures, threads and locks (threads.py, board.py), decisions.
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from contextvars import Context
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from aneuron.backends import Backend, Core, Fault
 from aneuron.engine.evidence import Evidence, Trials, identities, snapshot, varies
 from aneuron.engine.loading import Loaded
-from aneuron.engine.modes import execute_in_own, put_back
+from aneuron.engine.modes import OwnContext, execute_in_own, put_back
 from aneuron.sched.call import Call, Chunk
 from aneuron.sched.filling import Batch
 from aneuron.tensors import rows
@@ -44,7 +43,7 @@ class Common:
         sizes: Mapping[int, Sequence[int]],
         guard: AbstractContextManager[Any],
         post: "Callable[[Execution], None]",
-        context: Context | None = None,
+        context: OwnContext | None = None,
     ) -> None:
         self.backend = backend
         self.dim = dim

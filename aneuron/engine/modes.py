@@ -1,12 +1,13 @@
 """What of torch's state belongs to a worker thread, and is put back when a model has left it changed.
 
-Lives here: which modes there are, how one is put back, and the context that the user wants around executions. Must not
-be here: what runs when.
+Lives here: which modes there are, how one is put back, and the contexts that executions run in. Must not be here: what
+runs when.
 """
 
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from contextvars import Context
 from typing import Any
 
 import torch
@@ -99,6 +100,25 @@ def execute_in_own(core: Core, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return core.execute(args, kwargs)
     finally:
         modes.restore()
+
+
+class OwnContext:
+    """A context to execute in, of which each thread has a copy: two cannot be in one. They end with this object."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._local = threading.local()
+
+    def run(self, fn: Callable[..., Any], *args: Any) -> Any:
+        """Call a function in the calling thread's copy."""
+        if not hasattr(self._local, "own"):
+            self._local.own = self._context.copy()
+        return self._local.own.run(fn, *args)
+
+
+def same(one: Context, other: Context) -> bool:
+    """Whether two contexts have the same values; these are not compared, which some would not have."""
+    return len(one) == len(other) and all(other.get(name, one) is value for name, value in one.items())
 
 
 class Within:

@@ -21,6 +21,7 @@ from aneuron.engine.dispatcher import Dispatcher
 from aneuron.engine.execution import Common, Execution
 from aneuron.engine.futures import Futures
 from aneuron.engine.loading import Load, Loaded
+from aneuron.engine.modes import OwnContext, same
 from aneuron.engine.recovery import Recovery, note
 from aneuron.errors import Closed, CoreFailed, DeviceError, OutputError, ShapeError
 from aneuron.observing import observed
@@ -70,7 +71,7 @@ class Run:
             {bucket: each.sizes for bucket, each in sizes.items()},
             Lock(),
             dispatcher.post,
-            None if dict(context) == dict(dispatcher.context) else context,
+            None if same(context, dispatcher.context) else OwnContext(context),
         )
         self.context = context
         self.cores = Cores(dispatcher, load, counters, times, context, self)
@@ -367,9 +368,7 @@ class Run:
             lost = [each for each in self._board.lanes[lane].in_flight if each.batch.scheduler is self.scheduler]
         if lost:
             self.recovery.lost(lost[0].loaded, lost, error)
-        if (
-            self.admission.phase is not Phase.STOPPED
-        ):  # it may have had nothing in hand, and been the one to take what comes
+        if self.admission.phase is not Phase.STOPPED:  # it may have been the one to take what comes
             self.recovery.take_out(loaded, error)
 
     def reload(self, index: int, done: Callable[[Loaded, BaseException | None], None]) -> None:

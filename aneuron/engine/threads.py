@@ -74,7 +74,7 @@ class Workers(Executor):
 
     def __init__(self, name: str, context: Context | None = None) -> None:
         self._name = name
-        self._context = context or copy_context()
+        self._context = copy_context() if context is None else context  # an empty one is false
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lane: Feed | None = None
         self._job: Callable[[], None] | None = None
@@ -169,14 +169,9 @@ class Workers(Executor):
                     if context is None:
                         execution.execute(clock)
                     else:
-                        self._own(context).run(execution.execute, clock)
+                        context.run(execution.execute, clock)
                     own_modes.restore()
             execution = following(lane, execution if mine else None, clock)
-
-    def _own(self, context: Context) -> Context:
-        """The calling thread's copy of a context: two threads cannot be in one."""
-        copies: dict[int, Context] = self._local.__dict__.setdefault("copies", {})
-        return copies.get(id(context)) or copies.setdefault(id(context), context.copy())  # the run keeps the original
 
 
 def _run(future: "Future[T]", fn: Callable[[], T]) -> None:
