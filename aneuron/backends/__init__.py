@@ -61,6 +61,8 @@ Done = Callable[[Any, BaseException | None], None]
 class SubmittingCore(Core, Protocol):
     """A core that is handed a batch and says later that it is done: the lane needs no thread to wait for it.
 
+    Lanes do not use it yet: they call `execute` in threads. `aneuron.testing.check_backend` checks it.
+
     It has `execute` as well: for warm-up, for further executions that show which outputs have rows, and where
     `context=` is to be around the model. Threads may be there while submissions are in flight, if it is `concurrent`.
 
@@ -163,9 +165,9 @@ class Backend(Protocol):
       name anything, and takes any number of rows unless `batch_size` or `compiled_rows` says otherwise;
     - `probes = False`: its cores execute callers' rows only; which outputs have rows is then taken from their shapes,
       as with `check_rows=False`;
-    - `inline = True`: its cores take microseconds, and callers' batches are executed on the thread of the event loop
+    - `inline = True`: its cores take microseconds, and callers' batches may be executed on the thread of the event loop
       itself, which stands still meanwhile; `submit` is not used. It is never found out: a core that was fast so far
-      may not stay so;
+      may not stay so. (Lanes do not do it yet: they execute in threads.);
     - `global_id(core_id)`: the machine's number of a core, None if it cannot tell (the id itself where there is none).
 
     One of the wrong type is a `ValueError`. Cores may have `submit` besides: `aneuron.backends.SubmittingCore`.
