@@ -17,9 +17,12 @@ from aneuron.stats import Timing
 class Model(Protocol):
     """What a view is of."""
 
-    async def _call(
-        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None, timeout: Limit | None
-    ) -> Any: ...
+    @property
+    def _call(
+        self,
+    ) -> Callable[
+        [tuple[Any, ...], dict[str, Any], Terms | None, Limit | None], Coroutine[Any, Any, Any]
+    ]: ...  # one call, to its end
 
     async def _timed(
         self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None, timeout: Limit | None

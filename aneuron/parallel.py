@@ -193,6 +193,7 @@ class AsyncDataParallel:
         )
         self._life = Lifecycle(program, self._settings, self._pool)
         self._calls = Calls(self._life, self._settings)
+        self._call = self._calls.call
         if dim != 0 and set_dynamic_batching and self._asked_for_batching:
             warnings.warn(
                 f"dynamic batching cannot be enabled for dim={dim}, only for dim=0; it is off: rows / cores must equal "
@@ -230,7 +231,7 @@ class AsyncDataParallel:
 
     def __call__(self, *inputs: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
         """Run the model on the inputs' rows; see the class. To be awaited."""
-        return self._calls.call(inputs, kwargs)  # not through a coroutine of its own, which each call would pay for
+        return self._call(inputs, kwargs)  # not through a coroutine of its own, which each call would pay for
 
     async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
         """The same, and how the call was run."""
@@ -320,16 +321,6 @@ class AsyncDataParallel:
         trace = Trace()
         result = await self._call(inputs, kwargs, terms, timeout, trace)
         return result, trace.timing()
-
-    def _call(
-        self,
-        inputs: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        terms: Terms | None = None,
-        timeout: Limit | None = None,
-        trace: Trace | None = None,
-    ) -> Coroutine[Any, Any, Any]:
-        return self._calls.call(inputs, kwargs, terms, timeout, trace)
 
     def disable_dynamic_batching(self) -> None:
         """Neither pack nor pad the calls made from now on: `rows / cores` must equal the compiled rows, if known.

@@ -289,29 +289,6 @@ def join(chunks, inputs, Py_ssize_t index, int64_t size, int at=0, int64_t lengt
     return None
 
 
-def deal(leaf, chunks, int64_t size):
-    """The calls of chunks that are whole, each with its rows in storage of its own; None if the tensor is not plain."""
-    cdef Plain whole
-    cdef DLManagedTensorVersioned *made
-    cdef int64_t start = 0, rows
-    cdef tuple chunk
-    cdef Call call
-    cdef list finished = []
-    if not look(leaf, &whole) or whole.like.shape[0] != size or size * whole.row > most:
-        return None
-    for chunk in chunks:
-        call = chunk[0]
-        rows = <int64_t>chunk[2] - <int64_t>chunk[1]
-        if rows < 1 or start + rows > size:
-            return None
-        if rows == call.rows:
-            made = allocate(&whole, rows)
-            memcpy(made.dl_tensor.data, whole.data + start * whole.row, rows * whole.row)
-            finished.append((call, as_tensor(made)))
-        start += rows
-    return finished
-
-
 def split(leaf, chunks, int64_t size, int at=0):
     """The rows of each chunk in storage of their own; None for a chunk that is a part of its call only.
 
@@ -353,6 +330,15 @@ def split(leaf, chunks, int64_t size, int at=0):
             copies.append(None)
         start += rows
     return copies
+
+
+def deal(leaf, chunks, int64_t size):
+    """The calls of chunks that are whole, each with its rows in storage of its own; None if the tensor is not plain."""
+    cdef list copies = split(leaf, chunks, size)
+    cdef Py_ssize_t place
+    if copies is None:
+        return None
+    return [(chunks[place][0], copies[place]) for place in range(len(copies)) if copies[place] is not None]
 
 
 def room(leaf, int64_t rows):
