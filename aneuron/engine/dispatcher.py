@@ -225,9 +225,9 @@ class Dispatcher:
         """A batch as it is executed on a lane. Worker thread."""
         return batch.scheduler.run.execution(batch, lane)  # type: ignore[no-any-return]
 
-    def moved(self, execution: Execution, lane: int) -> None:
-        """An execution that was prepared for another lane goes on here. Worker thread."""
-        execution.loaded = execution.batch.scheduler.run.loaded[lane]
+    def moved(self, execution: Execution, lane: int) -> Execution:
+        """An execution that was prepared for another lane, as it goes on here. Worker thread."""
+        return execution.moved(execution.batch.scheduler.run.loaded[lane])
 
     def ended(self, execution: Execution, lane: int) -> None:
         """With the lock: a thread has come back with an execution, whose core has failed or is out of service."""

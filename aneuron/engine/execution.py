@@ -92,6 +92,17 @@ class Execution:
         self._inputs: Sequence[Sequence[Any]] = ()  # the callers' tensors, and what they stand in
         self._template: Any = None
 
+    def moved(self, loaded: Loaded) -> "Execution":
+        """The same for another lane, which has stolen it: what was prepared goes along. Whoever waits with this one for
+        a core still has it, and is to see that it is not on that lane any more.
+        """
+        other = Execution(self.batch, loaded, self.common)
+        other.chunks, other.rows, other.watch = self.chunks, self.rows, self.watch
+        other.prepared, other.preparing = self.prepared, self.preparing
+        other._inputs, other._template = self._inputs, self._template
+        other.error, other.failed, other.fault = self.error, self.failed, self.fault
+        return other
+
     @property
     def core(self) -> Core:
         """What is to execute it."""

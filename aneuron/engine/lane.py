@@ -27,8 +27,8 @@ class Host(Protocol):
     def execution(self, batch: Batch, lane: int) -> Execution:
         """A batch as it is executed on a lane."""
 
-    def moved(self, execution: Execution, lane: int) -> None:
-        """An execution that was prepared for another lane goes on here."""
+    def moved(self, execution: Execution, lane: int) -> Execution:
+        """An execution that was prepared for another lane, as it goes on here."""
 
     def ended(self, execution: Execution, lane: int) -> None:
         """With the lock: a thread has come back with an execution whose program is out of service there."""
@@ -75,8 +75,7 @@ class Lane:
                     if isinstance(found, Batch):
                         execution = host.execution(found, self.index)
                     elif found is not None:
-                        host.moved(found, self.index)
-                        execution = found
+                        execution = host.moved(found, self.index)
                     if execution is not None:
                         execution.lane = self
                         board.begin(self.index, execution)
