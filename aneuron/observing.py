@@ -67,6 +67,11 @@ class Trace:
         return Timing(started - admitted, device, now - admitted, self.core, self.rows, self.padded, self.why)
 
 
+def is_observed(chunks: Iterable[Chunk]) -> bool:
+    """Whether somebody puts something around an execution of those chunks."""
+    return any(call.trace is not None and call.trace.observer is not None for call, _, _ in chunks)
+
+
 def observed(chunks: Iterable[Chunk], core: int, rows: int, padded_rows: int, why: str) -> AbstractContextManager[Any]:
     """What an observer puts around an execution of those chunks; nothing, if none of their calls has one."""
     observer: Observer | None = None

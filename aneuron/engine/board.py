@@ -154,7 +154,8 @@ class Board:
             return False
         execution.abandoned = True
         bound.in_flight.remove(execution)
-        bound.given_up.append(execution)
+        if not execution.submitted:  # else nobody comes back with it
+            bound.given_up.append(execution)
         self.slots.release(lane, now, execution.batch)
         self._charge(bound, execution, now)
         return True

@@ -8,10 +8,12 @@ import asyncio
 import logging
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from contextvars import Context
 from functools import partial
 from typing import Protocol
 
+from aneuron.backends import PolledCore
 from aneuron.engine.dispatcher import Dispatcher
 from aneuron.engine.futures import Futures
 from aneuron.engine.loading import Load, Loaded
@@ -28,6 +30,9 @@ class Owner(Protocol):
 
     futures: Futures
     recovery: Recovery
+
+    def lose(self, loaded: Loaded, error: BaseException) -> None:
+        """A core does not say any more what it has completed."""
 
 
 class Cores:
@@ -72,6 +77,7 @@ class Cores:
 
         def ended() -> None:
             loaded.loading = False
+            self._poll(loaded)
             self.close_what_is_out()
 
         future = self._in_a_thread(loaded, partial(loaded.load, self._load))
@@ -92,6 +98,26 @@ class Cores:
         """Have the loop call when a thread is done with what it was given."""
         guarded = partial(self._dispatcher.guard, callback)
         future.add_done_callback(lambda _: self._dispatcher.call_loop(guarded))
+
+    def _poll(self, loaded: Loaded) -> None:
+        """Have the loop read the completions of cores that write them to a file descriptor."""
+        try:
+            for core in loaded.polled:
+                self._dispatcher.loop.add_reader(core.completions, self._complete, loaded, core)
+        except NotImplementedError:  # this loop watches none: they execute in threads
+            loaded.submits = False
+
+    def _complete(self, loaded: Loaded, core: PolledCore) -> None:
+        try:
+            core.complete()
+        except BaseException as error:  # it must not: nobody knows what it has completed
+            self._poll_no_more(loaded)
+            self._dispatcher.guard(partial(self._run.lose, loaded, error))
+
+    def _poll_no_more(self, loaded: Loaded) -> None:
+        for core in loaded.polled:
+            with suppress(NotImplementedError):
+                self._dispatcher.loop.remove_reader(core.completions)
 
     # The end.
 
@@ -115,6 +141,7 @@ class Cores:
                 holds = board.holds(loaded.index, loaded)
             if not holds and not loaded.loading:
                 loaded.closed = True
+                self._poll_no_more(loaded)
                 if loaded.is_empty:
                     self._left(loaded)
                     continue

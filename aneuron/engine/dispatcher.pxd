@@ -11,12 +11,13 @@ cdef class Dispatcher:
     cdef public Board board
     cdef public list runs, lanes
     cdef public long slots, coming
-    cdef public bint forked, stopped, held, _scheduled, _posted
-    cdef public object _timer, _done
+    cdef public bint forked, stopped, held, _scheduled, _posted, _completing
+    cdef public object _timer, _done, _completed, _own_context
     cpdef call_came(self)
     cpdef dispatch_soon(self)
     @cython.locals(decision=Decision, now=double)
     cpdef dispatch(self)
+    cpdef completed(self, submission)
     cpdef post(self, Execution execution)
     @cython.locals(execution=Execution, now=double, runs=list)
     cpdef hand_out(self)

@@ -1,11 +1,11 @@
-"""The lanes of a pool at work, on one loop: batches out to threads, what they have done back in.
+"""The lanes of a pool at work, on one loop: batches out to threads or cores, what they have done back in.
 
 Lives here: what wakes whom, which models are served (run.py), and the end of all of it. Must not be here: callers'
 futures (futures.py), faults (recovery.py), tensors, decisions (ask the board), blocking.
 
 Lanes are driven by callbacks, not by tasks: `asyncio.run` cancels every task before a drain in `finally` gets its turn.
-A worker that ends an execution takes its lane's next one itself (lane.py): rows are bound when the core is free for
-them, not before, and the way round by the loop is saved.
+A worker that ends an execution takes its lane's next one itself (lane.py), as does the loop where it serves a lane
+(onloop.py): rows are bound when the core is free for them, not before, and the way round by the loop is saved.
 """
 
 import asyncio
@@ -25,8 +25,10 @@ from aneuron.backends.traits import Traits
 from aneuron.engine.board import Board
 from aneuron.engine.execution import Execution
 from aneuron.engine.failures import text
-from aneuron.engine.lane import TICK, Lane
+from aneuron.engine.lane import TICK, Driver, Lane
 from aneuron.engine.loading import Loaded
+from aneuron.engine.modes import OwnContext
+from aneuron.engine.onloop import OnLoop, Submission
 from aneuron.engine.threads import Workers
 from aneuron.sched.call import Call
 from aneuron.sched.filling import Batch
@@ -106,6 +108,9 @@ class Dispatcher:
         self._timer: asyncio.TimerHandle | None = None  # a dispatch that is due later
         self._done: deque[Execution] = deque()  # filled by the workers
         self._posted = False  # a delivery is
+        self._completed: deque[Submission] = deque()  # filled by the cores
+        self._completing = False  # somebody is to look at them
+        self._own_context = OwnContext(self.context)
         self.lanes = [self._new_lane(index) for index in range(len(core_ids))]
         self.clock = self.lanes[0].workers.clock
         _all.add(self)
@@ -162,12 +167,21 @@ class Dispatcher:
         slots = self._slots_of_lanes(serving)
         crowded = sum([min([each.pace for each in loaded]) for loaded in serving if loaded]) > CROWDED
         leads = [
-            lane.widen(own, all(each.concurrent for each in loaded), crowded) if own else None
+            lane.widen(own, all(each.concurrent for each in loaded), crowded, self._driver(loaded)) if own else None
             for lane, own, loaded in zip(self.lanes, slots, serving, strict=True)
         ]
         with self.board.lock:
             self.board.slots.resize(slots, leads)
         self.dispatch_soon()
+
+    def _driver(self, loaded: "Sequence[Loaded]") -> Callable[[Lane], Driver] | None:
+        """What makes the loop serve a lane with these programs, where their cores need no threads."""
+        if self.traits.inline or all(each.submits for each in loaded):
+            return self._serve_on_loop
+        return None
+
+    def _serve_on_loop(self, lane: Lane) -> Driver:
+        return OnLoop(lane, lane.workers, self, self._own_context, self.traits.inline)
 
     def _slots_of_lanes(self, serving: "Sequence[Sequence[Loaded]]") -> list[int]:
         """The slots of each lane. Where they do not suffice for all lanes, those have them that most models can use; a
@@ -205,8 +219,7 @@ class Dispatcher:
             now = self.clock()
             decision = self.board.bind(now)
             for index, _ in decision.batches:
-                lane = self.lanes[index]
-                lane.workers.wake(lane)
+                self.lanes[index].wake()
             if decision.due is not None and not self.stopped:
                 self._dispatch_at(decision.due, now)
             for scheduler, call in decision.late:
@@ -276,10 +289,30 @@ class Dispatcher:
                 self._posted = False  # the next one tries again
                 raise
 
+    def completed(self, submission: Submission) -> None:
+        """A submission has ended: the loop is to go on with it. From any thread."""
+        self._completed.append(submission)
+        if not self._completing:
+            self._completing = True
+            self.call_loop(self._go_on)
+
+    def _go_on(self) -> None:
+        self._completing = False  # before the queue is emptied, as in `_deliver`
+        try:
+            while self._completed:
+                submission = self._completed.popleft()
+                submission.on_loop.completed(submission)
+        except BaseException as error:
+            self.crash(error)
+        self._deliver()
+
     def call_loop(self, callback: Callable[[], Any]) -> None:
         """Have the loop call. From any thread."""
         try:
-            self.loop.call_soon_threadsafe(callback)
+            if threading.get_ident() == self.thread:
+                self.loop.call_soon(callback)
+            else:
+                self.loop.call_soon_threadsafe(callback)
         except RuntimeError:
             logger.debug("the loop is closed, nobody waits")
 

@@ -129,6 +129,12 @@ class Evidence:
             self.plain.add((packing, asked, value.ndim))
         return output
 
+    def knows(self, value: Any, asked: Hashable, packing: bool) -> bool:
+        """Whether outputs of this kind are known to be cut without executing anything."""
+        kind = packing, asked_for(asked)
+        known = self._known.get(_key(kind, Output(value, None, self.dim, asked, self._marks.get(kind, {}))))
+        return known is not None and known.error is None
+
     def take(self, seen: list[Seen], asked: Hashable, packing: bool, trials: Trials) -> Output:
         """Take evidence, from executions that there are, and up to `EXTRA` more; the output of the last of the former.
 

@@ -16,7 +16,7 @@ cdef class Execution:
     cdef public Common common
     cdef public object chunks, size, prepared, output, lane, watch, error, fault, finished
     cdef public long rows, copied
-    cdef public bint begun, over, failed, abandoned, may_be_stolen
+    cdef public bint begun, over, failed, abandoned, may_be_stolen, submitted
     cdef public double started, ended, posted, since, preparing
     cdef object _cut, _inputs, _template
     @cython.locals(other=Execution)
@@ -30,5 +30,11 @@ cdef class Execution:
     cpdef finish(self, clock)
     @cython.locals(size=long, dim=long)
     cpdef _collate(self)
-    @cython.locals(common=Common, call=Call)
     cpdef _run(self, args, kwargs, clock)
+    cpdef submit(self, clock, done)
+    cpdef bint take_result(self, output, error, clock) except -1
+    cpdef _end(self, clock)
+    @cython.locals(common=Common, call=Call)
+    cpdef bint _is_plain(self) except -1
+    @cython.locals(common=Common, call=Call)
+    cpdef bint _is_known(self) except -1

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from aneuron.backends import Backend, Core, Fault
+from aneuron.backends import Backend, Core, Done, Fault
 from aneuron.engine.evidence import Evidence, Trials, identities, snapshot, varies
 from aneuron.engine.loading import Loaded
 from aneuron.engine.modes import OwnContext, execute_in_own, put_back
@@ -27,6 +27,7 @@ logger = logging.getLogger("aneuron")
 
 INPUT = Fault.INPUT  # looked up for each execution
 NOTABLE = 5e-5  # seconds: no less than it takes to copy half a megabyte
+LARGE = 1 << 18  # bytes of a batch from which on its copies are not made on the loop: they would take some 50 us
 
 
 class Common:
@@ -65,7 +66,7 @@ class Execution:
     __slots__ = (
         "_cut", "_inputs", "_template", "abandoned", "batch", "begun", "chunks", "common", "copied", "ended", "error",
         "failed", "fault", "finished", "lane", "loaded", "may_be_stolen", "output", "over", "posted", "prepared",
-        "preparing", "rows", "since", "size", "started", "watch",
+        "preparing", "rows", "since", "size", "started", "submitted", "watch",
     )  # fmt: skip
 
     def __init__(self, batch: Batch, loaded: Loaded, common: Common) -> None:
@@ -80,6 +81,7 @@ class Execution:
         self.abandoned = False  # given up as hung: whatever comes of it is too late
         self.lane: Any = None  # whose thread has it in hand; nothing of it is known here
         self.may_be_stolen = False  # by another lane: it waits behind another execution
+        self.submitted = False  # in the device's hands: no thread waits for it
         self.watch: Callable[[Execution], AbstractContextManager[Any]] | None = None  # around it, if calls are observed
         self.started = self.ended = self.posted = 0.0
         self.since = 0.0  # when the core began with what it runs now: this, or what its output has to be compared with
@@ -102,6 +104,19 @@ class Execution:
         other._inputs, other._template = self._inputs, self._template
         other.error, other.failed, other.fault = self.error, self.failed, self.fault
         return other
+
+    @property
+    def takes_much(self) -> bool:
+        """Whether its inputs are too large to be collated on the loop."""
+        call = self.chunks[0][0]
+        leaves = call.leaves or ()
+        return sum([leaf.nbytes for leaf in leaves if isinstance(leaf, torch.Tensor)]) * self.rows > LARGE * call.rows
+
+    @property
+    def gives_much(self) -> bool:
+        """Whether its output is too large to be scattered on the loop."""
+        output = self.output
+        return _bytes(output.leaves if isinstance(output, Output) else output) > LARGE
 
     @property
     def core(self) -> Core:
@@ -158,26 +173,75 @@ class Execution:
                     self._run(args, kwargs, clock)
         except BaseException as error:
             args, kwargs = (), {}  # a traceback holds this frame
-            self.output = None
             self._fail(error)
+        self._end(clock)
+
+    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], clock: Callable[[], float]) -> None:
+        self.output = self.core.execute(args, kwargs)
+        self.ended = clock()  # what else is executed, to know what the output means, counts for nobody
+        if not self._is_plain():
+            self._understand(clock)
+
+    def submit(self, clock: Callable[[], float], done: Done) -> None:
+        """Hand it to the core, in place of `execute`; `take_result` is to follow when `done` has been called."""
+        assert self.prepared is not None
+        args, kwargs = self.prepared
+        self.prepared, self.submitted = None, True
+        self.core.submit(args, kwargs, done)  # type: ignore[attr-defined]
+
+    def take_result(self, output: Any, error: BaseException | None, clock: Callable[[], float]) -> bool:
+        """What a submission has ended with; False if nobody knows yet what that means: `understand` is to follow."""
+        self.submitted = False
+        if error is not None:
+            self._fail(error)
+        else:
+            self.output, self.ended = output, clock()
+            try:
+                if not self._is_plain():
+                    if not self._is_known():
+                        return False
+                    self._understand(clock)
+            except BaseException as failure:
+                self._fail(failure)
+        self._end(clock)
+        return True
+
+    def understand(self, clock: Callable[[], float]) -> None:
+        """Find out what of the output is whose, in a thread of the core: it may take further executions."""
+        try:
+            self._understand(clock)
+        except BaseException as error:
+            self._fail(error)
+        self._end(clock)
+
+    def _end(self, clock: Callable[[], float]) -> None:
         self.ended = self.ended or clock()
         self._inputs, self._template = (), None
         self.over = True
 
-    def _run(self, args: tuple[Any, ...], kwargs: dict[str, Any], clock: Callable[[], float]) -> None:
-        """Execute, and see what of the output is whose; if nobody knows, further executions tell."""
-        self.output = value = self.core.execute(args, kwargs)
-        self.ended = clock()  # what else is executed, to know what the output means, counts for nobody
+    def _is_plain(self) -> bool:
+        """Whether the output is known to be a tensor with a row for each row."""
+        common, call, value = self.common, self.chunks[0][0], self.output
+        return (
+            type(value) is torch.Tensor
+            and not (self.batch.bucket and common.unpad is not None)
+            and (call.cut.shared, call.structure, value.ndim) in common.evidence.plain
+        )
+
+    def _is_known(self) -> bool:
+        """Whether nothing is to be executed to know what the output means."""
         common, call = self.common, self.chunks[0][0]
         if self.batch.bucket and common.unpad is not None:
-            self.output = self._evidenced(call, clock)
+            return False
+        lone = not call.cut.shared and call.cut.count(call.rows) == 1
+        return lone or common.evidence.knows(self.output, call.structure, call.cut.shared)
+
+    def _understand(self, clock: Callable[[], float]) -> None:
+        common, call = self.common, self.chunks[0][0]
+        self.output = self._evidenced(call, clock)
+        if self.batch.bucket and common.unpad is not None:
             self.output.asked = rows.base_of(call)
             self._cut = self._carried(common.unpad, self.output)
-        elif (
-            type(value) is not torch.Tensor
-            or (call.cut.shared, call.structure, value.ndim) not in common.evidence.plain
-        ):
-            self.output = self._evidenced(call, clock)
 
     def _evidenced(self, call: Call, clock: Callable[[], float]) -> Output:
         put_back()
@@ -237,6 +301,7 @@ class Execution:
         self.common.post(self)
 
     def _fail(self, error: BaseException) -> None:
+        self.output = None
         self.error, self.failed = error, True  # the loop takes the error away, in time
         try:
             self.fault = self.common.backend.classify(error) if self.begun else Fault.INPUT

@@ -6,7 +6,7 @@ from aneuron.engine.execution cimport Execution
 
 cdef class Lane:
     cdef public long index
-    cdef public object core_id, workers, turn
+    cdef public object core_id, workers, turn, on_loop
     cdef public bint gone
     cdef public double ended
     cdef Board _board

@@ -1,4 +1,4 @@
-"""One lane: a core's threads, and how they get what they execute.
+"""One lane: how a core's threads, or the loop in their place (onloop.py), get what they execute.
 
 A lane is never mended: where a thread hangs or has died its threads are told to end, and what serves later in its place
 is a new lane. Must not be here: callers' futures (futures.py), decisions (sched/), how a thread works (threads.py).
@@ -40,13 +40,26 @@ class Host(Protocol):
         """A thread has met a bug of ours: the loop is to deal with it."""
 
 
+class Driver(Protocol):
+    """What serves a lane in place of its threads: the loop (onloop.py)."""
+
+    concurrent: bool  # whether it may have several executions in flight
+
+    def wake(self) -> None:
+        """There may be something to do."""
+
+    def given_up(self) -> None:
+        """A submission is not waited for any more."""
+
+
 class Lane:
-    """A core's threads."""
+    """A core, and who serves it."""
 
     def __init__(self, index: int, core_id: int, workers: Workers, board: Board, host: Host) -> None:
         self.index = index
         self.core_id = core_id
         self.workers = workers
+        self.on_loop: Driver | None = None  # what serves it instead; decided with the first program, for good
         self.turn: AbstractContextManager[Any] = threading.Lock()  # to execute
         self.gone = False  # guarded by the board's lock: its threads take nothing more
         self.ended = 0.0  # when its last execution did, of whichever model; the loop's
@@ -54,7 +67,7 @@ class Lane:
         self._host = host
         self._clock: Callable[[], float] = workers.clock
         self._preparing = Recent()  # seconds
-        self._slots = 1
+        self._slots = 0
         self._staging = False  # whether a second thread prepares the next batch meanwhile
         self._concurrent = False
 
@@ -99,14 +112,30 @@ class Lane:
 
     # The loop.
 
-    def widen(self, slots: int, concurrent: bool, crowded: bool) -> float | None:
+    def wake(self) -> None:
+        """There may be something to do."""
+        if self.on_loop is not None:
+            self.on_loop.wake()
+        else:
+            self.workers.wake(self)
+
+    def widen(
+        self, slots: int, concurrent: bool, crowded: bool, on_loop: "Callable[[Lane], Driver] | None"
+    ) -> float | None:
         """Serve `slots` slots; the lead with which the loop may bind batches while the lane executes.
 
-        A concurrent core has a thread for each slot, which are kept busy. Another has one thread, which takes its
+        With `on_loop`, which makes what serves the lane, it has no thread but for what would hold the loop up.
+
+        Else a concurrent core has a thread for each slot, which are kept busy. Another has one thread, which takes its
         next batch when the last has ended; where copying takes long a second prepares the next batch meanwhile. So it
         is where all cores together are faster than Python: there more threads only wait for one another.
         """
+        if on_loop is not None and not self._slots:
+            self.on_loop = on_loop(self)
         self._slots, self._concurrent = slots, concurrent
+        if self.on_loop is not None:
+            self.on_loop.concurrent = concurrent
+            return float("inf") if concurrent else None
         if concurrent and not crowded:
             self.workers.grow(max(1, slots))
             return float("inf")

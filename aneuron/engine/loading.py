@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from aneuron.backends import Backend, Core
+from aneuron.backends import Backend, Core, PolledCore, SubmittingCore
 from aneuron.engine.evidence import Evidence, Trials, identities, snapshot
 from aneuron.engine.modes import Within, execute_in_own
 from aneuron.program import Shape
@@ -58,6 +58,7 @@ class Loaded:
         self.warming = False  # loaded, and not warmed up
         self.kinds: dict[Shape, Hashable] = {}  # of the outputs that the example gave
         self.concurrent = False
+        self.submits = False  # whether the loop may hand batches to the cores
         self._backend = backend
         self._clock = clock
         self._cores: dict[Shape, Core] = {}
@@ -71,6 +72,7 @@ class Loaded:
                 core = loaded.get(key) or self._load_one(model, size, load)
                 loaded[key] = self._cores[size, bucket] = core
         self.concurrent = all(core.concurrent for core in loaded.values())
+        self.submits = all(isinstance(core, SubmittingCore) for core in loaded.values())
         if load.compiled is not None:
             self.warming = True
             self._warm_up(load, load.compiled)
@@ -144,6 +146,11 @@ class Loaded:
         """Its state, for the statistics: of two runs of a model on a core, the one that owns it shows its own."""
         if self.counters.owner is self.run:
             self.counters.state = state
+
+    @property
+    def polled(self) -> "list[PolledCore]":
+        """The cores whose completions are read from a file descriptor."""
+        return [core for core in dict.fromkeys(self._cores.values()) if isinstance(core, PolledCore)]
 
     @property
     def pace(self) -> float:

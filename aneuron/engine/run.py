@@ -350,16 +350,26 @@ class Run:
         return self._board.lanes[loaded.index].since
 
     def give_up(self, execution: Execution) -> bool:
-        """Give an execution up: its thread hangs, and others serve the lane; whether it had not ended."""
+        """Give an execution up; whether it had not ended. If its thread hangs, others serve the lane."""
         loaded = execution.loaded
         with self._board.lock:
             given_up = self._board.give_up(loaded.index, execution, self.clock())
-        if given_up:
+        if given_up and execution.submitted:
+            execution.lane.on_loop.given_up()
+            self.close_what_is_out()
+        elif given_up:
             loaded.hung = True
             self.dispatcher.replace(execution.lane)
             self.dispatcher.spread()
             self.cores.check_closed()
         return given_up
+
+    def lose(self, loaded: Loaded, error: BaseException) -> None:
+        """A core does not say any more what it has completed: what it executes runs elsewhere."""
+        for other, executions in self.running():
+            if other is loaded:
+                self.recovery.lost(loaded, executions, error)
+        self.recovery.take_out(loaded, error)
 
     def threads_died(self, lane: int, error: BaseException) -> None:
         """Threads of a lane have died: what they had in hand is lost."""

@@ -61,6 +61,19 @@ def is_mine(lane: Feed, execution: Execution) -> bool:
     return not execution.may_be_stolen or lane.claim(execution)
 
 
+def execute(execution: Execution, clock: Callable[[], float]) -> None:
+    """Execute in the calling thread, in the context of the run, and put the thread's modes back."""
+    own_modes, context = modes.of_this_thread(), execution.common.context
+    if own_modes is not None:  # puppets have none
+        own_modes.note()
+    if context is None:
+        execution.execute(clock)
+    else:
+        context.run(execution.execute, clock)
+    if own_modes is not None:
+        own_modes.restore()
+
+
 class Workers(Executor):
     """Daemon threads of one core behind the interface of an executor, and a short way in for executions.
 
@@ -79,7 +92,6 @@ class Workers(Executor):
         self._lane: Feed | None = None
         self._job: Callable[[], None] | None = None
         self._threads: list[threading.Thread] = []
-        self._local = threading.local()
         self._lock = threading.Lock()
         self._alive = 0
         self._stopping = False
@@ -143,7 +155,7 @@ class Workers(Executor):
 
     def _work(self) -> None:
         try:
-            self._local.modes = modes.keep()
+            modes.keep()
             while (job := self._inbox.get()) is not None:
                 job()
                 del job
@@ -158,19 +170,13 @@ class Workers(Executor):
                 self._last_words()
 
     def _serve(self, lane: Feed) -> None:
-        clock, own_modes = self.clock, self._local.modes
+        clock = self.clock
         execution = following(lane, None, clock)
         while execution is not None:
             with FREE if execution.loaded.concurrent else lane.turn:
                 mine = is_mine(lane, execution)
                 if mine and execution.begin(clock):
-                    own_modes.note()
-                    context = execution.common.context
-                    if context is None:
-                        execution.execute(clock)
-                    else:
-                        context.run(execution.execute, clock)
-                    own_modes.restore()
+                    execute(execution, clock)
             execution = following(lane, execution if mine else None, clock)
 
 

@@ -50,6 +50,58 @@ class Core(PuppetCore):
             raise OSError("does not close")
 
 
+class SubmittingCore(Core):
+    """One that is handed its batches, by the loop, and at times does as a driver should not."""
+
+    def submit(self, args, kwargs, done):
+        assert not self.closed, "a closed core is handed a batch"
+        assert self.concurrent or not self.handed, "a core that takes one batch at a time is handed another"
+        chance = self.backend.chance.random()
+        if chance < 0.01:
+            self._error = OSError("cannot be enqueued")
+            self.execute(args, kwargs)
+        handed = Handed(self, args, kwargs, done)
+        if chance > 0.95:  # before it returns
+            handed.release()
+        else:
+            self.handed.append(handed)
+
+    @property
+    def handed(self):
+        return self.backend.handed.setdefault(self, [])
+
+
+class Handed:
+    """A batch that a core was handed: in `executing` it stands for the execution."""
+
+    def __init__(self, core, args, kwargs, done):
+        self.args, self.kwargs, self.done, self._core = args, kwargs, done, core
+
+    @property
+    def core(self):
+        return self
+
+    @property
+    def whose(self):
+        return self._core.whose
+
+    def release(self, error=None):
+        """End, also after the core was closed, and twice at times."""
+        core, outcome = self._core, (None, OSError("too late"))
+        if self in core.handed:
+            core.handed.remove(self)
+        if not core.closed:
+            core._error = error
+            try:
+                outcome = core.execute(self.args, self.kwargs), None
+            except Exception as raised:
+                outcome = None, raised.with_traceback(None)
+        self.args, self.kwargs = (), {}
+        self.done(*outcome)
+        if core.backend.chance.random() < 0.1:
+            self.done(None, OSError("once more"))
+
+
 class Workers(PuppetWorkers):
     """Tells of each batch that begins."""
 
@@ -81,13 +133,17 @@ class Backend(PuppetBackend):
         self.cores_made: list[Core] = []
         self.workers_made = []
         self.turns: Turns | None = None
+        self.submits = False
+        self.chance = random.Random(0)  # of what submitting cores do
+        self.handed: dict[Core, list[Handed]] = {}
         self.runs: Counter[tuple[int, float]] = Counter()  # of each row
         self.failures: Counter[tuple[int, float]] = Counter()
 
     def load(self, model, core_id, batch_size):
         if self.random.random() < self.unloadable:
             raise OSError("does not load")
-        core = self.loaded[core_id] = Core(model, core_id, self._concurrent)
+        kind = SubmittingCore if self.submits else Core
+        core = self.loaded[core_id] = kind(model, core_id, self._concurrent)
         core.backend = self
         self.cores_made.append(core)
         return core
@@ -98,7 +154,8 @@ class Backend(PuppetBackend):
 
     def executing(self):
         """What has begun and not ended, also on cores that were given up."""
-        return [each.current for each in self.workers_made if each.current is not None]
+        handed = [each for core in self.handed.values() for each in core]
+        return [each.current for each in self.workers_made if each.current is not None] + handed
 
 
 class Guest:
@@ -146,6 +203,8 @@ class Schedule:
         random.seed(seed)  # recovery's jitter
         self.verbose = verbose
         self.backend = Backend(pick, concurrent=pick.random() < 0.5)
+        own = random.Random(f"{seed}/submits")  # of its own: the other draws stay as they were
+        self.backend.submits, self.backend.chance = own.random() < 0.4, own
         self.hung = set()  # executions that do not end by themselves
         count = 1 if seed % 2 else pick.choice([2, 2, 3])
         alone = count == 1
@@ -160,7 +219,7 @@ class Schedule:
         self.at = self.guests[0]
         # What is bound to a concurrent core waits behind whatever that executes, and this is released in any order:
         # turns are told where batches begin. That they are kept where batches are bound, test_fairness.py tells.
-        self.backend.turns = Turns(self.at.model) if plain and not self.backend._concurrent else None
+        self.backend.turns = Turns(self.at.model) if plain and not (self.backend._concurrent or self.backend.submits) else None
         self.sick = pick.random() < 0.3
         for guest in self.guests:
             guest.callers = Callers(pick, guest.model, self.backend.turns)
