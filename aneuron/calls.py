@@ -1,8 +1,7 @@
 """The way in of a call, and its end.
 
 Lives here: what each call goes through, from its inputs to its result, on the loop thread; how many calls are enough.
-Must not be here: arguments
-and their meaning (parallel.py), starting and closing (lifecycle.py), the lanes (engine/).
+Must not be here: arguments and their meaning (parallel.py), starting and closing (lifecycle.py), the lanes (engine/).
 """
 
 import sys
