@@ -23,7 +23,7 @@ help:
 	@echo 'make demo    search the standard library with a real embedding model (a minute or two, after installation)'
 	@echo 'make test    run the tests, on the compiled core and on the same as Python'
 	@echo 'make lint    check style and types'
-	@echo 'make bench   measure against hand-written loops and other packages (a quarter of an hour)'
+	@echo 'make bench   measure against hand-written loops and other packages (some 25 minutes)'
 	@echo 'make soak    serve more than the cores can take, with faults, for SECONDS (ten minutes)'
 	@echo 'make compiled   compile the core anew where it has changed: until then it runs as Python'
 	@echo 'make constraints   write constraints.txt, the versions that all of these use, anew from the newest releases'

@@ -1,7 +1,7 @@
 """The way in of a call, and its end.
 
-Lives here: what each call goes through, from its inputs to its result, on the loop thread. Must not be here: arguments
-and their meaning (parallel.py), starting and closing (lifecycle.py), the lanes (engine/).
+Lives here: what each call goes through, from its inputs to its result, on the loop thread; how many calls are enough.
+Must not be here: arguments and their meaning (parallel.py), starting and closing (lifecycle.py), the lanes (engine/).
 """
 
 import sys
@@ -81,6 +81,13 @@ class Calls:
         with observer.call(trace.timing) as trace.token:
             trace.observer = observer
             return await self.call(inputs, kwargs, terms, timeout, trace)
+
+    async def outstanding(self) -> int:
+        """One-row calls that keep every core busy: two batches for each, as far as the second has room to wait."""
+        rules = (await self._life.started()).rules
+        kinds = len(self._buckets.sizes) if self._buckets is not None else 1  # each fills batches of its own
+        busy = (rules.batch_size or rules.preferred) * kinds * rules.cores
+        return busy + min(busy, self._settings.max_pending or busy)
 
     def _cut(self, call: Call, rules: Rules) -> Cut:
         """How a call will be cut, where that is not anywhere."""

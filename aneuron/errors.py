@@ -53,6 +53,9 @@ class OutputError(AneuronError, RuntimeError):
 class QueueFull(AneuronError):
     """No room among the waiting rows (`max_pending`): the call was not accepted, or has given its room to another.
 
+    A tenant that has less than its share of the room takes it from the newest call of the largest, and a call of a
+    higher level (`options(priority=...)`) from the newest of the lowest: that is refused instead, unless it has begun.
+
     `retry_after` is the time in seconds after which room is expected at the rate at which rows have been
     leaving lately, or None while no rate has been measured yet.
     """

@@ -76,6 +76,13 @@ class Lifecycle:
             return False
         return run.recovery.in_service >= (self.settings.min_cores or 1)
 
+    def change(self, **settings: Any) -> None:
+        """Serve with other settings from now on, by their names; checked."""
+        for name, value in settings.items():
+            setattr(self.settings, name, value)
+        if self.run is not None:
+            self.run.change(**settings)
+
     # Starting.
 
     async def start(self) -> None:

@@ -17,6 +17,20 @@ class Observer(Protocol):
 
     They are on the way of every call: they must return at once, and must neither raise nor swallow an exception. What
     they raise, the calls raise. For what happened on the whole, `AsyncDataParallel.statistics` costs calls nothing.
+
+        >>> import asyncio, contextlib, torch, aneuron
+        >>> class Printer:
+        ...     def call(self, timing):
+        ...         return contextlib.nullcontext("a call")
+        ...     def batch(self, calls, *, core, rows, padded_rows, why):
+        ...         print(calls, rows, padded_rows, why)
+        ...         return contextlib.nullcontext()
+        >>> async def main():
+        ...     async with aneuron.AsyncDataParallel(torch.neg, batch_size=8) as model:
+        ...         model.observe(Printer())
+        ...         await model(torch.ones(3, 2))
+        >>> asyncio.run(main())
+        [('a call', 3)] 3 5 core_idle
     """
 
     def call(self, timing: Callable[[], Timing]) -> AbstractContextManager[Any]:

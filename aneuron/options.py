@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, Self
 from aneuron.arguments import is_finite, seconds
 from aneuron.map.window import Map
 from aneuron.names import name_of
+from aneuron.observing import Trace
 from aneuron.sched.call import Limit, Terms
 from aneuron.stats import Timing
 
@@ -18,25 +19,12 @@ class Model(Protocol):
     """What a view is of."""
 
     @property
-    def _call(
-        self,
-    ) -> Callable[
-        [tuple[Any, ...], dict[str, Any], Terms | None, Limit | None], Coroutine[Any, Any, Any]
-    ]: ...  # one call, to its end
+    def _call(self) -> Callable[..., Coroutine[Any, Any, Any]]:
+        """One call, to its end: its positional and keyword inputs, terms, timeout and trace."""
 
-    async def _timed(
-        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None, timeout: Limit | None
-    ) -> tuple[Any, Timing]: ...
-
-    def _map(
-        self,
-        source: Any,
-        terms: Terms | None,
-        timeout: Callable[[], Limit | None],
-        ordered: bool,
-        limit: int | None,
-        return_exceptions: bool,
-    ) -> Map[Any]: ...
+    @property
+    def _outstanding(self) -> Callable[[], Coroutine[Any, Any, int]]:
+        """How many one-row calls keep every core busy."""
 
 
 class _AsBefore:
@@ -89,13 +77,21 @@ class View:
 
     async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
         """The same, and how the call was run."""
-        return await self._model._timed(inputs, kwargs, self._terms, self._options.timeout)
+        trace = Trace()
+        result = await self._model._call(inputs, kwargs, self._terms, self._limit(), trace)
+        return result, trace.timing()
 
     def map(
         self, source: Any, *, ordered: bool = True, limit: int | None = None, return_exceptions: bool = False
     ) -> Map[Any]:
         """Run the model on each element of a source; see `AsyncDataParallel.map`. The timeout is each element's."""
-        return self._model._map(source, self._terms, self._limit, ordered, limit, return_exceptions)
+        model, terms = self._model, (self._terms or Terms())._replace(yields=True)
+
+        def call(*inputs: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
+            return model._call(inputs, kwargs, terms, self._limit())
+
+        bound = model._outstanding if limit is None else limit
+        return Map(call, source, ordered=ordered, limit=bound, return_exceptions=return_exceptions)
 
     def _limit(self) -> Limit | None:
         """The time that a call has which is made now."""

@@ -11,23 +11,18 @@ from contextlib import AbstractContextManager
 from types import TracebackType
 from typing import Any, Self
 
-from aneuron.arguments import count, seconds
-from aneuron.arguments import weight as checked_weight
+from aneuron.arguments import count
 from aneuron.backends import Backend
 from aneuron.backends.torchscript import held, released
 from aneuron.calls import Calls
-from aneuron.engine.evidence import check_declared
-from aneuron.errors import ShapeError
 from aneuron.lifecycle import Lifecycle
 from aneuron.map.window import Map
-from aneuron.observing import Observer, Trace
+from aneuron.observing import Observer
 from aneuron.options import Options, View
-from aneuron.pool import Pool
+from aneuron.pool import Pool, pool_of
 from aneuron.program import Program, Settings
-from aneuron.sched.call import Limit, Terms
 from aneuron.stats import Statistics, Timing
 from aneuron.tensors.buckets import Buckets
-from aneuron.tensors.signature import Compiled
 
 Model = Any  # nn.Module | ScriptModule | callable | path of a TorchScript file
 
@@ -44,13 +39,12 @@ class AsyncDataParallel:
     the CPU, and share memory with nothing.
 
     Inputs are read when their batch is formed, not at the call, and again if it must run once more: leave them alone
-    until the call has ended. A tensor that was written to in place meanwhile fails its call with `InputModified`;
-    writes through NumPy or `.data`, and to inference tensors, nobody can see.
+    until the call has ended (`InputModified` says which writes are seen).
 
-    Calls that wait are packed into batches with other callers' rows if their tensors agree in shape (but for the
-    rows) and dtype (quantized ones in scale and zero point) and their other arguments are the same; a call may be
-    spread over several batches and cores.
-    Cancelling an awaiting task takes its rows out of the queue; rows that a core is executing are finished and dropped.
+    Calls that wait are packed into batches with other callers' rows if their tensors agree in shape (but for the rows)
+    and dtype (quantized ones in scale and zero point) and their other arguments are the same; a call may be spread over
+    several batches and cores. Cancelling an awaiting task takes its rows out of the queue; rows that a core is
+    executing are finished and dropped.
 
     Pickled or copied, whatever it does meanwhile, it is its configuration of now, not started: with the model that
     serves and what was set at run time, without observer and statistics.
@@ -77,9 +71,7 @@ class AsyncDataParallel:
         any number will do. Settable at any time.
     max_pending: rows that may wait before calls are refused with `QueueFull`; None: no bound. A call takes room for the
         rows of its next batch; what large calls have beyond that has as much room again, and one call larger than this
-        may wait beside. Where there is none, a tenant that has less than its share of it takes it from the newest call
-        of the largest, and a call of a higher level from the newest of the lowest: that is refused instead, unless it
-        has begun. Elements of `map` wait for room, and give way to calls. Settable at any time.
+        may wait beside. Where there is none, `QueueFull` says who is refused, and `map` waits. Settable at any time.
     max_delay: seconds that a batch which is not full may be held back for company, from its oldest row on, and only
         while another core works. None: one core's share of the service time, where so many rows come that it pays.
     buckets: the lengths that the model was compiled for, see `Buckets`; calls of any length are padded to the smallest
@@ -152,48 +144,17 @@ class AsyncDataParallel:
         pool: Pool | None = None,
         weight: float = 1.0,
     ) -> None:
+        given = {name: value for name, value in dict(locals()).items() if name not in ("self", "model")}
         others = frozenset(vars(self))  # what a subclass has set before
         if isinstance(device_ids, Iterable) and not isinstance(device_ids, (str, bytes)):
             device_ids = list(device_ids)
-        self._fixed = {
-            "device_ids": device_ids, "dim": dim, "backend": backend, "batch_size": batch_size,
-            "example_inputs": example_inputs, "max_delay": max_delay, "buckets": buckets,
-            "exec_timeout": exec_timeout, "min_cores": min_cores, "outputs": outputs, "check_rows": check_rows,
-            "context": context, "pool": pool, "weight": weight,
-        }  # fmt: skip  # what no setter changes, as it was given
-        if isinstance(dim, bool) or not isinstance(dim, int):
-            raise ValueError(f"dim={dim!r}: expected an int, the dimension that counts rows")
-        self._pool = self._on(pool, device_ids, backend, num_workers)
-        if buckets is not None and not isinstance(buckets, Buckets):
-            raise TypeError(f"buckets={buckets!r}: expected aneuron.Buckets(dim=..., sizes=(...), pad=...), or None")
-        if exec_timeout is not None and not seconds("exec_timeout", exec_timeout):
-            raise ValueError("exec_timeout=0: expected seconds, more than the longest execution takes, or None")
-        if context is not None and (not callable(context) or hasattr(context, "__enter__")):
-            raise TypeError(
-                f"context={context!r:.80}: expected a function that makes a context manager for each execution, such "
-                "as lambda: torch.autocast('cpu'), or None"
-            )
-        chosen = self._pool.chosen
-        scripts = chosen is None or getattr(chosen, "loads_scripts", False)
-        program = Program(model, count("batch_size", batch_size), dim, buckets, scripts)
-        self._settings = Settings(
-            dim=dim,
-            packing=bool(set_dynamic_batching) and dim == 0,
-            example=_read_example(example_inputs, program, dim, buckets),
-            buckets=buckets,
-            split_size=count("split_size", split_size),
-            max_pending=count("max_pending", max_pending),
-            max_delay=None if max_delay is None else seconds("max_delay", max_delay),
-            exec_timeout=None if exec_timeout is None else seconds("exec_timeout", exec_timeout),
-            min_cores=count("min_cores", min_cores),
-            outputs=check_declared(outputs),
-            check_rows=bool(check_rows),
-            context=context,
-            weight=checked_weight(weight),
-        )
+        self._given = given | {"device_ids": device_ids}
+        self._pool = pool_of(pool, device_ids, backend, num_workers)
+        program = Program(model, count("batch_size", batch_size), dim, buckets, self._pool.loads_scripts)
+        self._settings = Settings.of(program, self._given)
         self._life = Lifecycle(program, self._settings, self._pool)
         self._calls = Calls(self._life, self._settings)
-        self._call = self._calls.call
+        self._call, self._outstanding = self._calls.call, self._calls.outstanding
         if dim != 0 and set_dynamic_batching and self._asked_for_batching:
             warnings.warn(
                 f"dynamic batching cannot be enabled for dim={dim}, only for dim=0; it is off: rows / cores must equal "
@@ -202,28 +163,15 @@ class AsyncDataParallel:
             )
         self._attributes = frozenset(vars(self)) - others | {"_attributes", "_asked_for_batching"}
 
-    @staticmethod
-    def _on(pool: Pool | None, device_ids: Any, backend: Any, num_workers: int | None) -> Pool:
-        """The pool that was given, or one of the model's own."""
-        if pool is None:
-            return Pool(device_ids, backend, num_workers)
-        if not isinstance(pool, Pool):
-            raise TypeError(f"pool={pool!r:.80}: expected an aneuron.Pool, or None for cores of its own")
-        said = {"device_ids": device_ids, "backend": None if backend == "auto" else backend, "num_workers": num_workers}
-        if named := [f"{name}={value!r:.80}" for name, value in said.items() if value is not None]:
-            raise ValueError(f"{', '.join(named)} with pool=: the cores are the pool's; pass it to Pool(...)")
-        return pool
-
     def __reduce__(self) -> tuple[Any, ...]:
         """See the class. Attributes of a subclass go along; a traced model goes as `torch.jit.save` writes it."""
         now = self._settings
-        settings = self._fixed | {
+        settings = self._given | {
             "set_dynamic_batching": now.packing or (now.dim != 0 and not self._asked_for_batching),
             "split_size": now.split_size,
             "max_pending": now.max_pending,
+            "num_workers": None if self._given["pool"] is not None else self._pool.given_num_workers,
         }
-        if self._fixed["pool"] is None:
-            settings["num_workers"] = self._pool.given_num_workers
         own = {name: value for name, value in vars(self).items() if name not in self._attributes}
         return _configured, (type(self), held(self._life.program.source), settings), own or None
 
@@ -235,15 +183,14 @@ class AsyncDataParallel:
 
     async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
         """The same, and how the call was run."""
-        return await self._timed(inputs, kwargs)
+        return await View(self, Options()).timed(*inputs, **kwargs)
 
     def map(
         self, source: Any, *, ordered: bool = True, limit: int | None = None, return_exceptions: bool = False
     ) -> Map[Any]:
         """Run the model on each element of a source; `Map` says what `async for` and `async with` do with it.
 
-        source: an iterable or async iterable; an element is a tensor, a tuple of positional inputs or a dict of keyword
-            inputs, with its batch dimension, and one call. A list is taken for a tuple.
+        source: an iterable or async iterable of inputs, each of them one call; `Map` says what they may be.
         limit: elements outstanding; None: as many as keep every core busy if each is one row.
 
         With `max_pending` elements wait for room, in order, instead of being refused, and give theirs to calls.
@@ -255,31 +202,7 @@ class AsyncDataParallel:
             >>> asyncio.run(main())
             [0.0, 0.0, 1.0]
         """
-        return self._map(source, None, lambda: None, ordered, limit, return_exceptions)
-
-    def _map(
-        self,
-        source: Any,
-        terms: Terms | None,
-        timeout: Callable[[], Limit | None],
-        ordered: bool,
-        limit: int | None,
-        return_exceptions: bool,
-    ) -> Map[Any]:
-        terms = (terms or Terms())._replace(yields=True)
-
-        def call(*inputs: Any, **kwargs: Any) -> Coroutine[Any, Any, Any]:
-            return self._call(inputs, kwargs, terms, timeout())
-
-        bound = self._outstanding if limit is None else limit
-        return Map(call, source, ordered=ordered, limit=bound, return_exceptions=return_exceptions)
-
-    async def _outstanding(self) -> int:
-        """One-row calls that keep every core busy: two batches for each, as far as the second has room to wait."""
-        rules, buckets = (await self._life.started()).rules, self._settings.buckets
-        kinds = len(buckets.sizes) if buckets is not None else 1  # each fills batches of its own
-        busy = (rules.batch_size or rules.preferred) * kinds * rules.cores
-        return busy + min(busy, self._settings.max_pending or busy)
+        return View(self, Options()).map(source, ordered=ordered, limit=limit, return_exceptions=return_exceptions)
 
     def options(self, timeout: float | None = None, priority: float = 0.0, tenant: Hashable = None) -> View:
         """The model on other terms: a cheap object to be called like this one, with `timed`, `map` and `options`.
@@ -315,13 +238,6 @@ class AsyncDataParallel:
         if self._life.run is not None:
             self._life.run.admission.check(count("rows", rows) or 1)
 
-    async def _timed(
-        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None = None, timeout: Limit | None = None
-    ) -> tuple[Any, Timing]:
-        trace = Trace()
-        result = await self._call(inputs, kwargs, terms, timeout, trace)
-        return result, trace.timing()
-
     def disable_dynamic_batching(self) -> None:
         """Neither pack nor pad the calls made from now on: `rows / cores` must equal the compiled rows, if known.
 
@@ -329,15 +245,13 @@ class AsyncDataParallel:
         loaded go on cutting, and a warning says so.
         """
         run = self._life.run
-        if run is not None:
-            if self._settings.packing and not run.rules.packing:
-                warnings.warn(
-                    "the cores go on cutting batches, since it is not known how many rows the model was compiled for; "
-                    "call disable_dynamic_batching() before start(), or pass batch_size=",
-                    stacklevel=2,
-                )
-            run.change(packing=False)
-        self._settings.packing = False
+        if run is not None and self._settings.packing and not run.rules.packing:
+            warnings.warn(
+                "the cores go on cutting batches, since it is not known how many rows the model was compiled for; call "
+                "disable_dynamic_batching() before start(), or pass batch_size=",
+                stacklevel=2,
+            )
+        self._life.change(packing=False)
 
     @property
     def pool(self) -> Pool:
@@ -365,9 +279,7 @@ class AsyncDataParallel:
 
     @split_size.setter
     def split_size(self, value: int | None) -> None:
-        self._settings.split_size = count("split_size", value)
-        if self._life.run is not None:
-            self._life.run.change(split_size=value)
+        self._life.change(split_size=count("split_size", value))
 
     @property
     def max_pending(self) -> int | None:
@@ -376,9 +288,7 @@ class AsyncDataParallel:
 
     @max_pending.setter
     def max_pending(self, value: int | None) -> None:
-        self._settings.max_pending = count("max_pending", value)
-        if self._life.run is not None:
-            self._life.run.change(max_pending=value)
+        self._life.change(max_pending=count("max_pending", value))
 
     @property
     def ready(self) -> bool:
@@ -394,21 +304,7 @@ class AsyncDataParallel:
         """Tell an observer of the calls made from now on, and of the executions that have their rows; None: nobody.
 
         Calls through `timed`, `map` and views are calls too. There is one observer; another takes its place.
-        `aneuron.web.tracing` is one that makes OpenTelemetry spans. Without one, nothing is noted.
-
-            >>> import asyncio, contextlib, torch, aneuron
-            >>> class Printer:
-            ...     def call(self, timing):
-            ...         return contextlib.nullcontext("a call")
-            ...     def batch(self, calls, *, core, rows, padded_rows, why):
-            ...         print(calls, rows, padded_rows, why)
-            ...         return contextlib.nullcontext()
-            >>> async def main():
-            ...     async with aneuron.AsyncDataParallel(torch.neg, batch_size=8) as model:
-            ...         model.observe(Printer())
-            ...         await model(torch.ones(3, 2))
-            >>> asyncio.run(main())
-            [('a call', 3)] 3 5 core_idle
+        `Observer` has an example, `aneuron.web.tracing` makes OpenTelemetry spans. Without one, nothing is noted.
         """
         self._calls.observer = observer
 
@@ -493,20 +389,6 @@ def _configured(kind: type[AsyncDataParallel], model: Model, settings: dict[str,
     made = kind.__new__(kind)
     AsyncDataParallel.__init__(made, released(model), **settings)
     return made
-
-
-def _read_example(given: Any, program: Program, dim: int, buckets: Buckets | None) -> Compiled | None:
-    """What to warm up with; it also says how many rows a compiled graph takes."""
-    if given is None:
-        return None
-    kwargs: dict[str, Any] = given if type(given) is dict else {}
-    args: tuple[Any, ...] = given if type(given) is tuple else (given,) * (not kwargs)
-    try:
-        example = Compiled(args, kwargs, dim, buckets)
-    except ShapeError as error:
-        raise ShapeError(f"example_inputs: {error}") from None
-    program.take_size(example.rows)
-    return example
 
 
 __all__: Sequence[str] = ["AsyncDataParallel"]

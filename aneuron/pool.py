@@ -32,6 +32,18 @@ OTHER_LOOP = (
 )
 
 
+def pool_of(pool: Any, device_ids: Any, backend: Any, num_workers: int | None) -> "Pool":
+    """The pool that a model was given, or one of its own, of the cores that it was given."""
+    if pool is None:
+        return Pool(device_ids, backend, num_workers)
+    if not isinstance(pool, Pool):
+        raise TypeError(f"pool={pool!r:.80}: expected an aneuron.Pool, or None for cores of its own")
+    said = {"device_ids": device_ids, "backend": None if backend == "auto" else backend, "num_workers": num_workers}
+    if named := [f"{name}={value!r:.80}" for name, value in said.items() if value is not None]:
+        raise ValueError(f"{', '.join(named)} with pool=: the cores are the pool's; pass it to Pool(...)")
+    return pool
+
+
 class OnPool(Protocol):
     """A model, as its pool knows it."""
 
@@ -102,6 +114,11 @@ class Pool:
     def backend(self) -> Backend | None:
         """What runs models; None before the first start where it was not said."""
         return self.chosen if self._dispatcher is None else self._dispatcher.backend
+
+    @property
+    def loads_scripts(self) -> bool:
+        """Whether the path of a model is of a TorchScript file; a backend of one's own may read others."""
+        return self.chosen is None or getattr(self.chosen, "loads_scripts", False)
 
     @property
     def given_num_workers(self) -> int | None:

@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from aneuron.arguments import count, seconds, weight
 from aneuron.backends import Backend, check_models
 from aneuron.backends.traits import Traits
+from aneuron.engine.evidence import check_declared
 from aneuron.errors import ShapeError
 from aneuron.sched.sizes import Cover
 from aneuron.stats import ServiceTimes
@@ -75,6 +77,34 @@ class Settings:
     context: Callable[[], AbstractContextManager[Any]] | None
     weight: float
 
+    @classmethod
+    def of(cls, program: "Program", given: Mapping[str, Any]) -> "Settings":
+        """Those that a program is served with, of the arguments by name; an example may say the program's size."""
+        dim, exec_timeout, context = given["dim"], given["exec_timeout"], given["context"]
+        max_delay, buckets = given["max_delay"], given["buckets"]
+        if exec_timeout is not None and not seconds("exec_timeout", exec_timeout):
+            raise ValueError("exec_timeout=0: expected seconds, more than the longest execution takes, or None")
+        if context is not None and (not callable(context) or hasattr(context, "__enter__")):
+            raise TypeError(
+                f"context={context!r:.80}: expected a function that makes a context manager for each execution, such "
+                "as lambda: torch.autocast('cpu'), or None"
+            )
+        return cls(
+            dim=dim,
+            packing=bool(given["set_dynamic_batching"]) and dim == 0,
+            example=_read_example(given["example_inputs"], program, dim, buckets),
+            buckets=buckets,
+            split_size=count("split_size", given["split_size"]),
+            max_pending=count("max_pending", given["max_pending"]),
+            max_delay=None if max_delay is None else seconds("max_delay", max_delay),
+            exec_timeout=None if exec_timeout is None else seconds("exec_timeout", exec_timeout),
+            min_cores=count("min_cores", given["min_cores"]),
+            outputs=check_declared(given["outputs"]),
+            check_rows=bool(given["check_rows"]),
+            context=context,
+            weight=weight(given["weight"]),
+        )
+
 
 class Program:
     """The models by shape. `batch_size` is the largest number of rows, None where any number will do.
@@ -85,6 +115,10 @@ class Program:
     def __init__(
         self, given: Any, batch_size: int | None, dim: int, buckets: Buckets | None, scripts: bool = True
     ) -> None:
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise ValueError(f"dim={dim!r}: expected an int, the dimension that counts rows")
+        if buckets is not None and not isinstance(buckets, Buckets):
+            raise TypeError(f"buckets={buckets!r}: expected aneuron.Buckets(dim=..., sizes=(...), pad=...), or None")
         self.batch_size = self._said = batch_size
         self.source = given  # as the user gave it
         self.times: dict[int, ServiceTimes] = {}  # by core id; they outlive a restart
@@ -156,6 +190,20 @@ class Program:
             if size is not None:
                 by_bucket.setdefault(bucket, []).append(size)
         return {bucket: Cover(sizes) for bucket, sizes in by_bucket.items()}
+
+
+def _read_example(given: Any, program: Program, dim: int, buckets: Buckets | None) -> Compiled | None:
+    """What to warm up with; it also says how many rows a compiled graph takes."""
+    if given is None:
+        return None
+    kwargs: dict[str, Any] = given if type(given) is dict else {}
+    args: tuple[Any, ...] = given if type(given) is tuple else (given,) * (not kwargs)
+    try:
+        example = Compiled(args, kwargs, dim, buckets)
+    except ShapeError as error:
+        raise ShapeError(f"example_inputs: {error}") from None
+    program.take_size(example.rows)
+    return example
 
 
 def _by_shape(given: Mapping[Any, Any], buckets: Buckets | None) -> dict[tuple[int, int], Any]:

@@ -18,15 +18,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: simul
 
 from benchmarks.before import CHECKOUT
 
-GROUPS = ("w1", "w1b", "w2", "w3", "w4", "w5", "many", "overload", "idle", "lag", "loadgen")
-PINNED = ("w4", "w5")  # measured once more on one CPU
+GROUPS = ("w1", "w1b", "w2", "w3", "w4", "w5", "bulk", "threadless", "many", "overload", "idle", "waiting", "lag",
+          "loadgen")  # fmt: skip
+PINNED = ("w4", "w5", "bulk", "threadless")  # measured once more on one CPU
 RESULTS = Path(__file__).parent / "results"
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument(
-        "--quick", action="store_true", help="a look of about a minute; its numbers are not worth quoting"
+        "--quick", action="store_true", help="a look of some minutes; its numbers are not worth quoting"
     )
     parser.add_argument("--only", nargs="+", choices=GROUPS, metavar="GROUP", help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--seconds", type=float, help="of one turn (0.25; quick: 0.07); long ones in proportion")
@@ -65,7 +66,9 @@ def loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop]:
 
 def measure(args: argparse.Namespace) -> list[Any]:
     """The rows that this process is for."""
-    from benchmarks import arrivals, loadgen, loops, quiet
+    from aneuron import _native
+    from benchmarks import arrivals, bulk, loadgen, loops, quiet
+    from benchmarks.rows import as_python
     from benchmarks.timing import Effort
 
     gc.collect()
@@ -79,9 +82,12 @@ def measure(args: argparse.Namespace) -> list[Any]:
         "w3": lambda: loops.w3(effort, say),
         "w4": lambda: loops.w4(effort, say, where),
         "w5": lambda: loops.w5(effort, say, where),
+        "bulk": lambda: bulk.bulk(effort, say, where),
+        "threadless": lambda: bulk.threadless(effort, say, where),
         "many": lambda: arrivals.many(effort, say),
         "overload": lambda: arrivals.overload(effort, say),
         "idle": lambda: quiet.idle(effort, say),
+        "waiting": lambda: quiet.waiting(effort, say),
         "lag": lambda: quiet.lag(effort, say),
         "loadgen": lambda: loadgen.loadgen(effort, say),
     }
@@ -89,7 +95,11 @@ def measure(args: argparse.Namespace) -> list[Any]:
     with asyncio.Runner(loop_factory=loop_factory(args.loop)) as runner:
         for group in GROUPS:
             if group in args.only:
-                rows += runner.run(groups[group]())
+                own = runner.run(groups[group]())
+                for row in own:
+                    if _native.why_pure and (group in PINNED or row.unit == "us/row"):
+                        as_python(row)
+                rows += own
             if group == PINNED[-1] and args.pinned_to is None:
                 rows += pinned(args)
     return rows
@@ -125,11 +135,17 @@ def report(args: argparse.Namespace, rows: list[Any]) -> str:
 def versions(args: argparse.Namespace) -> dict[str, str]:
     import torch
 
+    from aneuron import _native
+    from benchmarks import before
     from benchmarks.contenders import installed
 
+    cores = {"core": f"as Python ({_native.why_pure})" if _native.why_pure else "compiled"}
+    if (package := before.package()) is not None:
+        cores["core before"] = "as Python" if before.why_pure(package) else "compiled"
     packages = {name: installed(name) or "not installed" for name in ("aneuron", "batched", "async-batcher")}
     return {
         **packages,
+        **cores,
         "loadgen": installed("mlcommons-loadgen") or "not installed",
         "python": platform.python_version(),
         "torch": torch.__version__,

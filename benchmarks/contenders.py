@@ -10,7 +10,7 @@ import asyncio
 import inspect
 import itertools
 import queue
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Protocol
@@ -22,7 +22,10 @@ from benchmarks import before
 from benchmarks.floors import FEATURES, Core, FairFloor, Floor, model
 
 PEERS = ("batched", "async-batcher", "original")
+PACKAGES = PEERS[:2]  # that one can install
 Makers = dict[str, Callable[[], "Contender"]]
+Device = Mapping[str, bool]  # how cores are executed: attributes of the simulated backend, by name
+THREADS: Device = {"submits": False, "inline": False}  # in a thread each, as the floors' are
 
 
 class Contender(Protocol):
@@ -41,11 +44,13 @@ class Contender(Protocol):
 class Aneuron:
     """The product: all features on, nothing tuned but what a row is about."""
 
-    def __init__(self, package: Any = aneuron, **options: Any) -> None:
+    def __init__(self, package: Any = aneuron, device: Device = THREADS, **options: Any) -> None:
         self.package, self.options = package, options
+        known = inspect.signature(package.SimulatedBackend).parameters  # a build before may have threads only
+        self.device = {name: value for name, value in {**THREADS, **device}.items() if name in known}
 
     async def start(self, cores: int, seconds: float, batch: int) -> None:
-        backend = self.package.SimulatedBackend(cores=cores, service_time=seconds)
+        backend = self.package.SimulatedBackend(cores=cores, service_time=seconds, **self.device)
         self.call = self.package.AsyncDataParallel(
             model, batch_size=batch, backend=backend, example_inputs=torch.zeros(1, FEATURES), **self.options
         )
@@ -177,17 +182,22 @@ class AsyncBatcher(_Peer):
         self.threads.shutdown()
 
 
-def ours(**options: Any) -> Makers:
+def ours(device: Device = THREADS, **options: Any) -> Makers:
     """aneuron, and the build that it is measured against, if any."""
-    makers: Makers = {"aneuron": lambda: Aneuron(**options)}
+    makers: Makers = {"aneuron": lambda: Aneuron(device=device, **options)}
     if (package := before.package()) is not None:
-        makers["before"] = lambda: Aneuron(package, **options)
+        makers["before"] = lambda: Aneuron(package, device, **options)
     return makers
 
 
 def yardsticks() -> Makers:
     """aneuron, and what its bounds refer to."""
     return {"floor": Floor, "fair floor": FairFloor, **ours()}
+
+
+def without_threads(device: Device) -> Makers:
+    """On cores that need no thread of their own, and on those that do, beside the floors on theirs."""
+    return {"floor": Floor, "fair floor": FairFloor, **ours(device), "threads": Aneuron}
 
 
 def everybody() -> Makers:

@@ -199,6 +199,9 @@ def compared(scenes: list[tuple[str, Seen]]) -> list[Row]:
             must, goal = at_least(0.9), GOALS.get((framework, scene))
             rows.append(row(name, "answers/s", own, lambda turn: turn.rows_per_second, must, goal,
                             lambda sleep: SCENE["cores"] * SCENE["batch"] / SCENE["seconds"]))  # fmt: skip
+            if (framework, scene) in (("aiohttp", "32"), ("aiohttp", "256")):
+                beside = at_least(1.0, "mosec")
+                rows.append(row(f"{name}, > mosec", "answers/s", own, lambda turn: turn.rows_per_second, beside))
             if scene == "1":
                 rows[-1].values.pop("ideal")  # one caller cannot fill a batch
                 rows.append(row(name, "p50 ms", own, lambda turn: percentile(turn.latencies, 0.5) * 1e3,
@@ -209,7 +212,8 @@ def compared(scenes: list[tuple[str, Seen]]) -> list[Row]:
 GOALS = {
     ("FastAPI", "32"): at_least(2.0, "LitServe"),
     ("FastAPI", "256"): at_least(1.3, "LitServe"),
-    ("aiohttp", "256"): at_least(1.0, "mosec"),
+    ("aiohttp", "32"): at_least(0.97),
+    ("aiohttp", "256"): at_least(0.97),
 }
 
 

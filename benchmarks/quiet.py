@@ -1,17 +1,19 @@
-"""Rows about what should not be noticed: an idle model, and the loop while a large input is served.
+"""Rows about what should not be noticed: an idle model, calls that wait, and the loop while a large input is served.
 
 Lives here: what is counted, and the bounds of the performance budget. Must not be here: traffic.
 """
 
 import asyncio
+import gc
 import os
 import time
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks.contenders import Contender, Makers, everybody, ours
+from benchmarks.contenders import Contender, Makers, everybody, ours, yardsticks
 from benchmarks.floors import FEATURES, Floor, model
 from benchmarks.loops import BATCH, CORES, SERVICE
 from benchmarks.rows import Row, above, at_most, percentile, row
@@ -21,6 +23,7 @@ THREADS = Path("/proc/self/task")
 MEGABYTES = 256
 ROWS = MEGABYTES * 2**20 // (4 * FEATURES)
 TICK = 0.001
+WAITING = 10_000  # calls
 
 
 class Nothing:
@@ -77,6 +80,37 @@ def _wake_ups() -> int:
     """How often this process's threads have gone to sleep of their own will, and so were woken."""
     lines = [line for task in THREADS.iterdir() for line in (task / "status").read_text().splitlines()]
     return sum(int(line.split()[1]) for line in lines if line.startswith("voluntary_ctxt_switches"))
+
+
+async def waiting(effort: Effort, say: Say) -> list[Row]:
+    """What a one-row call takes in memory while it waits, its task included, beside many others of the same tensor."""
+    say(f"{WAITING:,} calls that wait")
+    once = Effort(effort.seconds, 1, 1)  # it is a matter of which objects there are, the same each time
+    seen = await rounds(yardsticks(), once, _let_wait)
+    made = row("a waiting call", "kB", seen, lambda turn: turn.more["kB"], at_most(1.5, None), at_most(1, None))
+    made.p50, made.p99 = {}, {}
+    return [made]
+
+
+async def _let_wait(make: Callable[[], Contender]) -> Turn:
+    contender, x = make(), torch.zeros(1, FEATURES)
+    await contender.start(1, 1.0, 1)
+    tasks: list[asyncio.Future[torch.Tensor]] = []
+    try:
+        for calls in (100, WAITING):  # the first are on their way to the core, or make what is made once
+            gc.collect()
+            tracemalloc.start()
+            tasks += [asyncio.ensure_future(contender.call(x)) for _ in range(calls)]
+            await asyncio.sleep(0.05)
+            gc.collect()
+            size, _ = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+        await contender.stop()
+    return Turn(more={"kB": size / WAITING / 1e3})
 
 
 async def lag(effort: Effort, say: Say) -> list[Row]:

@@ -71,6 +71,11 @@ class Row:
         seen = self.against(bound)
         return bound.met(median(seen)) if seen else None
 
+    def ahead_of(self, package: str) -> bool | None:
+        """Whether aneuron's value is the better one, or as good; None where either is missing."""
+        bound = self.must or self.goal
+        return None if bound is None else self.kept(Bound(1.0, package, bound.at_least))
+
     def add_best_peer(self, at_least: bool = False) -> None:
         """The best peer of each repetition becomes a contender."""
         peers = [self.values[name] for name in PEERS if name in self.values]
@@ -90,6 +95,13 @@ class Row:
         must, goal = (Bound(**data[name]) if data[name] else None for name in ("must", "goal"))
         rest = (data[name] for name in ("values", "p50", "p99", "fails"))
         return cls(data["name"], data["unit"], must, goal, *rest)
+
+
+def as_python(row: Row) -> None:
+    """Hold it to what the core must gain on the build before without being compiled, where both run as Python."""
+    if row.must is not None and "before" in row.values:
+        more = row.must.at_least
+        row.must, row.goal = (Bound(gain if more else 1 / gain, "before", more) for gain in (1.25, 1.5))
 
 
 def row(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from statistics import median
 
+from benchmarks.contenders import PACKAGES
 from benchmarks.rows import Bound, Row
 
 COLUMNS = {
@@ -10,6 +11,7 @@ COLUMNS = {
     "floor": "floor",
     "fair floor": "fair",
     "aneuron": "aneuron",
+    "threads": "threads",
     "before": "before",
     "batched": "batched",
     "async-batcher": "async-b",
@@ -52,7 +54,20 @@ def table(rows: Sequence[Row]) -> str:
     against = [f"{row.name}, {row.unit}: {_against_before(row)}" for row in rows if "before" in row.values]
     if against:
         against = ["", "aneuron's value divided by that of the build before, median and range:", *against]
-    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], *[""] * bool(notes), *notes, *against])
+    packages = [line for package in PACKAGES if (line := _beside(package, rows))]
+    notes = [*[""] * bool(notes), *notes, *[""] * bool(packages), *packages, *against]
+    return "\n".join([text[0], "-" * max(map(len, text)), *text[1:], *notes])
+
+
+def _beside(package: str, rows: Sequence[Row]) -> str:
+    """In how many of the rows that both have aneuron is ahead, and where it is not."""
+    seen = [(row, ahead) for row in rows if (ahead := row.ahead_of(package)) is not None]
+    behind = ", ".join(f"{row.name} ({row.unit})" for row, ahead in seen if not ahead)
+    if not seen:
+        return ""
+    return (
+        f"ahead of {package} in {sum(ahead for _, ahead in seen)} of {len(seen)} rows{behind and f'; not in {behind}'}"
+    )
 
 
 def _against_before(row: Row) -> str:
@@ -120,7 +135,7 @@ def _bound(bound: Bound, named: bool = True) -> str:
     if bound.difference:
         size = f"{bound.limit:+g}"
     else:
-        size = f"{bound.limit * 100:g}%" if bound.at_least else f"{bound.limit:g}x"
+        size = f"{bound.limit * 100:.4g}%" if bound.at_least else f"{bound.limit:.3g}x"
     return f"{sign}{size} {SHORT.get(bound.of, bound.of)}" if named else f"{sign}{size}"
 
 

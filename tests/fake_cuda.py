@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections import namedtuple
 
+import doubles.compiled  # noqa: F401  # it keeps the real torch.jit.load, which is patched here
 import torch
 from torch.overrides import TorchFunctionMode
 

@@ -4,6 +4,7 @@ import asyncio
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,8 @@ import aneuron
 ROOT = Path(__file__).parents[1]
 MODULES = (
     "arrivals",
+    "before",
+    "bulk",
     "contenders",
     "floors",
     "loadgen",
@@ -29,6 +32,7 @@ MODULES = (
     "timing",
 )
 PACKAGES = {"batched": "batched", "async-batcher": "async_batcher"}
+WITHOUT_THREADS = {"aneuron, inline": {"inline": True}, "aneuron, submit": {"submits": True}}
 
 
 @pytest.fixture
@@ -44,6 +48,9 @@ def quick(benchmarks, monkeypatch):
         monkeypatch.setattr(module, "SERVICE", 0.001)
     for module in (benchmarks.loops, benchmarks.arrivals, benchmarks.quiet):
         monkeypatch.setattr(module, "everybody", benchmarks.contenders.yardsticks)
+    monkeypatch.setattr(benchmarks.quiet, "WAITING", 200)
+    for module in (benchmarks.loops, benchmarks.bulk):
+        monkeypatch.setattr(module, "MANY", (3, 5))
     for module in (benchmarks.timing, benchmarks.arrivals, benchmarks.loadgen):
         monkeypatch.setattr(module, "sleep_length", lambda seconds: seconds)
     monkeypatch.setattr(benchmarks.loops, "LARGE", 24)
@@ -54,15 +61,38 @@ def quick(benchmarks, monkeypatch):
 
 
 async def test_every_row_of_the_budget_comes_out(benchmarks, quick):
-    loops, arrivals, quiet, said = benchmarks.loops, benchmarks.arrivals, benchmarks.quiet, []
+    loops, bulk, arrivals, quiet = (getattr(benchmarks, name) for name in ("loops", "bulk", "arrivals", "quiet"))
+    said = []
     rows = []
-    for group in (loops.w1, loops.w2, loops.w3, arrivals.w1b, arrivals.many, arrivals.overload, quiet.idle):
+    for group in (
+        loops.w1,
+        loops.w2,
+        loops.w3,
+        arrivals.w1b,
+        arrivals.many,
+        arrivals.overload,
+        quiet.idle,
+        quiet.waiting,
+    ):
         rows += await group(quick, said.append)
-    for group in (loops.w4, loops.w5):
+    for group in (loops.w4, loops.w5, bulk.bulk, bulk.threadless):
         rows += await group(quick, said.append, "free")
     names = [(row.name, row.unit) for row in rows]
     assert len(set(names)) == len(names)
-    families = ("W1 ", "W1b ", "W2 ", "W3 ", "256 beside", "W4 ", "W5 ", "24 cores", "overload", "idle")
+    families = (
+        "W1 ",
+        "W1b ",
+        "W2 ",
+        "W3 ",
+        "256 beside",
+        "W4 ",
+        "W5 ",
+        "24 cores",
+        "overload",
+        "idle",
+        "a waiting",
+        "bulk ",
+    )
     assert all(any(name.startswith(family) for name, _ in names) for family in families)
     text = benchmarks.table.table(rows)
     for row in rows:
@@ -131,14 +161,39 @@ def test_only_a_whole_run_writes_where_results_are_kept(benchmarks):
     assert main.arguments(["--quick", "--results", "here"]).results == Path("here")
 
 
+def test_the_other_build_is_beside_this_one_under_a_name_of_its_own(benchmarks, tmp_path, monkeypatch):
+    before = benchmarks.before
+    monkeypatch.setattr(before, "BUILDS", tmp_path)
+    folder = before.renamed(ROOT / "aneuron")
+    assert before.renamed(ROOT / "aneuron") == folder, "made once for the same sources"
+    code = f"""
+import sys
+import aneuron, {before.NAME} as other
+assert other.Pool is not aneuron.Pool
+assert other.AsyncDataParallel(len).pool.__class__ is other.Pool
+assert other._native.modules({{"sched/call.py": ""}}) == {{"{before.NAME}.sched.call": "sched/call.py"}}
+mixed = [name for name, module in sys.modules.items() if name.startswith("{before.NAME}") and any(
+    str(getattr(value, "__module__", "")).startswith("aneuron.") for value in vars(module).values())]
+print(mixed)
+"""
+    environment = {"PYTHONPATH": os.pathsep.join((str(folder), str(ROOT))), "ANEURON_PURE": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
 # Contenders.
 
 
-@pytest.mark.parametrize("name", ["floor", "fair floor", "aneuron", "batched", "async-batcher", "original"])
+@pytest.mark.parametrize(
+    "name", ["floor", "fair floor", "aneuron", *WITHOUT_THREADS, "batched", "async-batcher", "original"]
+)
 async def test_contenders_answer_small_and_large_calls(benchmarks, name):
     if name in PACKAGES:
         pytest.importorskip(PACKAGES[name])
-    contender = benchmarks.contenders.everybody()[name]()
+    if name in WITHOUT_THREADS:
+        contender = benchmarks.contenders.without_threads(WITHOUT_THREADS[name])["aneuron"]()
+    else:
+        contender = benchmarks.contenders.everybody()[name]()
     await contender.start(2, 0.0, 8)
     large, small = torch.rand(37, 16), torch.rand(1, 16)
     answers = await asyncio.gather(*map(contender.call, (large, small, large)))
@@ -150,6 +205,45 @@ async def test_contenders_answer_small_and_large_calls(benchmarks, name):
         await asyncio.sleep(0.01)
     assert contender.executed() == 75
     await contender.stop()
+
+
+@pytest.mark.parametrize(("device", "expected"), [
+    (None, (False, False)), ({"inline": True}, (False, True)), ({"submits": True}, (True, False)),
+])  # fmt: skip
+async def test_aneurons_cores_are_executed_in_threads_unless_the_row_is_about_others(benchmarks, device, expected):
+    contenders = benchmarks.contenders
+    made = contenders.yardsticks() if device is None else contenders.without_threads(device)
+    for name, (submits, inline) in {"aneuron": expected, "threads": (False, False)}.items():
+        if name in made:
+            contender = made[name]()
+            await contender.start(1, 0.0, 8)
+            backend = contender.call.pool.backend
+            assert (backend.submits, backend.inline) == (submits, inline)
+            await contender.stop()
+
+
+async def test_a_build_before_that_knows_threads_only_takes_part(benchmarks):
+    class Backend(aneuron.SimulatedBackend):
+        def __init__(self, cores=4, service_time=0.005):
+            super().__init__(cores, service_time)
+
+    package = SimpleNamespace(SimulatedBackend=Backend, AsyncDataParallel=aneuron.AsyncDataParallel)
+    contender = benchmarks.contenders.Aneuron(package, {"submits": True})
+    await contender.start(1, 0.0, 8)
+    assert torch.equal(await contender.call(torch.ones(1, 16)), torch.full((1, 16), 3.0))
+    await contender.stop()
+
+
+@pytest.mark.parametrize("name", ["floor", "aneuron"])
+async def test_a_map_is_in_order_checked_and_over_when_the_turn_is(benchmarks, monkeypatch, name):
+    contender = benchmarks.contenders.yardsticks()[name]()
+    await contender.start(2, 0.0, 8)
+    turn = await benchmarks.bulk._mapping(2, 0.005)(contender)
+    assert turn.executed_per_second > 0
+    with pytest.raises(benchmarks.timing.WrongAnswer):
+        await benchmarks.bulk._mapping(2, 60.0)(SimpleNamespace(call=slightly_off, executed=lambda: 0))
+    await contender.stop()
+    assert len(asyncio.all_tasks()) == 1
 
 
 async def test_the_floors_report_errors_and_let_their_threads_go(benchmarks):
@@ -375,6 +469,35 @@ def test_the_arithmetic_of_bounds(benchmarks, make, limit, of, kept, missed):
     assert row.kept(row.must) is True
     row.values["aneuron"] = [missed]
     assert row.kept(row.must) is False
+
+
+def test_who_is_ahead_of_a_package_is_told(benchmarks):
+    rows = benchmarks.rows
+    fast = rows.Row("W4", "rows/s", rows.at_least(0.6, "fair floor"))
+    fast.values = {"aneuron": [9.0, 10.0, 11.0], "batched": [10.0, 10.0, 10.0], "async-batcher": [11.0, 11.0, 11.0]}
+    cheap = rows.Row("W1", "us/row", None, rows.above(1.0, "floor"))
+    cheap.values = {"aneuron": [1.0], "batched": [2.0]}
+    assert [fast.ahead_of("batched"), fast.ahead_of("async-batcher")] == [True, False]
+    assert [cheap.ahead_of("batched"), cheap.ahead_of("async-batcher")] == [True, None]
+    text = benchmarks.table.table([fast, cheap])
+    assert "ahead of batched in 2 of 2 rows" in text.splitlines()
+    assert "ahead of async-batcher in 0 of 1 rows; not in W4 (rows/s)" in text.splitlines()
+    fast.fails["aneuron"] = "TimeoutError"
+    assert fast.ahead_of("batched") is False
+
+
+def test_as_python_a_row_is_held_to_what_it_gains_on_the_build_before(benchmarks):
+    rows = benchmarks.rows
+    more, less = rows.Row("W4", "rows/s", rows.at_least(0.8)), rows.Row("W4", "us", rows.at_most(1.2))
+    for row, values in ((more, [13.0]), (less, [7.9])):
+        rows.as_python(row)
+        assert row.must.of == "floor", "there is no build before"
+        row.values = {"aneuron": values, "before": [10.0]}
+        rows.as_python(row)
+        assert row.kept(row.must) is True
+        assert row.kept(row.goal) is False
+    more.values["aneuron"], less.values["aneuron"] = [12.4], [8.1]
+    assert more.kept(more.must) is less.kept(less.must) is False
 
 
 def test_the_best_peer_is_chosen_in_each_repetition(benchmarks):

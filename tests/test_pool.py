@@ -991,7 +991,7 @@ def test_pickled_models_take_their_pool_along_together():
             assert copies[0]._pool is copies[1]._pool
             assert copies[0]._pool is not pool
             assert copies[0]._pool.given_num_workers == 3
-            assert copies[0]._fixed["weight"] == 2.0
+            assert copies[0]._given["weight"] == 2.0
             assert not copies[0].ready
             assert copy.copy(a)._pool is pool
             assert copy.deepcopy(a)._pool is not pool

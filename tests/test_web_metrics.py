@@ -20,7 +20,7 @@ from prometheus_client.openmetrics.exposition import generate_latest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from puppets import call, check_sum, release_all, row, scenario
 
-from aneuron import AsyncDataParallel, QueueFull
+from aneuron import AsyncDataParallel, Pool, QueueFull
 from aneuron.stats import CoreCounters, Counters, Histogram
 from aneuron.testing import PuppetBackend, run, settle
 from aneuron.web.metrics import Collector
@@ -50,6 +50,9 @@ NAMES = {
         for part in ("bucket", "count", "sum")
     },
 }
+
+# Those of models that share a pool, besides.
+OF_POOLS = {f"aneuron_pool_{name}" for name in ("weight", "inflight_batches", "queue_rows", "busy_seconds_total")}
 
 
 def page(**models):
@@ -203,6 +206,59 @@ async def test_models_stand_side_by_side():
         found = page(one=one, other=other)
         assert value(found, "requests_total", "one", outcome="completed") == 1
         assert value(found, "requests_total", "other", outcome="completed") == 0
+
+
+def of_pools(found):
+    return {(name, *sorted(dict(labels).items())) for name, labels in found if name.startswith("aneuron_pool")}
+
+
+@scenario
+async def test_models_that_share_a_pool_have_its_numbers_each_once():
+    pool = Pool(backend=PuppetBackend(1, service_time=0.05), num_workers=1)
+    one, other = (AsyncDataParallel(torch.neg, pool=pool, batch_size=4, weight=weight) for weight in (3.0, 1.0))
+    before = page(one=one, other=other)  # as many series as later
+    assert value(before, "pool_weight", "one", pool="one+other") == 3
+    assert value(before, "pool_busy_seconds_total", "other", pool="one+other") == 0
+    for _ in range(2):  # a counter goes on after a restart
+        async with one, other:
+            running = call(one, 0, rows=4)
+            await settle()
+            waiting = call(other, 1, rows=3)
+            await settle()
+            await asyncio.sleep(0.03)
+            found = page(one=one, other=other)
+            assert of_pools(found) == of_pools(before)
+            assert {name for name, *_ in of_pools(found)} == OF_POOLS
+            assert len(of_pools(found)) == 2 * len(OF_POOLS)
+            for name, model, weight, in_flight, rows in (("one", one, 3, 1, 0), ("other", other, 1, 0, 3)):
+                assert value(found, "pool_weight", name, pool="one+other") == weight
+                assert value(found, "pool_inflight_batches", name, pool="one+other") == in_flight
+                assert value(found, "pool_queue_rows", name, pool="one+other") == rows
+                busy = sum(core.busy_seconds for core in model.statistics().cores)
+                assert value(found, "pool_busy_seconds_total", name, pool="one+other") == busy
+            shares = pool.statistics().models
+            assert [(each.weight, each.in_flight, each.waiting_rows) for each in shares] == [(3, 1, 0), (1, 0, 3)]
+            await asyncio.gather(running, waiting)
+    assert value(page(one=one, other=other), "pool_busy_seconds_total", "one", pool="one+other") == pytest.approx(0.1)
+
+
+def test_pools_are_told_apart_and_a_model_with_one_of_its_own_has_nothing_of_them():
+    first, second = Pool(), Pool()
+    models = {
+        name: AsyncDataParallel(torch.neg, pool=pool) for name, pool in zip("abcd", (first, second) * 2, strict=True)
+    }
+    alone, only = AsyncDataParallel(torch.neg), AsyncDataParallel(torch.neg, pool=Pool())
+    found = of_pools(page(alone=alone, **models, only=only))
+    assert {dict(labels)["model"]: dict(labels)["pool"] for _, *labels in found} == {
+        **dict.fromkeys("ac", "a+c"),
+        **dict.fromkeys("bd", "b+d"),
+    }
+    registry = CollectorRegistry()
+    registry.register(Collector(alone=alone, only=only))
+    assert "pool" not in generate_latest(registry).decode()  # not so much as a title
+    guest = AsyncDataParallel(torch.neg, pool=alone.pool)
+    assert {dict(labels)["pool"] for _, *labels in of_pools(page(alone=alone))} == {"alone"}
+    assert guest.pool is alone.pool
 
 
 def a_model(statistics):

@@ -83,12 +83,45 @@ _HISTOGRAMS = (
 )
 
 
+# Of models that share a pool, by its name too; the type, the name, the text, the value.
+_OF_POOLS: Sequence[tuple[Any, str, str, Callable[[AsyncDataParallel, Statistics], float]]] = (
+    (
+        GaugeMetricFamily,
+        "aneuron_pool_weight",
+        "A model's share of the cores' time while others of its pool have rows waiting, beside their weights.",
+        lambda model, s: model.weight,
+    ),
+    (
+        GaugeMetricFamily,
+        "aneuron_pool_inflight_batches",
+        "Batches that the cores of the pool have of a model, begun or not.",
+        lambda model, s: sum(core.in_flight for core in s.cores),
+    ),
+    (
+        GaugeMetricFamily,
+        "aneuron_pool_queue_rows",
+        "Rows of a model that wait for the cores of the pool.",
+        lambda model, s: s.waiting_rows,
+    ),
+    (
+        CounterMetricFamily,
+        "aneuron_pool_busy_seconds",
+        "Time in which the cores of the pool executed a model.",
+        lambda model, s: sum(core.busy_seconds for core in s.cores),
+    ),
+)
+
+
 class Collector(_Collector):
     """The statistics of models, for a registry of prometheus-client; one collector for all models of a registry.
 
     Every sample has the labels `model`, the name given here, and `pid`: a process tells of its own calls only. Where
     several workers share a port, each scrape meets one of them; give each a port of its own for metrics
     (`prometheus_client.start_http_server`). prometheus-client's multi-process mode does not know collectors.
+
+    Models that share a pool have `aneuron_pool_*` besides, with the label `pool`: the names of its models that are
+    given here, in order, as "encoder+reranker". Who has which part of its cores: `sum by (pool, model)
+    (rate(aneuron_pool_busy_seconds_total[1m]))`, to be compared with `aneuron_pool_weight`.
 
     Calls pay nothing for it: a scrape reads one snapshot of each model, from whichever thread. Models need not be
     started.
@@ -127,6 +160,18 @@ class Collector(_Collector):
                 bounds = [*(str(float(bound)) for bound in histogram.bounds), "+Inf"]
                 family.add_metric(common, list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.sum)
             yield family
+        pools = self._pools()
+        for kind, title, says, number in _OF_POOLS if pools else ():
+            family = kind(title, says, labels=(*_COMMON, "pool"), unit=_unit(title))
+            for (name, _), statistics in snapshots.items():
+                if name in pools:
+                    family.add_metric((name, pid, pools[name]), number(self._models[name], statistics))
+            yield family
+
+    def _pools(self) -> dict[str, str]:
+        """The name of the pool of each model that shares one, now: others may come to a model's own."""
+        shared = {name: model.pool for name, model in self._models.items() if len(model.pool.models) > 1}
+        return {name: "+".join(other for other, its in shared.items() if its is pool) for name, pool in shared.items()}
 
 
 def _unit(title: str) -> str:

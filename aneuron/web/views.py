@@ -64,7 +64,7 @@ class RequestView(View):
 
     async def timed(self, *inputs: Any, **kwargs: Any) -> tuple[Any, Timing]:
         """The same, and how the call was run."""
-        result, timing = await self._model._timed(inputs, kwargs, self._terms, self._limit())
+        result, timing = await super().timed(*inputs, **kwargs)
         if self._timings is not None and len(self._timings) < _NOTED:
             self._timings.append((self._name, timing))
         return result, timing
