@@ -219,7 +219,8 @@ class Schedule:
         self.at = self.guests[0]
         # What is bound to a concurrent core waits behind whatever that executes, and this is released in any order:
         # turns are told where batches begin. That they are kept where batches are bound, test_fairness.py tells.
-        self.backend.turns = Turns(self.at.model) if plain and not (self.backend._concurrent or self.backend.submits) else None
+        told = plain and not self.backend._concurrent and not self.backend.submits
+        self.backend.turns = Turns(self.at.model) if told else None
         self.sick = pick.random() < 0.3
         for guest in self.guests:
             guest.callers = Callers(pick, guest.model, self.backend.turns)
