@@ -329,15 +329,22 @@ class AsyncDataParallel:
         loaded go on cutting, and a warning says so.
         """
         run = self._life.run
-        if run is not None:
-            if self._settings.packing and not run.rules.packing:
-                warnings.warn(
-                    "the cores go on cutting batches, since it is not known how many rows the model was compiled for; "
-                    "call disable_dynamic_batching() before start(), or pass batch_size=",
-                    stacklevel=2,
-                )
-            run.change(packing=False)
+        if run is not None and self._settings.packing and not run.rules.packing:
+            warnings.warn(
+                "the cores go on cutting batches, since it is not known how many rows the model was compiled for; "
+                "call disable_dynamic_batching() before start(), or pass batch_size=",
+                stacklevel=2,
+            )
         self._settings.packing = False
+        self._follow()
+
+    def _follow(self) -> None:
+        """Serve with the settings as they are now. First they are set, then it is looked who serves: either whoever
+        sets them finds the run, or who starts it finds them.
+        """
+        run = self._life.run
+        if run is not None:
+            run.follow(self._settings)
 
     @property
     def pool(self) -> Pool:
@@ -366,8 +373,7 @@ class AsyncDataParallel:
     @split_size.setter
     def split_size(self, value: int | None) -> None:
         self._settings.split_size = count("split_size", value)
-        if self._life.run is not None:
-            self._life.run.change(split_size=value)
+        self._follow()
 
     @property
     def max_pending(self) -> int | None:
@@ -377,8 +383,7 @@ class AsyncDataParallel:
     @max_pending.setter
     def max_pending(self, value: int | None) -> None:
         self._settings.max_pending = count("max_pending", value)
-        if self._life.run is not None:
-            self._life.run.change(max_pending=value)
+        self._follow()
 
     @property
     def ready(self) -> bool:

@@ -11,13 +11,13 @@ them, not before, and the way round by the loop is saved.
 import asyncio
 import logging
 import os
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
+from threading import get_ident
 from typing import Any, Protocol, TypeVar
 
 from aneuron.backends import Backend
@@ -28,6 +28,7 @@ from aneuron.engine.failures import text
 from aneuron.engine.lane import TICK, Lane
 from aneuron.engine.loading import Loaded
 from aneuron.engine.threads import Workers
+from aneuron.ownership import Owned, adopt, lock
 from aneuron.sched.call import Call
 from aneuron.sched.filling import Batch
 from aneuron.sched.scheduler import Scheduler
@@ -87,11 +88,17 @@ class Served(Protocol):
 class Dispatcher:
     """The lanes of a pool, from its start to its close."""
 
+    owned = Owned(
+        loop=("runs", "num_workers", "held", "coming", "_scheduled", "_timer"),
+        set_by_loop=("slots", "stopped", "forked", "thread"),
+        free=("_posted",),  # see `_deliver`
+    )
+
     def __init__(
         self, backend: Backend, traits: Traits, core_ids: Sequence[int], num_workers: int | None, held: bool
     ) -> None:
         self.loop = asyncio.get_running_loop()
-        self.thread = threading.get_ident()  # the loop's; to ask for the running loop costs a system call
+        self.thread = get_ident()  # the loop's; to ask for the running loop costs a system call
         self.backend, self.traits = backend, traits
         self.core_ids = core_ids
         self.board = Board(len(core_ids))
@@ -108,6 +115,7 @@ class Dispatcher:
         self._posted = False  # a delivery is
         self.lanes = [self._new_lane(index) for index in range(len(core_ids))]
         self.clock = self.lanes[0].workers.clock
+        adopt(self.board.lock, self)
         _all.add(self)
 
     # Lanes.
@@ -285,6 +293,7 @@ class Dispatcher:
 
     def _deliver(self) -> None:
         self._posted = False  # before the queue is emptied: what is posted from here on posts again
+        self._done.rotate(0)  # where there is no GIL: takes the queue's own lock, which orders the two
         self.hand_out()
         if self.board.slots.staging and self.board.shares.has_work():
             self.dispatch_soon()
@@ -358,9 +367,10 @@ class Dispatcher:
 
     def join(self) -> None:
         """Wait for the threads to end, which have been told to and have nothing in hand."""
-        for lane, bound in zip(self.lanes, self.board.lanes, strict=True):
-            if not bound.in_flight:
-                lane.workers.join(1.0)
+        with self.board.lock:
+            idle = [lane for lane, bound in zip(self.lanes, self.board.lanes, strict=True) if not bound.in_flight]
+        for lane in idle:
+            lane.workers.join(1.0)
 
     def statistics(self) -> PoolStatistics:
         """The frozen snapshot of now, from any thread."""
@@ -378,7 +388,7 @@ class Dispatcher:
     def forget(self) -> None:
         """Be in a process that was forked: nothing here works any more, and nothing may wait."""
         self.forked, self.thread = True, 0
-        self.board.lock = threading.Lock()
+        self.board.lock = lock()
         for run in self.runs:
             run.forget(FORKED)
 

@@ -13,6 +13,7 @@ from aneuron.backends import Fault
 from aneuron.engine.board import Board
 from aneuron.engine.execution import Execution
 from aneuron.engine.threads import Workers
+from aneuron.ownership import Owned, adopt
 from aneuron.sched.filling import Batch
 from aneuron.stats import Recent
 
@@ -43,13 +44,15 @@ class Host(Protocol):
 class Lane:
     """A core's threads."""
 
+    owned = Owned(lock=("gone",), loop=("ended", "_slots", "_staging", "_concurrent"))
+
     def __init__(self, index: int, core_id: int, workers: Workers, board: Board, host: Host) -> None:
         self.index = index
         self.core_id = core_id
         self.workers = workers
         self.turn: AbstractContextManager[Any] = threading.Lock()  # to execute
-        self.gone = False  # guarded by the board's lock: its threads take nothing more
-        self.ended = 0.0  # when its last execution did, of whichever model; the loop's
+        self.gone = False  # its threads take nothing more
+        self.ended = 0.0  # when its last execution did, of whichever model
         self._board = board
         self._host = host
         self._clock: Callable[[], float] = workers.clock
@@ -57,6 +60,7 @@ class Lane:
         self._slots = 1
         self._staging = False  # whether a second thread prepares the next batch meanwhile
         self._concurrent = False
+        adopt(board.lock, self)
 
     # Worker threads.
 

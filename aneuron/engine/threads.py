@@ -89,13 +89,14 @@ class Workers(Executor):
         """Have `threads` threads at least."""
         if sys.is_finalizing():
             raise RuntimeError("the interpreter ends: it starts no threads")
-        while self._alive < threads and not self._stopping:
-            # A copy for each: two threads cannot be in one context.
-            run, name = self._context.copy().run, f"{self._name}/{self._alive + 1}"
-            thread = threading.Thread(target=run, args=(self._work,), name=name, daemon=True)
-            thread.start()  # may fail, and then nothing has changed
-            self._alive += 1
-            self._threads.append(thread)
+        with self._lock:  # others may be ending
+            while self._alive < threads and not self._stopping:
+                # A copy for each: two threads cannot be in one context.
+                run, name = self._context.copy().run, f"{self._name}/{self._alive + 1}"
+                thread = threading.Thread(target=run, args=(self._work,), name=name, daemon=True)
+                thread.start()  # may fail, and then nothing has changed
+                self._alive += 1
+                self._threads.append(thread)
 
     def wake(self, lane: Feed) -> None:
         """Have a thread serve the lane until there is nothing to do."""
