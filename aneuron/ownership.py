@@ -82,8 +82,8 @@ class Owned:
 
     lock: read and set with the board's lock. loop: read and set on the loop's thread. both: set there with the lock, so
     that either is enough for reading. set_with_lock, set_by_loop: read by anybody; what is read may be of a moment
-    before. free: no one's, as its class explains. parts: those that are adopted with it, where it stays one. via: the
-    path to an object that was adopted, from one that has no `__dict__`.
+    before. free: no one's, as its class explains. parts: what is adopted with it. via: the path to an object that was
+    adopted, from those that are too many to be.
     """
 
     def __init__(
@@ -108,12 +108,23 @@ class Owned:
         self.names = frozenset((*self.rules, *free))  # of all fields that change
         self.parts = parts
         self.via = via.split(".") if via else ()
+        self._checked: type | None = None
 
     def __set_name__(self, owner: type, name: str) -> None:
-        if CHECKED:
-            for field, (words, read, write) in self.rules.items():
-                setattr(owner, field, _Field(owner, field, words, read, write, self))
-            owner.__setattr__ = _setattr_of(owner, self)  # type: ignore[method-assign]
+        if CHECKED and self.via:
+            for field, check in self._checks(owner).items():
+                setattr(owner, field, check)
+
+    def checked(self, kind: type) -> type:
+        """The class of those that are looked after."""
+        if self._checked is None:
+            named = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+            self._checked = type(kind.__name__, (kind,), named | self._checks(kind))
+        return self._checked
+
+    def _checks(self, kind: type) -> dict[str, Any]:
+        fields = {name: _Field(kind, name, *rule, self) for name, rule in self.rules.items()}
+        return {**fields, "__setattr__": _setattr_of(kind, self)}
 
     def lock_of(self, owned: Any) -> _Lock | None:
         """The lock that an object was adopted by, if it was."""
@@ -181,6 +192,7 @@ def adopt(lock: Any, *objects: Any) -> None:
             if (owned := getattr(each, "owned", None)) is not None:
                 adopt(lock, *[getattr(each, name) for name in owned.parts])
                 each.__dict__["_adopted_by"] = lock
+                each.__class__ = owned.checked(type(each))
 
 
 def _forget_all() -> None:

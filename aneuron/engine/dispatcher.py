@@ -337,6 +337,7 @@ class Dispatcher:
         self.runs.append(run)
         with self.board.lock:
             self.board.shares.add(run.scheduler, weight, run.counters)
+            adopt(self.board.lock, *self.board.shares.shares)
 
     def remove(self, run: Served) -> None:
         """A model has left."""

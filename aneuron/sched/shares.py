@@ -36,8 +36,7 @@ class Decision:
 class Account:
     """What one model has had. Two of its schedulers share one while a swap goes on."""
 
-    __slots__ = ("busy", "model", "tag", "turn", "weight")
-    owned = Owned(lock=("tag", "turn", "busy"), via="model")
+    owned = Owned(lock=("tag", "turn", "busy"))
 
     def __init__(self, model: object, weight: float) -> None:
         self.model = model
@@ -50,8 +49,7 @@ class Account:
 class Share:
     """A scheduler, and whose account its batches are charged to."""
 
-    __slots__ = ("account", "scheduler", "waits")
-    owned = Owned(lock=("waits",), via="scheduler")
+    owned = Owned(lock=("waits",), parts=("account",))
 
     def __init__(self, scheduler: Scheduler, account: Account) -> None:
         self.scheduler = scheduler
