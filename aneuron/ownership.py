@@ -192,7 +192,7 @@ def adopt(lock: Any, *objects: Any) -> None:
             if (owned := getattr(each, "owned", None)) is not None:
                 adopt(lock, *[getattr(each, name) for name in owned.parts])
                 each.__dict__["_adopted_by"] = lock
-                each.__class__ = owned.checked(type(each))
+                object.__setattr__(each, "__class__", owned.checked(type(each)))
 
 
 def _forget_all() -> None:
