@@ -102,9 +102,13 @@ async def test_num_workers_that_is_set_at_the_moment_of_a_start_counts():
     backend = Setting()
     pool = Pool(backend=backend)
     model = AsyncDataParallel(torch.neg, pool=pool)
-    backend.set = lambda number: setattr(pool, "num_workers", number)
+
+    def before_it_is_there(number):
+        if pool._dispatcher is None:
+            pool.num_workers = number
+
+    backend.set = before_it_is_there
     await model.start()
-    backend.set = lambda number: None
     await settle()
     assert sum(pool.statistics().slots) == pool.num_workers > 3
     await model.aclose()
