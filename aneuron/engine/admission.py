@@ -138,10 +138,13 @@ class Admission:
 
     def _find_room(self, call: Call) -> bool:
         """Find room for a call, or raise `QueueFull`. False if it is of a map, and is to wait for room outside."""
-        room, guest = self._has_room(call.rows, call.bucket), call.terms is not None and call.terms.yields
-        with self._board.lock:
-            if room and not guest and self._scheduler.is_plain(call.rows):
+        scheduler, guest = self._scheduler, call.terms is not None and call.terms.yields
+        with self._board.lock:  # once, for nearly all calls
+            scheduler.flush()
+            if not guest and not scheduler.excess(call.rows, call.bucket) and scheduler.is_plain(call.rows):
                 return True
+        self._has_room(call.rows, call.bucket)  # or there is, once idle cores have taken what they can
+        with self._board.lock:
             if guest:
                 return self._scheduler.has_room(call)
             gone = self._scheduler.make_room(call, self._clock())
