@@ -11,7 +11,9 @@ BUILD := hatchling editables cython setuptools
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip --disable-pip-version-check install $(addprefix --constraint ,$(CONSTRAINTS))
+# Python compiles a module where it is first imported; pip would compile all of them, one after the other, and most of
+# torch is never imported.
+PIP := $(RUN) -m pip --disable-pip-version-check install --no-compile $(addprefix --constraint ,$(CONSTRAINTS))
 # Not README.md, which ruff would format too: its programs are set for reading.
 SOURCES := aneuron benchmarks examples tests
 
