@@ -61,7 +61,8 @@ pytestmark = pytest.mark.xdist_group("native")  # one worker makes the wheel
 def run(folder, *arguments, **changes):
     """Run Python in a folder, from which it imports first."""
     dropped = ("ANEURON_PURE", "PYTHONPATH", "CC")
-    environment = {**{key: value for key, value in os.environ.items() if key not in dropped}, **changes}
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    environment = {**kept, "CFLAGS": "-O0 -g0", **changes}  # what is compiled here need not be fast
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 

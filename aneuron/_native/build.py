@@ -34,7 +34,7 @@ DIRECTIVES = {"language_level": 3, "binding": True, "freethreading_compatible": 
 # Compiled, a .py means what it says in Python: annotations are for readers, types of C stand in the .pxd alone; an
 # attribute of None, and a whole number beyond 64 bits, raise instead of reading what is no object, and wrapping round.
 AS_PYTHON = {"annotation_typing": False, "nonecheck": True, "overflowcheck": True}
-FLAGS = [] if sys.platform == "win32" else ["-O2", "-g0"]
+FLAGS = os.environ.get("CFLAGS", "" if sys.platform == "win32" else "-O2 -g0").split()
 
 
 def _load_sources() -> Any:
@@ -113,7 +113,7 @@ def _keys(found: dict[str, str]) -> dict[str, str]:
         compiler = version("cython")
     except PackageNotFoundError:
         compiler = ""
-    parts = [compiler, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()]
+    parts = [compiler, *FLAGS, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()]
     words = {path: set(re.findall(r"\w+", PACKAGE.joinpath(path).read_text())) for path in found if path[-1] != "y"}
     keys = {}
     for name, source in sources.modules(found).items():
