@@ -38,6 +38,8 @@ demo: $(VENV)/.demo
 	@echo '  Use this environment   . $(VENV)/bin/activate'
 
 # All tests on the compiled core, then those of the core as Python; all as Python where nothing could be compiled.
+# Two processes share the CPUs: what waits for another thread of an operation leaves its CPU to the other process.
+test: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.test $(VENV)/.tools compiled
 	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
 	@if $(RUN) -c 'from aneuron import _native; raise SystemExit(bool(_native.why_pure))'; then set -x; \

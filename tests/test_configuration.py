@@ -6,7 +6,6 @@ import inspect
 import logging
 import pickle
 import sys
-import sys
 import threading
 import warnings
 
