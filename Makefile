@@ -11,8 +11,9 @@ BUILD := hatchling editables cython setuptools
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-# Python compiles a module where it is first imported; pip would compile all of them, one after the other, and most of
-# torch is never imported.
+# Python compiles a module when it is first imported, and keeps that, whatever the shell says; pip would compile all of
+# them, one after the other, and most of torch is never imported.
+unexport PYTHONDONTWRITEBYTECODE
 PIP := $(RUN) -m pip --disable-pip-version-check install --no-compile $(addprefix --constraint ,$(CONSTRAINTS))
 # Not README.md, which ruff would format too: its programs are set for reading.
 SOURCES := aneuron benchmarks examples tests
