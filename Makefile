@@ -11,7 +11,10 @@ BUILD := hatchling editables cython setuptools
 
 VENV := .venv
 RUN := $(VENV)/bin/python
-PIP := $(RUN) -m pip --disable-pip-version-check install $(addprefix --constraint ,$(CONSTRAINTS))
+# Python compiles a module when it is first imported, and keeps that, whatever the shell says; pip would compile all of
+# them, one after the other, and most of torch is never imported.
+unexport PYTHONDONTWRITEBYTECODE
+PIP := $(RUN) -m pip --disable-pip-version-check install --no-compile $(addprefix --constraint ,$(CONSTRAINTS))
 # Not README.md, which ruff would format too: its programs are set for reading.
 SOURCES := aneuron benchmarks examples tests
 
@@ -36,6 +39,8 @@ demo: $(VENV)/.demo
 	@echo '  Use this environment   . $(VENV)/bin/activate'
 
 # All tests on the compiled core, then those of the core as Python; all as Python where nothing could be compiled.
+# Two processes share the CPUs: what waits for another thread of an operation leaves its CPU to the other process.
+test: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.test $(VENV)/.tools compiled
 	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
 	@if $(RUN) -c 'from aneuron import _native; raise SystemExit(bool(_native.why_pure))'; then set -x; \

@@ -77,11 +77,14 @@ class Lifecycle:
         return run.recovery.in_service >= (self.settings.min_cores or 1)
 
     def change(self, **settings: Any) -> None:
-        """Serve with other settings from now on, by their names; checked."""
+        """Serve with other settings from now on, by their names; checked. First they are set, then it is looked who
+        serves: either whoever sets them finds the run, or who starts it finds them.
+        """
         for name, value in settings.items():
             setattr(self.settings, name, value)
-        if self.run is not None:
-            self.run.change(**settings)
+        run = self.run
+        if run is not None:
+            run.follow(self.settings)
 
     # Starting.
 
@@ -227,16 +230,13 @@ class Lifecycle:
 
     def _serve(self, run: Run, program: Program) -> None:
         """Serve with a run that is loaded, from the next call on."""
-        settings = self.settings
         try:
-            packing = run.rules.packing and settings.packing
-            # As set while it loaded.
-            run.change(split_size=settings.split_size, max_pending=settings.max_pending, packing=packing)
             run.serve()
         except BaseException:  # no threads to be had
             run.stop()
             raise
         self.program, self.run = program, run
+        run.follow(self.settings)  # what was set while it loaded; who changes them from now on has it follow them, too
 
     def _say_started(self, what: str, run: Run, began: float) -> None:
         """One line for the log, and one for the first model if the core is not compiled."""

@@ -137,7 +137,12 @@ class Pool:
         self._num_workers = count("num_workers", value)
         dispatcher = self._dispatcher
         if dispatcher is not None and not dispatcher.stopped:
-            dispatcher.call_loop(lambda: dispatcher.resize(value))
+            dispatcher.call_loop(self._resize)  # to what is set by then
+
+    def _resize(self) -> None:
+        dispatcher, num_workers = self._dispatcher, self._num_workers
+        if dispatcher is not None and num_workers is not None and num_workers != dispatcher.num_workers:
+            dispatcher.resize(num_workers)
 
     def statistics(self) -> PoolStatistics:
         """A frozen snapshot of what the cores do, by model. From any thread."""
@@ -171,6 +176,7 @@ class Pool:
                 make = getattr(self.chosen, "workers", None)
                 backend, traits, ids = await in_a_thread(lambda: self._look_for_cores(list(given)), make)
                 dispatcher = self._dispatcher = Dispatcher(backend, traits, ids, self._num_workers, self._held)
+                self._resize()  # whoever has changed it meanwhile has seen none
             return dispatcher
 
     def _look_for_cores(self, given: list[Any]) -> tuple[Backend, Traits, list[int]]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from operator import add
 from types import MappingProxyType
 
+from aneuron.ownership import Owned
+
 SECONDS = tuple(step * 10.0**power for power in range(-5, 2) for step in (1.0, 2.5, 5.0))
 ROWS = tuple(2**power for power in range(13))
 MANY = 256  # observations that are sorted in at once
@@ -205,7 +207,12 @@ class Recent:
         return now - self.at > FORGET and now - self.at > FORGET + self.median
 
     def _sort(self) -> tuple[float, float]:
-        ordered = sorted(self._ring)
+        while True:
+            try:
+                ordered = sorted(self._ring)
+                break
+            except RuntimeError:  # where there is no GIL: one was added meanwhile
+                continue
         count = len(ordered)
         self._seen = ordered[count // 2], ordered[-1 - max(count > 3, count // 16)]
         return self._seen
@@ -240,11 +247,13 @@ class ServiceTimes:
 
     def medians(self) -> dict[tuple[int, int], float]:
         """Seconds by shape. On any thread."""
-        return {shape: recent.median for shape, recent in list(self.shapes.items())}
+        return {shape: recent.median for shape, recent in self.shapes.copy().items()}
 
 
 class CoreCounters:
     """The running numbers of one core."""
+
+    owned = Owned(loop=("owner",), set_by_loop=("state", "times", "errors", "_executed"))
 
     def __init__(self, core_id: int, global_id: int | None) -> None:
         self.core_id = core_id
@@ -272,7 +281,9 @@ class CoreCounters:
 
 
 class Counters:
-    """All the running numbers of one model; they outlive its restarts. Touched on the loop thread."""
+    """All the running numbers of one model; they outlive its restarts, and anybody may take a snapshot."""
+
+    owned = Owned(loop=("_drained",), set_by_loop=("accepted", "completed", "failed", "cancelled", "refused"))
 
     def __init__(self) -> None:
         self.accepted = self.completed = self.failed = self.cancelled = self.refused = 0
@@ -322,8 +333,8 @@ class Counters:
         return Statistics(
             calls,
             waiting_rows,
-            tuple(  # of a list: a start may add some
-                core.snapshot(in_flight.get(core.core_id, 0)) for core in list(self.cores.values())
+            tuple(  # of a copy: a start may add some
+                core.snapshot(in_flight.get(core.core_id, 0)) for core in self.cores.copy().values()
             ),
             MappingProxyType(dict(self.closed_because)),
             self.batch_rows.snapshot(),

@@ -31,7 +31,7 @@ from aneuron.backends import Backend, Core, Fault, PolledCore, SubmittingCore
 from aneuron.backends.traits import traits_of
 from aneuron.engine.execution import Execution
 from aneuron.engine.failures import carried
-from aneuron.engine.threads import Feed, following, is_mine
+from aneuron.engine.threads import Feed, following
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -174,16 +174,16 @@ class PuppetWorkers:
     def _go_on(self) -> None:
         while self.current is None and self._wakes:
             self._lane = self._wakes.popleft()
-            self._begin(following(self._lane, None, self.clock))
+            self._begin(*following(self._lane, None, self.clock))
         if self.current is None and self._stopping and self._last_words is not None:
             last_words, self._last_words = self._last_words, None
             last_words()
 
-    def _begin(self, execution: Execution | None) -> None:
+    def _begin(self, execution: Execution | None, parked: bool) -> None:
         """Begin with an execution, or with the next that there is something to execute of."""
         assert self._lane is not None
         while execution is not None:
-            mine = is_mine(self._lane, execution)
+            mine = not parked or self._lane.claim(execution)
             if mine and execution.begin(self.clock):
                 self.current = execution
                 if isinstance(execution.core, PuppetCore):
@@ -193,7 +193,7 @@ class PuppetWorkers:
                         self._service_time(execution.size or execution.rows), self.advance
                     )
                 return
-            execution = following(self._lane, execution if mine else None, self.clock)
+            execution, parked = following(self._lane, execution if mine else None, self.clock)
 
     def advance(self) -> None:
         """Execute the batch that has begun, and begin the next."""
@@ -202,8 +202,8 @@ class PuppetWorkers:
         assert self._lane is not None
         with torch.no_grad():
             execution.execute(self.clock)
-            following_one = following(self._lane, execution, self.clock)
-        self._begin(following_one)
+            execution, parked = following(self._lane, execution, self.clock)
+        self._begin(execution, parked)
         self._go_on()
 
     def stop(self, last_words: Callable[[], None] | None = None) -> None:

@@ -1,5 +1,6 @@
 """What every test is held to: it draws the same numbers wherever and after whatever it runs, and its threads end."""
 
+import os
 import random
 import threading
 
@@ -7,7 +8,10 @@ import hypothesis
 import pytest
 import torch
 
+os.environ["ANEURON_CHECK_OWNERS"] = "1"  # read at the first import: also by the processes that tests start
+
 import aneuron._native
+from aneuron import ownership
 
 hypothesis.settings.register_profile(
     "same", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
@@ -38,6 +42,14 @@ def pytest_report_header():
 @pytest.fixture(autouse=True)
 def the_same_numbers():
     seed()
+
+
+@pytest.fixture(autouse=True)
+def nobody_touches_what_is_not_his():
+    """Where the core runs as Python: an error in a thread, or behind another, may reach nobody else."""
+    yield
+    found, ownership.violations[:] = ownership.violations[:], []
+    assert not found, "\n".join(found)
 
 
 @pytest.fixture(autouse=True)

@@ -249,6 +249,16 @@ def check(statistics, runs=1):
     assert all(0 <= core.in_flight <= 2 * runs for core in statistics.cores)
 
 
+@pytest.fixture
+def threads_take_turns_often():
+    """Threads that wait for the interpreter get it at once, so that they meet the loop's in many places."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.mark.usefixtures("threads_take_turns_often")
 async def test_statistics_read_from_several_threads_are_possible():
     stop, errors = threading.Event(), []
 
@@ -278,6 +288,7 @@ async def test_statistics_read_from_several_threads_are_possible():
     assert model.statistics().calls.running == 0
 
 
+@pytest.mark.usefixtures("threads_take_turns_often")
 async def test_statistics_read_from_several_threads_are_possible_while_models_are_swapped():
     stop, errors = threading.Event(), []
 

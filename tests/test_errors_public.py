@@ -41,7 +41,7 @@ ERRORS = {
 
 # Design § 13: a file may import those above it.
 ORDER = [
-    "_native.sources", "_native", "errors", "names", "arguments", "sched", "sched.call", "sched.flows",
+    "_native.sources", "_native", "ownership", "errors", "names", "arguments", "sched", "sched.call", "sched.flows",
     "sched.fair_queue", "sched.room", "sched.filling", "sched.slots", "sched.batch_delay", "sched.sizes",
     "sched.scheduler", "sched.shares", "engine.health", "engine.failures", "tensors", "tensors.buckets",
     "tensors.marked", "tensors.nested", "tensors.quantized", "tensors.lengths", "tensors.copying",

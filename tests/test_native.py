@@ -61,7 +61,8 @@ pytestmark = pytest.mark.xdist_group("native")  # one worker makes the wheel
 def run(folder, *arguments, **changes):
     """Run Python in a folder, from which it imports first."""
     dropped = ("ANEURON_PURE", "PYTHONPATH", "CC")
-    environment = {**{key: value for key, value in os.environ.items() if key not in dropped}, **changes}
+    kept = {key: value for key, value in os.environ.items() if key not in dropped}
+    environment = {**kept, "CFLAGS": "-O0 -g0", **changes}  # what is compiled here need not be fast
     command = [sys.executable, *map(str, arguments)]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
@@ -270,6 +271,11 @@ def test_an_unfinished_build_is_not_used(tmp_path, text):
     chosen, why = choose(tmp_path, None)
     assert chosen == {}
     assert why.startswith("it was not compiled")
+
+
+def test_a_free_threaded_python_runs_the_source(monkeypatch):
+    monkeypatch.setattr("aneuron._native.FREE_THREADED", True)
+    assert choose(ROOT / "aneuron", None) == ({}, "this Python is free-threaded")
 
 
 # Compiling again.

@@ -1,7 +1,8 @@
 """Runs the core as compiled extensions, or as its Python source; decided once, before any of its modules is imported.
 
 Extensions are used if all of them were made from the sources that lie here now. Compiled and Python modules are never
-mixed: classes of different builds do not fit together. `ANEURON_PURE=1` runs the Python source.
+mixed: classes of different builds do not fit together. `ANEURON_PURE=1` runs the Python source. So does a free-threaded
+Python: attributes of compiled classes are bare pointers, which one thread may free while another reads them.
 
 Must not be here: how extensions are made (build.py), logging.
 """
@@ -16,13 +17,15 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-from aneuron._native.sources import FOLDER, MANIFEST, digests, extension, modules
+from aneuron._native.sources import FOLDER, FREE_THREADED, MANIFEST, digests, extension, modules
 
 
 def choose(package: Path, pure: str | None) -> tuple[dict[str, str], str | None]:
     """The extensions to use, by module; and why none is used, or None. `pure` is what ANEURON_PURE says."""
     if pure not in (None, "", "0"):
         return {}, f"ANEURON_PURE={pure}"
+    if FREE_THREADED:
+        return {}, "this Python is free-threaded"
     folder = package / FOLDER
     try:
         built = json.loads((folder / MANIFEST).read_text())

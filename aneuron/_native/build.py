@@ -30,11 +30,11 @@ except ImportError:  # run by hand
 
 PACKAGE = Path(__file__).resolve().parent.parent
 JOBS = 2  # compilers at a time
-DIRECTIVES = {"language_level": 3, "binding": True, "freethreading_compatible": True}
+DIRECTIVES = {"language_level": 3, "binding": True}
 # Compiled, a .py means what it says in Python: annotations are for readers, types of C stand in the .pxd alone; an
 # attribute of None, and a whole number beyond 64 bits, raise instead of reading what is no object, and wrapping round.
 AS_PYTHON = {"annotation_typing": False, "nonecheck": True, "overflowcheck": True}
-FLAGS = [] if sys.platform == "win32" else ["-O2", "-g0"]
+FLAGS = os.environ.get("CFLAGS", "" if sys.platform == "win32" else "-O2 -g0").split()
 
 
 def _load_sources() -> Any:
@@ -59,6 +59,8 @@ def build() -> str | None:
     pure = os.environ.get("ANEURON_PURE") or "0"
     if pure != "0":
         return f"ANEURON_PURE={pure}"
+    if sources.FREE_THREADED:
+        return _unless_required("it is not compiled:", ["this Python is free-threaded"])
     found = sources.digests(PACKAGE)
     names, keys = sources.modules(found), _keys(found)
     try:
@@ -113,7 +115,7 @@ def _keys(found: dict[str, str]) -> dict[str, str]:
         compiler = version("cython")
     except PackageNotFoundError:
         compiler = ""
-    parts = [compiler, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()]
+    parts = [compiler, *FLAGS, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()]
     words = {path: set(re.findall(r"\w+", PACKAGE.joinpath(path).read_text())) for path in found if path[-1] != "y"}
     keys = {}
     for name, source in sources.modules(found).items():

@@ -6,12 +6,14 @@ importing the package.
 
 import hashlib
 import os
+import sysconfig
 from collections.abc import Iterable
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 SUFFIX = EXTENSION_SUFFIXES[0]  # .cpython-311-x86_64-linux-gnu.so
 FOLDER = f"_native/compiled/{SUFFIX.split('.')[1]}"  # in the package; one for each kind of interpreter
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 MANIFEST = "manifest.json"  # in that folder: the sources that the extensions beside it were made from
 
 

@@ -61,10 +61,12 @@ Done = Callable[[Any, BaseException | None], None]
 class SubmittingCore(Core, Protocol):
     """A core that is handed a batch and says later that it is done: the lane needs no thread to wait for it.
 
-    Lanes do not use it yet: they call `execute` in threads. `aneuron.testing.check_backend` checks it.
+    The event loop hands batches over, and takes results, itself; what would hold it up is done in a thread of the core:
+    copies of a quarter of a megabyte or more. `aneuron.testing.check_backend` checks a core for what follows.
 
     It has `execute` as well: for warm-up, for further executions that show which outputs have rows, and where
-    `context=` is to be around the model. Threads may be there while submissions are in flight, if it is `concurrent`.
+    `context=` or an observer is to be around the model. Threads may be there while submissions are in flight, if it is
+    `concurrent`.
 
     A complete one, with a backend; a thread stands for the device's own way to say that it is done::
 
@@ -126,8 +128,9 @@ class SubmittingCore(Core, Protocol):
         *Memory.* Inputs are as for `execute`; they stay as they are until `done` is called, also if the submission is
         given up. The output is a result of its own: the core does not write to it again while anybody holds it.
 
-        *Given up.* With `exec_timeout` the runtime may wait no longer. `done` may come later then, to no effect, or
-        never. `close` is called when nothing is in flight but what was given up; after it `done` need not be called.
+        *Given up.* With `exec_timeout` the runtime may wait no longer: the core has failed. `done` may come later, to
+        no effect, or never. `close` is called when nothing is in flight but what was given up, and `done` need not be
+        called after it.
         """
         ...
 
@@ -167,7 +170,7 @@ class Backend(Protocol):
       as with `check_rows=False`;
     - `inline = True`: its cores take microseconds, and callers' batches may be executed on the thread of the event loop
       itself, which stands still meanwhile; `submit` is not used. It is never found out: a core that was fast so far
-      may not stay so. (Lanes do not do it yet: they execute in threads.);
+      may not stay so. `exec_timeout` cannot end what stands still with it;
     - `global_id(core_id)`: the machine's number of a core, None if it cannot tell (the id itself where there is none).
 
     One of the wrong type is a `ValueError`. Cores may have `submit` besides: `aneuron.backends.SubmittingCore`.

@@ -69,7 +69,7 @@ class CudaBackend:
 
     Cores offer `submit`: one thread for each device launches what batches need, another one asks for all devices
     whether it is done. A `forward` that takes a while, or waits for the device (`.item()`, say), runs in a thread
-    beside it. With `submits=False` a thread launches and waits for each batch in flight. (Lanes do not use it yet.)
+    beside it. With `submits=False` a thread launches and waits for each batch in flight.
 
     `torch.OutOfMemoryError` counts as an input's fault: the batch runs again in halves. After an error that ends CUDA
     for the process, a device-side assert for one, every call fails with `CoreFailed`: restart the process.

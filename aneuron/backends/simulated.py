@@ -70,7 +70,7 @@ class SimulatedBackend:
     Cores that take time offer `submit`: one thread of the process says of all of them when they are done, and computes
     their models when they are due (a model that takes long, or blocks, does so in another thread beside it). With
     `submits=False` a thread sleeps in each execution instead. With `inline=True`, and no time, cores may be executed on
-    the event loop itself: for models that take microseconds. (Lanes use neither yet: they call `execute` in threads.)
+    the event loop itself: for models that take microseconds.
 
     For tests, benchmarks, and planning for machines that one does not have: 24 cores of an inf2.48xlarge are
     `SimulatedBackend(cores=24, service_time=...)`.

@@ -12,6 +12,7 @@ from aneuron.engine.dispatcher import Dispatcher
 from aneuron.engine.futures import Futures
 from aneuron.engine.recovery import Recovery
 from aneuron.errors import Closed, QueueFull
+from aneuron.ownership import Owned
 from aneuron.sched.call import Call, Limit
 from aneuron.sched.scheduler import Scheduler
 from aneuron.stats import Counters, Recent
@@ -30,6 +31,8 @@ class Phase(Enum):
 
 class Admission:
     """The door of a run."""
+
+    owned = Owned(loop=("down", "_late_by"), set_by_loop=("phase", "why_closed", "traced"))
 
     def __init__(
         self,
@@ -110,11 +113,11 @@ class Admission:
 
     def _is_hopeless(self, call: Call, timeout: Limit) -> bool:
         """Give a call its deadline, and end it if that cannot be met."""
-        self._board.slots.timed = True
         if self._late_by.is_stale(call.admitted):
             self._late_by, self._scheduler.slack = Recent(), 0.0
         self._futures.time(call, timeout)
         with self._board.lock:
+            self._board.slots.timed = True
             hopeless = self._scheduler.hopeless(call, call.admitted)
         if hopeless:
             self._futures.expire(call)
@@ -129,14 +132,18 @@ class Admission:
             self._dispatcher.dispatch()  # what idle cores can take does not wait
             if self.phase is not Phase.SERVING:
                 raise Closed(self.why_closed)
-            full = self._scheduler.excess(rows, bucket)
+            with self._board.lock:
+                full = self._scheduler.excess(rows, bucket)
         return not full
 
     def _find_room(self, call: Call) -> bool:
         """Find room for a call, or raise `QueueFull`. False if it is of a map, and is to wait for room outside."""
-        room, guest = self._has_room(call.rows, call.bucket), call.terms is not None and call.terms.yields
-        if room and not guest and self._scheduler.is_plain(call.rows):
-            return True
+        scheduler, guest = self._scheduler, call.terms is not None and call.terms.yields
+        with self._board.lock:  # once, for nearly all calls
+            scheduler.flush()
+            if not guest and not scheduler.excess(call.rows, call.bucket) and scheduler.is_plain(call.rows):
+                return True
+        self._has_room(call.rows, call.bucket)  # or there is, once idle cores have taken what they can
         with self._board.lock:
             if guest:
                 return self._scheduler.has_room(call)
@@ -150,10 +157,14 @@ class Admission:
         return True
 
     def _full(self, rows: int, bucket: int, why: str = "") -> QueueFull:
-        retry_after = self._counters.drain_seconds(self._scheduler.excess(rows, bucket), self._clock())
+        with self._board.lock:
+            excess, waiting, most = (
+                self._scheduler.excess(rows, bucket),
+                self._scheduler.waiting_rows,
+                self._scheduler.rules.max_pending,
+            )
         return QueueFull(
-            f"no room for {rows} rows: {self._scheduler.waiting_rows} wait and max_pending="
-            f"{self._scheduler.rules.max_pending}"
-            f"{why}; try again later, or raise max_pending",
-            retry_after,
+            f"no room for {rows} rows: {waiting} wait and max_pending={most}{why}; try again later, or raise "
+            "max_pending",
+            self._counters.drain_seconds(excess, self._clock()),
         )

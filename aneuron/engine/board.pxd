@@ -21,7 +21,7 @@ cdef class Board:
     @cython.locals(decision=Decision)
     cpdef Decision bind(self, double now)
     @cython.locals(bound=Bound)
-    cpdef begin(self, long lane, Execution execution)
+    cpdef begin(self, long lane, Execution execution, bint waits)
     @cython.locals(bound=Bound)
     cpdef bint end(self, long lane, Execution execution, double now) except -1
     @cython.locals(seconds=double)

@@ -6,10 +6,10 @@ calling anybody: what is asked for is answered, and whoever asks acts on it.
 """
 
 import asyncio
-import threading
 from collections.abc import Sequence
 
 from aneuron.engine.execution import Execution
+from aneuron.ownership import Owned, adopt, lock
 from aneuron.sched.filling import Batch
 from aneuron.sched.scheduler import Scheduler
 from aneuron.sched.shares import Decision, Shares
@@ -17,6 +17,8 @@ from aneuron.sched.shares import Decision, Shares
 
 class Bound:
     """What one lane has been given."""
+
+    owned = Owned(lock=("queue", "in_flight", "staged", "given_up", "since", "busy_until"))
 
     def __init__(self) -> None:
         self.queue: asyncio.Queue[Batch] = asyncio.Queue()  # bound by the loop, not taken by a thread yet
@@ -30,12 +32,15 @@ class Bound:
 class Board:
     """The lanes of a pool, by number. Whoever calls a method holds the `lock`, but where it says that it takes it."""
 
+    owned = Owned(lock=("stopped",), free=("lock",), parts=("shares", "slots"))  # another lock after a fork
+
     def __init__(self, lanes: int) -> None:
-        self.lock = threading.Lock()
+        self.lock = lock()
         self.shares = Shares()
         self.slots = self.shares.slots
         self.lanes = [Bound() for _ in range(lanes)]
         self.stopped = False  # nothing is bound any more
+        adopt(self.lock, self, *self.lanes)
 
     def bind(self, now: float) -> Decision:
         """Bind what can begin to lanes. Takes the lock."""
@@ -49,10 +54,12 @@ class Board:
 
     # For a thread of a lane.
 
-    def begin(self, lane: int, execution: Execution) -> None:
-        """A thread has an execution in hand. Behind another one it may be stolen until the core is free for it."""
+    def begin(self, lane: int, execution: Execution, waits: bool) -> None:
+        """Somebody has an execution in hand. Who waits with it, behind another one, may be robbed of it until the core
+        is free for it.
+        """
         bound = self.lanes[lane]
-        execution.may_be_stolen = bool(bound.in_flight)
+        execution.may_be_stolen = waits and bool(bound.in_flight)
         bound.in_flight.append(execution)
 
     def end(self, lane: int, execution: Execution, now: float) -> bool:

@@ -18,6 +18,7 @@ from aneuron.engine.dispatcher import Dispatcher
 from aneuron.engine.futures import Futures
 from aneuron.engine.loading import Load, Loaded
 from aneuron.engine.recovery import Recovery
+from aneuron.ownership import Owned, adopt
 from aneuron.stats import CoreCounters, Counters, ServiceTimes
 
 logger = logging.getLogger("aneuron")
@@ -36,7 +37,9 @@ class Owner(Protocol):
 
 
 class Cores:
-    """What is loaded for a run. On the loop."""
+    """What is loaded for a run."""
+
+    owned = Owned(loop=("open", "end", "_stopped"))
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class Cores:
         times = self._times.setdefault(core_id, ServiceTimes())
         backend, core = self._dispatcher.backend, self._counters.cores[core_id]
         loaded = Loaded(index, core_id, backend, core, times, self._dispatcher.clock, self._run)
+        adopt(self._dispatcher.board.lock, loaded, core)
         self.open.add(loaded)
         return loaded
 

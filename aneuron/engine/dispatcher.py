@@ -11,13 +11,13 @@ A worker that ends an execution takes its lane's next one itself (lane.py), as d
 import asyncio
 import logging
 import os
-import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from contextvars import Context, copy_context
 from functools import partial
+from threading import get_ident
 from typing import Any, Protocol, TypeVar
 
 from aneuron.backends import Backend
@@ -30,6 +30,7 @@ from aneuron.engine.loading import Loaded
 from aneuron.engine.modes import OwnContext
 from aneuron.engine.onloop import OnLoop, Submission
 from aneuron.engine.threads import Workers
+from aneuron.ownership import Owned, adopt, lock
 from aneuron.sched.call import Call
 from aneuron.sched.filling import Batch
 from aneuron.sched.scheduler import Scheduler
@@ -89,11 +90,17 @@ class Served(Protocol):
 class Dispatcher:
     """The lanes of a pool, from its start to its close."""
 
+    owned = Owned(
+        loop=("runs", "num_workers", "held", "coming", "_scheduled", "_timer"),
+        set_by_loop=("slots", "stopped", "forked", "thread"),
+        free=("_posted", "_completing"),  # see `_deliver`
+    )
+
     def __init__(
         self, backend: Backend, traits: Traits, core_ids: Sequence[int], num_workers: int | None, held: bool
     ) -> None:
         self.loop = asyncio.get_running_loop()
-        self.thread = threading.get_ident()  # the loop's; to ask for the running loop costs a system call
+        self.thread = get_ident()  # the loop's; to ask for the running loop costs a system call
         self.backend, self.traits = backend, traits
         self.core_ids = core_ids
         self.board = Board(len(core_ids))
@@ -113,6 +120,7 @@ class Dispatcher:
         self._own_context = OwnContext(self.context)
         self.lanes = [self._new_lane(index) for index in range(len(core_ids))]
         self.clock = self.lanes[0].workers.clock
+        adopt(self.board.lock, self)
         _all.add(self)
 
     # Lanes.
@@ -181,7 +189,9 @@ class Dispatcher:
         return None
 
     def _serve_on_loop(self, lane: Lane) -> Driver:
-        return OnLoop(lane, lane.workers, self, self._own_context, self.traits.inline)
+        on_loop = OnLoop(lane, lane.workers, self, self._own_context, self.traits.inline)
+        adopt(self.board.lock, on_loop)
+        return on_loop
 
     def _slots_of_lanes(self, serving: "Sequence[Sequence[Loaded]]") -> list[int]:
         """The slots of each lane. Where they do not suffice for all lanes, those have them that most models can use; a
@@ -238,9 +248,9 @@ class Dispatcher:
         """A batch as it is executed on a lane. Worker thread."""
         return batch.scheduler.run.execution(batch, lane)  # type: ignore[no-any-return]
 
-    def moved(self, execution: Execution, lane: int) -> Execution:
-        """An execution that was prepared for another lane, as it goes on here. Worker thread."""
-        return execution.moved(execution.batch.scheduler.run.loaded[lane])
+    def moved(self, execution: Execution, lane: int) -> None:
+        """An execution that was prepared for another lane goes on here. Worker thread."""
+        execution.loaded = execution.batch.scheduler.run.loaded[lane]
 
     def ended(self, execution: Execution, lane: int) -> None:
         """With the lock: a thread has come back with an execution, whose core has failed or is out of service."""
@@ -297,7 +307,8 @@ class Dispatcher:
             self.call_loop(self._go_on)
 
     def _go_on(self) -> None:
-        self._completing = False  # before the queue is emptied, as in `_deliver`
+        self._completing = False  # as in `_deliver`
+        self._completed.rotate(0)
         try:
             while self._completed:
                 submission = self._completed.popleft()
@@ -309,7 +320,7 @@ class Dispatcher:
     def call_loop(self, callback: Callable[[], Any]) -> None:
         """Have the loop call. From any thread."""
         try:
-            if threading.get_ident() == self.thread:
+            if get_ident() == self.thread:
                 self.loop.call_soon(callback)
             else:
                 self.loop.call_soon_threadsafe(callback)
@@ -318,6 +329,7 @@ class Dispatcher:
 
     def _deliver(self) -> None:
         self._posted = False  # before the queue is emptied: what is posted from here on posts again
+        self._done.rotate(0)  # where there is no GIL: takes the queue's own lock, which orders the two
         self.hand_out()
         if self.board.slots.staging and self.board.shares.has_work():
             self.dispatch_soon()
@@ -361,6 +373,7 @@ class Dispatcher:
         self.runs.append(run)
         with self.board.lock:
             self.board.shares.add(run.scheduler, weight, run.counters)
+            adopt(self.board.lock, *self.board.shares.shares)
 
     def remove(self, run: Served) -> None:
         """A model has left."""
@@ -391,9 +404,10 @@ class Dispatcher:
 
     def join(self) -> None:
         """Wait for the threads to end, which have been told to and have nothing in hand."""
-        for lane, bound in zip(self.lanes, self.board.lanes, strict=True):
-            if not bound.in_flight:
-                lane.workers.join(1.0)
+        with self.board.lock:
+            idle = [lane for lane, bound in zip(self.lanes, self.board.lanes, strict=True) if not bound.in_flight]
+        for lane in idle:
+            lane.workers.join(1.0)
 
     def statistics(self) -> PoolStatistics:
         """The frozen snapshot of now, from any thread."""
@@ -411,7 +425,7 @@ class Dispatcher:
     def forget(self) -> None:
         """Be in a process that was forked: nothing here works any more, and nothing may wait."""
         self.forked, self.thread = True, 0
-        self.board.lock = threading.Lock()
+        self.board.lock = lock()
         for run in self.runs:
             run.forget(FORKED)
 

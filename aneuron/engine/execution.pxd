@@ -19,8 +19,6 @@ cdef class Execution:
     cdef public bint begun, over, failed, abandoned, may_be_stolen, submitted
     cdef public double started, ended, posted, since, preparing
     cdef object _cut, _inputs, _template
-    @cython.locals(other=Execution)
-    cpdef Execution moved(self, Loaded loaded)
     @cython.locals(begin=double)
     cpdef prepare(self, clock)
     @cython.locals(call=Call)

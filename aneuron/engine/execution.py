@@ -16,6 +16,7 @@ from aneuron.backends import Backend, Core, Done, Fault
 from aneuron.engine.evidence import Evidence, Trials, identities, snapshot, varies
 from aneuron.engine.loading import Loaded
 from aneuron.engine.modes import OwnContext, execute_in_own, put_back
+from aneuron.ownership import Owned
 from aneuron.sched.call import Call, Chunk
 from aneuron.sched.filling import Batch
 from aneuron.tensors import rows
@@ -60,8 +61,18 @@ class Execution:
     """One batch on its way through a core: `prepare`, `begin`, `execute`, `finish`, in this order.
 
     Between two steps it belongs to one thread: that which has taken it from the board, then the loop, to which it is
-    posted. `error` or `finished` is the outcome; `begun` tells the loop that the batch can no longer be revoked.
+    posted. `error` or `finished` is the outcome; `begun` tells the loop that the batch can no longer be revoked. Who
+    has it in hand, and for what, changes with the board's lock.
     """
+
+    owned = Owned(
+        set_with_lock=("abandoned", "lane", "loaded", "may_be_stolen"),
+        free=(
+            "chunks", "rows", "prepared", "output", "begun", "over", "failed", "watch", "started", "ended", "posted",
+            "since", "preparing", "copied", "error", "fault", "finished", "submitted", "_cut", "_inputs", "_template",
+        ),
+        via="batch.scheduler",
+    )  # fmt: skip
 
     __slots__ = (
         "_cut", "_inputs", "_template", "abandoned", "batch", "begun", "chunks", "common", "copied", "ended", "error",
@@ -93,17 +104,6 @@ class Execution:
         self._cut: Carried | None = None
         self._inputs: Sequence[Sequence[Any]] = ()  # the callers' tensors, and what they stand in
         self._template: Any = None
-
-    def moved(self, loaded: Loaded) -> "Execution":
-        """The same for another lane, which has stolen it: what was prepared goes along. Whoever waits with this one for
-        a core still has it, and is to see that it is not on that lane any more.
-        """
-        other = Execution(self.batch, loaded, self.common)
-        other.chunks, other.rows, other.watch = self.chunks, self.rows, self.watch
-        other.prepared, other.preparing = self.prepared, self.preparing
-        other._inputs, other._template = self._inputs, self._template
-        other.error, other.failed, other.fault = self.error, self.failed, self.fault
-        return other
 
     @property
     def takes_much(self) -> bool:

@@ -11,12 +11,15 @@ from functools import partial
 from typing import Any
 
 from aneuron.errors import DeadlineExceeded
+from aneuron.ownership import Owned
 from aneuron.sched.call import Call, Limit
 from aneuron.stats import Counters
 
 
 class Futures:
     """The calls that were accepted and have not ended. Each ends once: by `end`, or by `withdraw`."""
+
+    owned = Owned(loop=("calls", "_drained"))
 
     def __init__(
         self,

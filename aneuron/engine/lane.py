@@ -13,6 +13,7 @@ from aneuron.backends import Fault
 from aneuron.engine.board import Board
 from aneuron.engine.execution import Execution
 from aneuron.engine.threads import Workers
+from aneuron.ownership import Owned, adopt
 from aneuron.sched.filling import Batch
 from aneuron.stats import Recent
 
@@ -27,8 +28,8 @@ class Host(Protocol):
     def execution(self, batch: Batch, lane: int) -> Execution:
         """A batch as it is executed on a lane."""
 
-    def moved(self, execution: Execution, lane: int) -> Execution:
-        """An execution that was prepared for another lane, as it goes on here."""
+    def moved(self, execution: Execution, lane: int) -> None:
+        """An execution that was prepared for another lane goes on here."""
 
     def ended(self, execution: Execution, lane: int) -> None:
         """With the lock: a thread has come back with an execution whose program is out of service there."""
@@ -55,14 +56,16 @@ class Driver(Protocol):
 class Lane:
     """A core, and who serves it."""
 
+    owned = Owned(lock=("gone",), loop=("ended", "_slots", "_staging", "_concurrent"), set_by_loop=("on_loop",))
+
     def __init__(self, index: int, core_id: int, workers: Workers, board: Board, host: Host) -> None:
         self.index = index
         self.core_id = core_id
         self.workers = workers
         self.on_loop: Driver | None = None  # what serves it instead; decided with the first program, for good
         self.turn: AbstractContextManager[Any] = threading.Lock()  # to execute
-        self.gone = False  # guarded by the board's lock: its threads take nothing more
-        self.ended = 0.0  # when its last execution did, of whichever model; the loop's
+        self.gone = False  # its threads take nothing more
+        self.ended = 0.0  # when its last execution did, of whichever model
         self._board = board
         self._host = host
         self._clock: Callable[[], float] = workers.clock
@@ -70,6 +73,7 @@ class Lane:
         self._slots = 0
         self._staging = False  # whether a second thread prepares the next batch meanwhile
         self._concurrent = False
+        adopt(board.lock, self)
 
     # Worker threads.
 
@@ -88,10 +92,11 @@ class Lane:
                     if isinstance(found, Batch):
                         execution = host.execution(found, self.index)
                     elif found is not None:
-                        execution = host.moved(found, self.index)
+                        host.moved(found, self.index)
+                        execution = found
                     if execution is not None:
                         execution.lane = self
-                        board.begin(self.index, execution)
+                        board.begin(self.index, execution, self.on_loop is None)
                 asks = board.shares.tells()
                 if execution is None and not asks and not board.lanes[self.index].in_flight:
                     asks = board.shares.has_work()

@@ -13,6 +13,7 @@ from typing import Any
 from aneuron.backends import Backend, Core, PolledCore, SubmittingCore
 from aneuron.engine.evidence import Evidence, Trials, identities, snapshot
 from aneuron.engine.modes import Within, execute_in_own
+from aneuron.ownership import Owned
 from aneuron.program import Shape
 from aneuron.sched.scheduler import rounded
 from aneuron.stats import CoreCounters, ServiceTimes
@@ -39,7 +40,13 @@ class Load:
 
 
 class Loaded:
-    """A program on one lane. Written to by the thread that loads it, then by nobody; `out` by the loop."""
+    """A program on one lane. What is free is set by the thread that loads or closes it, while nothing else uses it."""
+
+    owned = Owned(
+        loop=("closed", "loading", "workers", "hung"),
+        set_by_loop=("out",),
+        free=("warming", "kinds", "concurrent", "submits", "_cores"),
+    )
 
     def __init__(
         self, index: int, core_id: int, backend: Backend, counters: CoreCounters, times: ServiceTimes,

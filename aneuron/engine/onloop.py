@@ -16,6 +16,7 @@ from aneuron.engine.lane import Lane
 from aneuron.engine.modes import Aside, OwnContext
 from aneuron.engine.threads import Workers, execute
 from aneuron.observing import is_observed
+from aneuron.ownership import Owned
 
 TURN = 0.001  # seconds of executing in place, after which the loop gets its turn
 
@@ -37,7 +38,9 @@ class Host(Protocol):
 
 
 class Submission:
-    """An execution that a core was handed."""
+    """An execution that a core was handed. Who calls `done` first sets what is free, then the loop takes it."""
+
+    owned = Owned(free=("output", "error"))
 
     __slots__ = ("_first", "_host", "error", "execution", "on_loop", "output")
 
@@ -61,6 +64,8 @@ class Submission:
 
 class OnLoop:
     """What drives a lane, in place of threads. All its methods are called on the loop."""
+
+    owned = Owned(loop=("concurrent", "_in_flight"))
 
     def __init__(self, lane: Lane, workers: Workers, host: Host, context: OwnContext, inline: bool) -> None:
         self.concurrent = False  # whether the cores take several submissions at once
@@ -125,7 +130,6 @@ class OnLoop:
         execution = self._lane.take(ended)
         if execution is not None:
             self._in_flight += 1
-            execution.may_be_stolen = False  # it does not wait here
         return execution
 
     def _begin(self, execution: Execution) -> bool:

@@ -23,6 +23,7 @@ from aneuron.engine.futures import Futures, has_left
 from aneuron.engine.health import Bisection, Health
 from aneuron.engine.loading import Loaded
 from aneuron.errors import Closed, CoreFailed, NoHealthyCores
+from aneuron.ownership import Owned
 from aneuron.sched.call import Chunk
 from aneuron.sched.filling import Retry
 
@@ -81,7 +82,9 @@ class Held(NamedTuple):
 
 
 class Recovery:
-    """The health of the cores of a run, and the calls that faults have hit."""
+    """The health of the cores of a run, and the calls that faults have hit. Who serves, anybody may ask."""
+
+    owned = Owned(loop=("_watch", "_timers", "_bisections", "_stopped", "_cause"))
 
     def __init__(self, host: Host, cores: int, recoverable: bool, proven: bool, exec_timeout: float | None) -> None:
         self.health = [Health(recoverable, proven) for _ in range(cores)]

@@ -25,6 +25,8 @@ from aneuron.engine.modes import OwnContext, same
 from aneuron.engine.recovery import Recovery, note
 from aneuron.errors import Closed, CoreFailed, DeviceError, OutputError, ShapeError
 from aneuron.observing import observed
+from aneuron.ownership import Owned, adopt
+from aneuron.program import Settings
 from aneuron.sched.call import Call, Chunk
 from aneuron.sched.filling import Batch, Retry
 from aneuron.sched.scheduler import Rules, Scheduler, Sizes, rounded
@@ -37,6 +39,8 @@ SLOW_DRAIN = 10.0  # seconds after which a drain that goes on is logged
 
 class Run:
     """A model that is loaded on the lanes of a pool."""
+
+    owned = Owned(set_by_loop=("thread",), parts=("scheduler", "admission", "futures", "recovery", "cores", "counters"))
 
     def __init__(
         self,
@@ -57,8 +61,9 @@ class Run:
         self.weight = weight
         self.sizes = sizes
         self.counters = counters
-        self.scheduler = Scheduler(rules, sizes, self._estimate, dispatcher.board.slots, self)
         self._board = dispatcher.board
+        with self._board.lock:  # others may be served there
+            self.scheduler = Scheduler(rules, sizes, self._estimate, self._board.slots, self)
         self._load = load
         self._times = times  # of the model, by core id: it may have run before
         self._beside = beside  # another run of the model serves on these cores until `take_over`
@@ -81,6 +86,7 @@ class Run:
         self.futures = Futures(self.loop, self.clock, counters, self.discard, dispatcher.guard)
         watched = exec_timeout is not None
         self.admission = Admission(dispatcher, self.scheduler, self.futures, self.recovery, counters, watched)
+        adopt(self._board.lock, self, *sizes.values())
 
     @property
     def rules(self) -> Rules:
@@ -133,10 +139,11 @@ class Run:
             raise
         finally:
             failures.clear()  # their tracebacks hold this frame, and that the cores
-        for times in self._times.values():
-            for (rows, bucket), seconds in times.medians().items():
-                if bucket in self.sizes:
-                    self.sizes[bucket].learn(rows, seconds)
+        with self._board.lock:
+            for times in self._times.values():
+                for (rows, bucket), seconds in times.medians().items():
+                    if bucket in self.sizes:
+                        self.sizes[bucket].learn(rows, seconds)
 
     @property
     def _backend_name(self) -> str:
@@ -164,14 +171,18 @@ class Run:
         serves = [health.serves for health in self.recovery.health]
         with self._board.lock:
             self.scheduler.out = {lane for lane, each in enumerate(serves) if not each}
-        self.change(cores=max(1, sum(serves)))
+            self.scheduler.rules = replace(self.scheduler.rules, cores=max(1, sum(serves)))
         self.admission.down = not any(serves)
         self.dispatcher.spread()
 
-    def change(self, **settings: Any) -> None:
-        """Replace rules for the calls that come from now on. From any thread."""
+    def follow(self, settings: Settings) -> None:
+        """Serve the calls that come from now on as is set by now. From any thread, after every change."""
         with self._board.lock:
-            self.scheduler.rules = replace(self.scheduler.rules, **settings)
+            rules = self.scheduler.rules
+            packing = rules.packing and settings.packing
+            self.scheduler.rules = replace(
+                rules, split_size=settings.split_size, max_pending=settings.max_pending, packing=packing
+            )
             waiting = bool(self.scheduler.outside)
         if waiting:
             self.dispatcher.ask()  # there may be more room
@@ -185,7 +196,8 @@ class Run:
     async def drain(self) -> None:
         """Refuse new calls, finish those accepted, free the cores."""
         self.refuse()
-        self.scheduler.draining = True
+        with self._board.lock:
+            self.scheduler.draining = True
         self.dispatcher.dispatch_soon()  # nothing is held back any more
         slow = self.loop.call_later(SLOW_DRAIN, self._log_slow_drain)
         try:
@@ -347,7 +359,8 @@ class Run:
 
     def since(self, loaded: Loaded) -> float:
         """When the oldest execution in flight on a core's lane came to be the oldest."""
-        return self._board.lanes[loaded.index].since
+        with self._board.lock:
+            return self._board.lanes[loaded.index].since
 
     def give_up(self, execution: Execution) -> bool:
         """Give an execution up; whether it had not ended. If its thread hangs, others serve the lane."""

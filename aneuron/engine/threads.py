@@ -43,22 +43,20 @@ class Feed(Protocol):
         """It may be stolen, and the core is free: whether it is still there, from now on for good."""
 
 
-def following(lane: Feed, ended: Execution | None, clock: Callable[[], float]) -> Execution | None:
-    """Post what has ended, and prepare what comes next: it is to be executed when the core is free."""
+def following(lane: Feed, ended: Execution | None, clock: Callable[[], float]) -> tuple[Execution | None, bool]:
+    """Post what has ended, and prepare what comes next: it is to be executed when the core is free, and if it was
+    parked (the second value), to be claimed then. It cannot be asked: it may be in another thread's hands by then.
+    """
     if ended is not None:
         ended.finish(clock)
     execution = lane.take(ended)
     while execution is not None:
+        parks = execution.may_be_stolen
         execution.prepare(clock)
-        if not execution.may_be_stolen or lane.park(execution):
-            return execution
+        if not parks or lane.park(execution):
+            return execution, parks
         execution = lane.take(None)
-    return None
-
-
-def is_mine(lane: Feed, execution: Execution) -> bool:
-    """With the core's turn in hand: whether nobody has stolen the execution, or can from now on."""
-    return not execution.may_be_stolen or lane.claim(execution)
+    return None, False
 
 
 def execute(execution: Execution, clock: Callable[[], float]) -> None:
@@ -103,13 +101,14 @@ class Workers(Executor):
         """Have `threads` threads at least."""
         if sys.is_finalizing():
             raise RuntimeError("the interpreter ends: it starts no threads")
-        while self._alive < threads and not self._stopping:
-            # A copy for each: two threads cannot be in one context.
-            run, name = self._context.copy().run, f"{self._name}/{self._alive + 1}"
-            thread = threading.Thread(target=run, args=(self._work,), name=name, daemon=True)
-            thread.start()  # may fail, and then nothing has changed
-            self._alive += 1
-            self._threads.append(thread)
+        with self._lock:  # others may be ending
+            while self._alive < threads and not self._stopping:
+                # A copy for each: two threads cannot be in one context.
+                run, name = self._context.copy().run, f"{self._name}/{self._alive + 1}"
+                thread = threading.Thread(target=run, args=(self._work,), name=name, daemon=True)
+                thread.start()  # may fail, and then nothing has changed
+                self._alive += 1
+                self._threads.append(thread)
 
     def wake(self, lane: Feed) -> None:
         """Have a thread serve the lane until there is nothing to do."""
@@ -171,13 +170,13 @@ class Workers(Executor):
 
     def _serve(self, lane: Feed) -> None:
         clock = self.clock
-        execution = following(lane, None, clock)
+        execution, parked = following(lane, None, clock)
         while execution is not None:
             with FREE if execution.loaded.concurrent else lane.turn:
-                mine = is_mine(lane, execution)
+                mine = not parked or lane.claim(execution)
                 if mine and execution.begin(clock):
                     execute(execution, clock)
-            execution = following(lane, execution if mine else None, clock)
+            execution, parked = following(lane, execution if mine else None, clock)
 
 
 def _run(future: "Future[T]", fn: Callable[[], T]) -> None:

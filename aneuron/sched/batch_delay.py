@@ -6,6 +6,7 @@ Lives here: how long, and what may pass meanwhile. Must not be here: lanes, cloc
 from collections import deque
 from collections.abc import Hashable
 
+from aneuron.ownership import Owned
 from aneuron.sched.call import Call
 from aneuron.sched.fair_queue import FairQueue
 from aneuron.sched.flows import Flow, Kind, first
@@ -15,6 +16,8 @@ COMPANY = 1.5  # rows that must be expected during a learned hold to make it wor
 
 class BatchDelay:
     """What is kept, while batches may be held back, to decide on it."""
+
+    owned = Owned(lock=("over", "_arrivals", "_full", "_rate", "_arrived", "_since"))
 
     def __init__(self, queue: FairQueue) -> None:
         self.over = False  # whether the last batch that was asked for had been held back

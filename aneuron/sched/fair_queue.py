@@ -23,12 +23,18 @@ highest tag served: it is owed nothing for the time that it was not there.
 import heapq
 from collections.abc import Callable, Hashable, Iterable, Iterator
 
+from aneuron.ownership import Owned
 from aneuron.sched.call import ANYWHERE, NEVER, Call, Terms
 from aneuron.sched.flows import FEW, LARGE, LINES, MEDIUM, SMALL, Flow, Kind, Level, Line, Load, Stake, Tenant
 
 
 class FairQueue:
-    """All waiting calls."""
+    """All waiting calls; flows.py's classes are reached through this one only, and whose it is."""
+
+    owned = Owned(
+        lock=("loads", "fresh", "live", "kinds", "_levels", "_urgent", "_dirty", "_sequence", "_flows", "_sweep_at"),
+        set_with_lock=("rows",),  # the loop asks whether any wait
+    )
 
     def __init__(self) -> None:
         self.rows = 0  # that wait

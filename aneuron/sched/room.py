@@ -11,6 +11,7 @@ higher level from the lowest: the newest calls go, and none that has begun. Call
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from aneuron.ownership import Owned
 from aneuron.sched.call import Call, Terms
 from aneuron.sched.fair_queue import FairQueue
 from aneuron.sched.flows import SMALL, Flow, Load
@@ -18,6 +19,8 @@ from aneuron.sched.flows import SMALL, Flow, Load
 
 class Room:
     """The room of one order; `most`: the rows that may wait, None: no bound."""
+
+    owned = Owned(lock=("_inside", "_huge"))  # `outside` is the scheduler's, too
 
     def __init__(self, queue: FairQueue, limit: Callable[[int], int]) -> None:
         self.outside: deque[Call] = deque()  # calls of maps that wait for room, and some that have left

@@ -16,6 +16,7 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, Protocol
 
+from aneuron.ownership import Owned
 from aneuron.sched.batch_delay import BatchDelay
 from aneuron.sched.call import ANYWHERE, NEVER, Call, Chunk, Cut
 from aneuron.sched.fair_queue import FairQueue
@@ -75,8 +76,17 @@ class Sizes(Protocol):
 class Scheduler:
     """The queue of all calls of a model that wait for lanes, and the rules by which they get them.
 
-    `run` is whoever executes its batches; nothing of it is known here.
+    `run` is whoever executes its batches; nothing of it is known here. `arrivals`, `outside` and `_again` are deques
+    that others change with the lock, and of which the loop asks without it whether anything is there.
     """
+
+    owned = Owned(
+        lock=("due", "late", "out"),
+        both=("draining",),
+        set_with_lock=("rules",),  # replaced whole
+        set_by_loop=("slack",),  # a guess
+        parts=("_queue", "_delay", "_room"),
+    )
 
     def __init__(
         self,

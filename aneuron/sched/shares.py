@@ -13,6 +13,7 @@ model: a second of waiting counts as much as a unit of priority.
 
 from collections.abc import Sequence
 
+from aneuron.ownership import Owned
 from aneuron.sched.call import Call
 from aneuron.sched.filling import Batch
 from aneuron.sched.scheduler import Scheduler
@@ -35,7 +36,7 @@ class Decision:
 class Account:
     """What one model has had. Two of its schedulers share one while a swap goes on."""
 
-    __slots__ = ("busy", "model", "tag", "turn", "weight")
+    owned = Owned(lock=("tag", "turn", "busy"))
 
     def __init__(self, model: object, weight: float) -> None:
         self.model = model
@@ -48,7 +49,7 @@ class Account:
 class Share:
     """A scheduler, and whose account its batches are charged to."""
 
-    __slots__ = ("account", "scheduler", "waits")
+    owned = Owned(lock=("waits",), parts=("account",))
 
     def __init__(self, scheduler: Scheduler, account: Account) -> None:
         self.scheduler = scheduler
@@ -59,6 +60,8 @@ class Share:
 class Shares:
     """The models on a pool, and the slots that they share."""
 
+    owned = Owned(lock=("_turns", "_time"), both=("shares",))
+
     def __init__(self) -> None:
         self.slots = Slots()
         self.shares: list[Share] = []
@@ -67,7 +70,10 @@ class Shares:
 
     def has_work(self) -> bool:
         """Whether anything waits for a lane, or has come and is not queued."""
-        for share in self.shares:  # noqa: SIM110  # no generator where a type is compiled
+        for share in self.shares:  # no generator where a type is compiled
+            # Where there is no GIL this takes the queue's own lock: who has appended to it before sees an idle lane, or
+            # what it has appended is seen here.
+            share.scheduler.arrivals.rotate(0)
             if share.scheduler.arrivals or share.scheduler.has_work():
                 return True
         return False

@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from math import nan
 
+from aneuron.ownership import Owned
+
 SAMPLES = 15  # times of a size of which the median counts: a hiccup or two do not move it
 MOVED = 0.05  # share by which a median must move before covers are chosen anew
 PATIENCE = 8, 100  # times its own time that others must run before a size is tried again: at first, and at most
@@ -21,7 +23,6 @@ class Cover:
     moment: one that does not run is tried again when the others have run for a hundred times its time; one that is
     in no cover for eight times at first, then each time for twice as long; one that was never measured, at once. So
     trials take at most one part in a hundred of the time, whatever they find, beside the first five of each size.
-    Whoever shares one holds a lock.
 
         >>> cover = Cover([1, 8])
         >>> cover.pick(3)
@@ -31,6 +32,8 @@ class Cover:
         >>> [cover.pick(rows) for rows in (1, 3, 5, 6, 7, 8, 100)]  # six rows: as fast at once
         [1, 1, 1, 8, 8, 8, 8]
     """
+
+    owned = Owned(lock=("_samples", "_times", "_spent", "_last", "_cost", "_patience", "_due", "_table", "_covering"))
 
     def __init__(self, sizes: Iterable[int]) -> None:
         self.sizes = sorted(set(sizes))

@@ -5,11 +5,18 @@ Must not be here: waiting calls (fair_queue.py), which batch is next (scheduler.
 
 from collections.abc import Sequence
 
+from aneuron.ownership import Owned
 from aneuron.sched.filling import Batch
 
 
 class Slots:
-    """The right of each lane to have batches in flight, of whatever model."""
+    """The right of each lane to have batches in flight, of whatever model.
+
+    The loop alone sets `staging` and `timed`, and replaces `idle`; before it wakes anybody it asks without the lock
+    whether any lane is idle.
+    """
+
+    owned = Owned(lock=("due", "slots", "ends", "bound", "_lead"), both=("staging", "timed", "idle"))
 
     def __init__(self) -> None:
         self.due: float | None = None  # when to ask again, if nothing else happens before

@@ -1,4 +1,4 @@
-# cython: language_level=3, wraparound=False, cdivision=True, freethreading_compatible=True
+# cython: language_level=3, wraparound=False, cdivision=True
 """Rows copied natively: small ones, without giving the interpreter's lock up.
 
 Lives here: copying.py's functions for what is plain: dense tensors of the host, of torch's own class and of ordinary

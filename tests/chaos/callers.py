@@ -229,7 +229,8 @@ def check_nothing_left(model, lanes, callers):
     assert (calls.waiting, calls.running, stats.waiting_rows) == (0, 0, 0)
     for run in lanes:
         assert not run.futures.calls
-        assert all(call.settled for call in run.scheduler.calls())
+        with run.dispatcher.board.lock:
+            assert all(call.settled for call in run.scheduler.calls())
         bound = [batch for lane in run.dispatcher.board.lanes for batch in lane.queue._queue]
         own = [batch for batch in bound if batch.scheduler is run.scheduler]  # others on its pool may go on
         assert all(call.settled for batch in own for call, _, _ in batch.chunks)

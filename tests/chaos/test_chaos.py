@@ -43,7 +43,7 @@ def many(replay, fewest, seeds):
         for each in replay(seed):
             fates.update(each.fates)
             callers.append(each)
-        if len(callers) >= 50:
+        if len(callers) >= 500:
             check_freed(callers)
             callers.clear()
     check_freed(callers)
