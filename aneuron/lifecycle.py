@@ -15,7 +15,7 @@ from aneuron.engine.dispatcher import FORKED, Dispatcher, in_a_thread
 from aneuron.engine.evidence import Evidence
 from aneuron.engine.loading import Load
 from aneuron.engine.run import Run
-from aneuron.errors import Closed, DeadlineExceeded, DeviceError, ShapeError
+from aneuron.errors import Closed, CoreFailed, DeadlineExceeded, DeviceError, ShapeError
 from aneuron.pool import Pool
 from aneuron.program import Program, Settings
 from aneuron.sched.call import Limit, Rest
@@ -308,7 +308,7 @@ class Lifecycle:
             if any(loaded.warming for loaded in new.loaded):
                 raise ShapeError(f"the new model does not take example_inputs as the old one does: {error}") from error
             raise
-        if differing := new.differ_from(old):
+        if differing := _difference(new, old):
             new.abort()
             raise differing
         return new
@@ -365,6 +365,22 @@ class Lifecycle:
             else:
                 each.stop()
         return True
+
+
+def _difference(new: Run, old: Run) -> Exception | None:
+    """Why a run cannot take the place of another on the same cores; None if it can."""
+    for loaded, other, health, before in zip(
+        new.loaded, old.loaded, new.recovery.health, old.recovery.health, strict=True
+    ):
+        if before.serves and not health.serves:
+            return CoreFailed(f"core {loaded.core_id} has not loaded the new model, see the log", loaded.core_id)
+        for shape, kind in other.kinds.items() if health.serves else ():
+            if loaded.kinds.get(shape) != kind:
+                return ShapeError(
+                    f"a row of example_inputs gives {loaded.kinds.get(shape)} with the new model (structure, "
+                    f"shapes and dtypes), and {kind} with the one that serves"
+                )
+    return None
 
 
 OTHER_LOOP = (

@@ -126,8 +126,10 @@ class Way:
         )
 
     def _noting(self, graph: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        ran = self.ran  # not `self`, which holds the model: each core runs a copy of what this function reaches
+
         def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            self.ran.append(input_ids.numel())
+            ran.append(input_ids.numel())
             return graph(input_ids, attention_mask)
 
         return run

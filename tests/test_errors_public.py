@@ -50,9 +50,10 @@ ORDER = [
     "backends.torchscript", "backends.cpus", "backends.copies", "backends.cpu", "backends.simulated",
     "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores", "backends.neuron.placement",
     "backends.neuron.native", "backends.neuron", "backends.cuda", "stats", "program", "observing", "engine",
-    "engine.loading", "engine.execution", "engine.threads", "engine.board", "engine.lane", "engine.dispatcher",
-    "engine.futures", "engine.recovery", "engine.admission", "engine.cores", "engine.run", "map", "map.sources",
-    "map.window", "options", "pool", "lifecycle", "calls", "parallel", "testing", "web", "cli", "__main__",
+    "engine.loading", "engine.execution", "engine.threads", "engine.board", "engine.lane", "engine.onloop",
+    "engine.dispatcher", "engine.futures", "engine.recovery", "engine.admission", "engine.settling", "engine.cores",
+    "engine.run", "map", "map.sources", "map.window", "options", "pool", "lifecycle", "calls", "parallel", "testing",
+    "web", "cli", "__main__",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.

@@ -37,6 +37,7 @@ def run(program: str, *arguments: str, **environment: str) -> str:
         env={**os.environ, "PYTHONIOENCODING": "utf-8", **environment},
     )
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "cannot be copied for each core" not in done.stderr
     return done.stdout
 
 

@@ -602,7 +602,8 @@ async def test_an_internal_error_leaves_nobody_waiting(caplog, monkeypatch, wher
     calls = [call(model, n) for n in range(12)]
     await settle()
     run = model._life.run
-    owner = {"end": run.futures, "failed": run.recovery, "next": run.dispatcher.board}.get(where, run)
+    owners = {"end": run.futures, "failed": run.recovery, "next": run.dispatcher.board, "execution": run}
+    owner = owners.get(where, run.settling)
     real, broke = getattr(owner, where), []
 
     def broken(*args, **kwargs):

@@ -110,7 +110,7 @@ def test_a_model_that_a_forked_process_was_given_says_so():
 async def test_a_second_thread_is_for_cores_that_would_wait_for_the_first(monkeypatch, crowded, example, expected):
     monkeypatch.setattr(dispatcher, "CROWDED", crowded)
     inputs = torch.ones(1, 2) if example else None
-    backend = SimulatedBackend(cores=2, service_time=0.001)
+    backend = SimulatedBackend(cores=2, service_time=0.001, submits=False)
     async with AsyncDataParallel(torch.neg, backend=backend, batch_size=4, example_inputs=inputs) as model:
         assert len(threads()) == 2 * expected
         x = torch.arange(400.0).reshape(200, 2)

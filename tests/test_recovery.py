@@ -654,7 +654,7 @@ async def test_simulated_cores_fail_and_hang_and_every_caller_gets_the_right_ans
 async def test_a_thread_that_dies_takes_nothing_with_it(monkeypatch, caplog):
     """The worker's own code fails, not the model: in `take`, or between two steps."""
     monkeypatch.setattr(health, "FIRST", 0.02)
-    backend = SimulatedBackend(cores=2, service_time=0.001)
+    backend = SimulatedBackend(cores=2, service_time=0.001, submits=False)
     async with AsyncDataParallel(torch.neg, batch_size=4, backend=backend) as model:
         await model(row(1))
         real, died = Execution.begin, []

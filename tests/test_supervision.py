@@ -104,7 +104,7 @@ async def test_delivery_dies(monkeypatch, where, death):
     await model.start()
     calls = [call(model, n) for n in range(12)]
     await settle()
-    kill(monkeypatch, model._life.run, where, death)
+    kill(monkeypatch, model._life.run.settling, where, death)
     backend[0].release()
     await all_end_at_once(model, calls)
 
@@ -382,7 +382,7 @@ async def test_handing_over_what_a_thread_has_read_dies():
 @pytest.mark.parametrize("copy_time", [0.0, 0.001], ids=["one", "two"])
 async def test_a_thread_dies(monkeypatch, step, death, copy_time):
     monkeypatch.setattr(health, "FIRST", 0.02)
-    backend = SimulatedBackend(cores=2, service_time=0.001, copy_time=copy_time)
+    backend = SimulatedBackend(cores=2, service_time=0.001, copy_time=copy_time, submits=False)
     async with AsyncDataParallel(torch.neg, batch_size=4, backend=backend) as model:
         await model(row(1))
         run, died = model._life.run, []
@@ -420,7 +420,9 @@ async def test_a_thread_dies(monkeypatch, step, death, copy_time):
 @every_death
 async def test_what_a_thread_decides_dies(monkeypatch, death):
     """Under the lock: who knows what is left of the queue."""
-    model = AsyncDataParallel(torch.neg, batch_size=4, backend=SimulatedBackend(cores=2, service_time=0.001))
+    model = AsyncDataParallel(
+        torch.neg, batch_size=4, backend=SimulatedBackend(cores=2, service_time=0.001, submits=False)
+    )
     await model.start()
     await model(row(1))
     kill(monkeypatch, model._life.run.dispatcher.board, "next", death)

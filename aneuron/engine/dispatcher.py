@@ -49,6 +49,16 @@ FORKED = (
 )
 
 
+class Settling(Protocol):
+    """What follows from executions that have ended."""
+
+    def settle(self, execution: Execution, now: float) -> None:
+        """End the calls that an execution has completed."""
+
+    def relax(self) -> None:
+        """Results have been handed out."""
+
+
 class Served(Protocol):
     """A run of a model, as the lanes know it."""
 
@@ -56,17 +66,15 @@ class Served(Protocol):
     counters: Counters
     loaded: list[Loaded]  # the last one on each lane
 
+    @property
+    def settling(self) -> Settling:
+        """What follows from its executions."""
+
     def serves(self, lane: int) -> bool:
         """Whether it may have batches on a lane."""
 
     def execution(self, batch: Batch, lane: int) -> Execution:
         """A batch as it is executed on a lane. Worker thread."""
-
-    def settle(self, execution: Execution, now: float) -> None:
-        """End the calls that an execution has completed."""
-
-    def relax(self) -> None:
-        """Results have been handed out."""
 
     def expire(self, call: Call) -> None:
         """A call that waits cannot meet its deadline."""
@@ -347,9 +355,9 @@ class Dispatcher:
                 if run not in runs:  # of those that wait, the first has waited longest
                     runs.append(run)
                     run.counters.loop_lag_seconds.add(now - execution.posted)
-                run.settle(execution, now)
+                run.settling.settle(execution, now)
             for run in runs:
-                run.relax()
+                run.settling.relax()
         except BaseException as error:
             self.crash(error)
 

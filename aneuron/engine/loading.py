@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from aneuron.backends import Backend, Core, PolledCore, SubmittingCore
+from aneuron.backends import Backend, Core, Fault, PolledCore, SubmittingCore
 from aneuron.engine.evidence import Evidence, Trials, identities, snapshot
 from aneuron.engine.modes import Within, execute_in_own
+from aneuron.errors import DeviceError, OutputError
 from aneuron.ownership import Owned
 from aneuron.program import Shape
 from aneuron.sched.scheduler import rounded
@@ -179,6 +180,18 @@ class Loaded:
                 core.close()
             except BaseException:
                 logger.warning("core %d did not close", self.core_id, exc_info=True)
+
+
+def is_hopeless(backend: Backend, error: Exception) -> bool:
+    """Whether the other cores would not load either: what one has raised is about the model, or fatal."""
+    about_the_model = (ValueError, TypeError, FileNotFoundError, OutputError)
+    if isinstance(error, about_the_model) and not isinstance(error, DeviceError):
+        return True
+    try:
+        return backend.classify(error) is Fault.FATAL
+    except Exception:
+        logger.exception("the %s backend could not classify an error", backend.name)
+        return False
 
 
 def warm_up(

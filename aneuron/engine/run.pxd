@@ -5,8 +5,6 @@ from aneuron.engine.board cimport Board
 from aneuron.engine.dispatcher cimport Dispatcher
 from aneuron.engine.execution cimport Common, Execution
 from aneuron.engine.futures cimport Futures
-from aneuron.engine.loading cimport Loaded
-from aneuron.sched.call cimport Call
 from aneuron.sched.filling cimport Batch
 from aneuron.sched.scheduler cimport Scheduler
 from aneuron.stats cimport Counters
@@ -14,7 +12,7 @@ from aneuron.stats cimport Counters
 
 cdef class Run:
     cdef public Dispatcher dispatcher
-    cdef public object loop, thread, clock, sizes, context, recovery, cores
+    cdef public object loop, thread, clock, sizes, context, recovery, cores, settling
     cdef public double weight
     cdef public Counters counters
     cdef public Scheduler scheduler
@@ -28,8 +26,3 @@ cdef class Run:
     cdef public list loaded
     @cython.locals(made=Execution)
     cpdef Execution execution(self, Batch batch, long lane)
-    @cython.locals(batch=Batch)
-    cpdef settle(self, Execution execution, double now)
-    @cython.locals(counters=Counters, batch=Batch, call=Call, rows=long, padded=long, started=double, ended=double, service=double)
-    cpdef _count(self, Execution execution, Loaded loaded, double now)
-    cpdef relax(self)

@@ -1,7 +1,8 @@
 """One run of a model on a pool, from its loading to its close: calls in, results back.
 
-Lives here: admission, what follows from an execution, what is counted, the state of the run. Must not be here: callers'
-futures (futures.py), faults (recovery.py), which batch is next (sched/, behind board.py), threads, tensors, blocking.
+Lives here: how it starts and ends, and its parts: who is let in (admission.py), what is loaded (cores.py), what
+follows from an execution (settling.py) and from a fault (recovery.py). Must not be here: callers' futures (futures.py),
+which batch is next (sched/, behind board.py), threads, tensors, blocking.
 """
 
 import asyncio
@@ -14,22 +15,22 @@ from functools import partial
 from threading import Lock
 from typing import Any
 
-from aneuron.backends import Fault
 from aneuron.engine.admission import Admission, Phase
 from aneuron.engine.cores import Cores
 from aneuron.engine.dispatcher import Dispatcher
 from aneuron.engine.execution import Common, Execution
 from aneuron.engine.futures import Futures
-from aneuron.engine.loading import Load, Loaded
+from aneuron.engine.loading import Load, Loaded, is_hopeless
 from aneuron.engine.modes import OwnContext, same
 from aneuron.engine.recovery import Recovery, note
-from aneuron.errors import Closed, CoreFailed, DeviceError, OutputError, ShapeError
+from aneuron.engine.settling import Settling
+from aneuron.errors import Closed
 from aneuron.observing import observed
 from aneuron.ownership import Owned, adopt
 from aneuron.program import Settings
 from aneuron.sched.call import Call, Chunk
 from aneuron.sched.filling import Batch, Retry
-from aneuron.sched.scheduler import Rules, Scheduler, Sizes, rounded
+from aneuron.sched.scheduler import Rules, Scheduler, Sizes
 from aneuron.stats import Counters, ServiceTimes, Statistics
 
 logger = logging.getLogger("aneuron")
@@ -68,16 +69,9 @@ class Run:
         self._times = times  # of the model, by core id: it may have run before
         self._beside = beside  # another run of the model serves on these cores until `take_over`
         backend, context = dispatcher.backend, copy_context()
-        self._common = Common(
-            backend,
-            load.dim,
-            load.unpad,
-            load.evidence,
-            {bucket: each.sizes for bucket, each in sizes.items()},
-            Lock(),
-            dispatcher.post,
-            None if same(context, dispatcher.context) else OwnContext(context),
-        )
+        by_bucket = {bucket: each.sizes for bucket, each in sizes.items()}
+        own = None if same(context, dispatcher.context) else OwnContext(context)
+        self._common = Common(backend, load.dim, load.unpad, load.evidence, by_bucket, Lock(), dispatcher.post, own)
         self.context = context
         self.cores = Cores(dispatcher, load, counters, times, context, self)
         self.loaded = self.cores.loaded
@@ -86,6 +80,8 @@ class Run:
         self.futures = Futures(self.loop, self.clock, counters, self.discard, dispatcher.guard)
         watched = exec_timeout is not None
         self.admission = Admission(dispatcher, self.scheduler, self.futures, self.recovery, counters, watched)
+        ends = counters, self.futures, self.recovery, self.admission
+        self.settling = Settling(dispatcher, self.scheduler, sizes, len(load.models) > 1, *ends)
         adopt(self._board.lock, self, *sizes.values())
 
     @property
@@ -130,7 +126,7 @@ class Run:
                     note(error, f"aneuron: while loading core {loaded.core_id} of the {self._backend_name} backend")
                     self.recovery.not_loaded(loaded, error)
                     self.cores.leave(loaded)
-                    if len(self.loaded) - len(failures) < min_cores or self._is_hopeless_to_load(error):
+                    if len(self.loaded) - len(failures) < min_cores or is_hopeless(self.dispatcher.backend, error):
                         raise failures[0] from failures[0].__cause__
         except BaseException as error:
             self.stop()
@@ -148,18 +144,6 @@ class Run:
     @property
     def _backend_name(self) -> str:
         return self.dispatcher.backend.name
-
-    def _is_hopeless_to_load(self, error: Exception) -> bool:
-        """Whether the other cores would not load either: it is about the model, or fatal."""
-        about_the_model = (ValueError, TypeError, FileNotFoundError, OutputError)
-        if isinstance(error, about_the_model) and not isinstance(error, DeviceError):
-            return True
-        backend = self.dispatcher.backend
-        try:
-            return backend.classify(error) is Fault.FATAL
-        except Exception:
-            logger.exception("the %s backend could not classify an error", backend.name)
-            return False
 
     def serve(self) -> None:
         """Accept calls. Raises if no threads are to be had."""
@@ -290,56 +274,6 @@ class Run:
         """Seconds that a lane takes for an execution of that shape; 0 while that is not known."""
         return self.loaded[lane].times.service((rows, bucket), self.clock())
 
-    def settle(self, execution: Execution, now: float) -> None:
-        """End the calls that an execution has completed."""
-        batch = execution.batch
-        if not execution.abandoned:
-            if execution.begun:
-                self._count(execution, execution.loaded, now)
-            if execution.error is not None:
-                execution.loaded.counters.errors += 1
-                self.recovery.failed(execution, execution.error)
-            elif batch.retry is not None or self.recovery.health[execution.loaded.index].state == "suspect":
-                self.recovery.succeeded(execution)
-        self.futures.end(execution.finished, False, now)  # given up or not: they are the right ones
-        # A traceback holds the worker's frames, and they the execution: no cycle, and nobody else's rows.
-        execution.chunks, execution.error, execution.finished = (), None, []
-        batch.chunks, batch.retry = [], None
-
-    def _count(self, execution: Execution, loaded: Loaded, now: float) -> None:
-        counters, batch, rows = self.counters, execution.batch, execution.rows
-        started, ended = execution.started, execution.ended
-        lane = execution.lane
-        service = max(0.0, ended - max(started, lane.ended))
-        lane.ended = max(lane.ended, ended)
-        padded = (execution.size or rows) - rows
-        loaded.counters.executed(rows, padded, service)
-        if execution.error is None:  # what raises at once is not fast
-            loaded.times.executed((batch.size or rounded(rows), batch.bucket), service, now)
-            if batch.size is not None and len(self._load.models) > 1 and service:
-                with self._board.lock:
-                    self.sizes[batch.bucket].learn(batch.size, service)
-        self.dispatcher.took(execution, now)
-        counters.drained(rows, now)
-        counters.device_seconds.add(ended - started)
-        if batch.expected:
-            self.admission.ended(ended - batch.due, batch.expected, now)
-        if batch.reason != "rerun":
-            counters.closed_because[batch.reason] += 1
-            counters.batch_rows.add(rows)
-            counters.queue_seconds.add_all(
-                [started - call.admitted for call, start, _ in execution.chunks if not start]
-            )
-        if self.admission.traced:
-            for call, _, _ in execution.chunks:
-                if call.trace is not None:
-                    call.trace.note(loaded.core_id, started, ended, rows, padded, batch.reason)
-
-    def relax(self) -> None:
-        """Results have been handed out: if nothing waits, the time to the next ones says nothing."""
-        if not self.scheduler.has_work() and not self.scheduler.arrivals:
-            self.counters.relaxed()
-
     # For recovery.py.
 
     def retire(self, loaded: Loaded) -> None:
@@ -431,21 +365,6 @@ class Run:
         return self.dispatcher.call_later(delay, callback)
 
     # A swap.
-
-    def differ_from(self, old: "Run") -> Exception | None:
-        """Why this run cannot take the place of another on the same cores; None if it can."""
-        for loaded, other, health, before in zip(
-            self.loaded, old.loaded, self.recovery.health, old.recovery.health, strict=True
-        ):
-            if before.serves and not health.serves:
-                return CoreFailed(f"core {loaded.core_id} has not loaded the new model, see the log", loaded.core_id)
-            for shape, kind in other.kinds.items() if health.serves else ():
-                if loaded.kinds.get(shape) != kind:
-                    return ShapeError(
-                        f"a row of example_inputs gives {loaded.kinds.get(shape)} with the new model (structure, "
-                        f"shapes and dtypes), and {kind} with the one that serves"
-                    )
-        return None
 
     def take_over(self) -> None:
         """The run that this was loaded beside serves no new calls any more: the cores are this one's."""
