@@ -80,6 +80,7 @@ async def main() -> None:
         settings = {"backend": args.backend, "batch_size": args.batch_size, "example_inputs": example}
         async with AsyncDataParallel(file, **settings) as model:
             await serve(model, plain, torch.rand(args.images, 3, 224, 224), args.callers)
+    print(f"images per core: {[core.rows for core in model.statistics().cores]}")  # now all of them are counted
 
 
 async def serve(model: AsyncDataParallel, plain: nn.Module, images: Tensor, callers: int) -> None:
@@ -102,8 +103,6 @@ async def serve(model: AsyncDataParallel, plain: nn.Module, images: Tensor, call
         expected = plain(images[:16])
     same = int((batch[:16].argmax(1) == expected.argmax(1)).sum())  # the scores differ: Neuron computes in bfloat16
     print(f"of {len(expected)} images {same} get the plain model's class")
-    rows = [core.rows for core in model.statistics().cores]
-    print(f"images per core: {rows}")
 
 
 if __name__ == "__main__":

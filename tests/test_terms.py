@@ -897,7 +897,7 @@ def test_slow_copies_get_a_second_thread_and_every_caller_its_own_rows(factory):
     width = 64 * 1024  # 2 MB a batch
 
     async def main():
-        backend = SimulatedBackend(cores=2, service_time=0.002)
+        backend = SimulatedBackend(cores=2, service_time=0.002, submits=False)
         async with AsyncDataParallel(torch.neg, backend=backend, batch_size=8) as model:
             async with asyncio.timeout(30):
                 views = [model, model.options(tenant="a"), model.options(priority=1, timeout=60)]
