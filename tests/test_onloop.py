@@ -348,7 +348,7 @@ async def test_two_models_share_cores_that_are_handed_batches():
 
 
 def lanes_threads():
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("aneuron-core")]
+    return {thread for thread in threading.enumerate() if thread.name.startswith("aneuron-core")}
 
 
 async def test_simulated_cores_need_no_thread_of_a_lane():
@@ -358,7 +358,7 @@ async def test_simulated_cores_need_no_thread_of_a_lane():
         for _ in range(5):
             results = await asyncio.gather(*[model(row(value)) for value in range(40)])
             assert all(torch.equal(result, -row(value)) for value, result in enumerate(results))
-        assert [name for name in lanes_threads() if name not in before] == []
+        assert lanes_threads() <= before  # those that have loaded
         assert all(core.batches for core in model.statistics().cores)
 
 
@@ -381,10 +381,10 @@ async def test_large_batches_are_copied_in_threads():
     backend = SimulatedBackend(cores=1, service_time=0.001)
     large = torch.zeros(1, 1 << 16)
     async with AsyncDataParallel(torch.neg, backend=backend, batch_size=2, example_inputs=(large,)) as model:
-        before = set(lanes_threads())
+        before = lanes_threads()
         results = await asyncio.gather(*[model(large + value) for value in range(6)])
         assert all(torch.equal(result, -large - value) for value, result in enumerate(results))
-        assert len(set(lanes_threads()) - before) == 1
+        assert len(lanes_threads() - before) == 1
 
 
 class Threaded:
@@ -591,9 +591,10 @@ async def test_a_core_whose_completions_cannot_be_read_is_out_and_its_batch_runs
     assert "cannot be read" in caplog.text
 
 
-async def test_where_the_loop_watches_no_descriptors_polled_cores_execute_in_threads(monkeypatch):
+@pytest.mark.parametrize("error", [NotImplementedError, OSError("a file"), ValueError("closed")], ids=str)
+async def test_what_the_loop_cannot_watch_executes_in_threads(monkeypatch, caplog, error):
     def refuse(*args):
-        raise NotImplementedError
+        raise error
 
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(loop, "add_reader", refuse)
@@ -603,6 +604,7 @@ async def test_where_the_loop_watches_no_descriptors_polled_cores_execute_in_thr
         results = await asyncio.gather(*[model(row(value)) for value in range(20)])
         assert all(torch.equal(result, -row(value)) for value, result in enumerate(results))
         assert sum(core.executed for core in made) > 0
+    assert "core 0 executes in threads: the event loop cannot watch" in caplog.text
 
 
 async def test_a_context_and_an_observer_are_around_executions_in_threads():

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from aneuron.backends import PolledCore
 from aneuron.engine.dispatcher import Dispatcher
+from aneuron.engine.failures import text
 from aneuron.engine.futures import Futures
 from aneuron.engine.loading import Load, Loaded
 from aneuron.engine.recovery import Recovery
@@ -108,8 +109,12 @@ class Cores:
         try:
             for core in loaded.polled:
                 self._dispatcher.loop.add_reader(core.completions, self._complete, loaded, core)
-        except NotImplementedError:  # this loop watches none: they execute in threads
+        except Exception as error:  # this loop watches no descriptors, or not that one
             loaded.submits = False
+            logger.warning(
+                "core %d executes in threads: the event loop cannot watch its completions (%s)",
+                loaded.core_id, text(error),
+            )  # fmt: skip
 
     def _complete(self, loaded: Loaded, core: PolledCore) -> None:
         try:
@@ -120,7 +125,7 @@ class Cores:
 
     def _poll_no_more(self, loaded: Loaded) -> None:
         for core in loaded.polled:
-            with suppress(NotImplementedError):
+            with suppress(Exception):  # it was not watched
                 self._dispatcher.loop.remove_reader(core.completions)
 
     # The end.
