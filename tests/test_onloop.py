@@ -664,3 +664,50 @@ async def test_faults_slow_and_hung_executions_of_simulated_cores_are_mended_wit
             await asyncio.sleep(0.05)
         assert answered
     check_sum(model)
+
+
+class Held:
+    """A core that keeps what it is handed."""
+
+    concurrent = True
+
+    def __init__(self, model):
+        self.model, self.handed = model, []
+
+    def execute(self, args, kwargs):
+        return self.model(*args, **kwargs)
+
+    def submit(self, args, kwargs, done):
+        self.handed.append((args, done))
+
+    def close(self):
+        pass
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+async def test_what_is_left_to_threads_is_done_without_where_they_have_ended(rows):
+    made = []
+
+    def make(model):
+        made.append(Held(model))
+        return made[-1]
+
+    model = AsyncDataParallel(torch.neg, backend=OneKind(make), batch_size=4, check_rows=False)
+    await model.start()
+    large = torch.arange(float(rows * (1 << 17))).reshape(rows, -1)
+    calls = [asyncio.ensure_future(model(large + value)) for value in range(2)]
+    while not any(core.handed for core in made):
+        await asyncio.sleep(0.001)
+    await model.abort()
+    with default_device("meta"), torch.enable_grad():
+        while not all(each.done() for each in calls):
+            for core in made:
+                while core.handed:
+                    args, done = core.handed.pop()
+                    done(args[0].neg(), None)
+            await asyncio.sleep(0.001)
+    for value, each in enumerate(calls):
+        if each.exception() is None:
+            assert torch.equal(each.result(), -large - value)
+            assert each.result().device.type == "cpu"
+    assert any(each.exception() is None for each in calls)

@@ -103,37 +103,35 @@ class Evidence:
         be made, and so tells something once only. first: the execution that it came from, as evidence, and what else
         can be had. Raises `OutputError` for what cannot be cut into rows, or joined.
         """
+        known = self.known(value, asked, rows, packing)
+        if known is not None:
+            return known
+        kind = packing, asked_for(asked)
+        if lone and _key(kind, Output(value, None, self.dim, asked, self._marks.get(kind, {}))) in self._alike:
+            return self.marked(value, asked, rows, packing)
+        try:
+            seen, trials = first()
+        except InputModified:  # it had been read, and may be: what was executed cannot be executed anew
+            return self.marked(value, asked, rows, packing)
+        except Exception as error:
+            return self._unseen(error, value, asked, rows, packing)
+        with self._turn(trials) as mine:
+            if not mine:
+                return self.marked(seen.value, asked, rows, packing)
+            known = self.known(seen.value, asked, rows, packing)  # by now
+            return known if known is not None else self.take([seen], asked, packing, trials)
+
+    def known(self, value: Any, asked: Hashable, rows: int, packing: bool) -> Output | None:
+        """An output, marked by what is known of its kind; None if nothing is. Raises `OutputError` as `look` does."""
         kind = packing, asked_for(asked)
         output = Output(value, None, self.dim, asked, self._marks.get(kind, {}))
-        if self._is_known(kind, output, rows):
-            if packing:
-                output.check(rows)
-        else:
-            if lone and _key(kind, output) in self._alike:
-                return self.marked(value, asked, rows, packing)
-            try:
-                seen, trials = first()
-            except InputModified:  # it had been read, and may be: what was executed cannot be executed anew
-                return self.marked(value, asked, rows, packing)
-            except Exception as error:
-                return self._unseen(error, value, asked, rows, packing)
-            with self._turn(trials) as mine:
-                output = Output(seen.value, None, self.dim, asked, self._marks.get(kind, {}))
-                if not mine:
-                    return self.marked(seen.value, asked, rows, packing)
-                if not self._is_known(kind, output, rows):
-                    output = self.take([seen], asked, packing, trials)
-                elif packing:
-                    output.check(rows)
-        if type(value) is torch.Tensor and _key(kind, output) in self._known:
+        if not self._is_known(kind, output, rows):
+            return None
+        if packing:
+            output.check(rows)
+        if type(value) is torch.Tensor:
             self.plain.add((packing, asked, value.ndim))
         return output
-
-    def knows(self, value: Any, asked: Hashable, packing: bool) -> bool:
-        """Whether outputs of this kind are known to be cut without executing anything."""
-        kind = packing, asked_for(asked)
-        known = self._known.get(_key(kind, Output(value, None, self.dim, asked, self._marks.get(kind, {}))))
-        return known is not None and known.error is None
 
     def take(self, seen: list[Seen], asked: Hashable, packing: bool, trials: Trials) -> Output:
         """Take evidence, from executions that there are, and up to `EXTRA` more; the output of the last of the former.

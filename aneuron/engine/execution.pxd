@@ -34,5 +34,3 @@ cdef class Execution:
     cpdef _end(self, clock)
     @cython.locals(common=Common, call=Call)
     cpdef bint _is_plain(self) except -1
-    @cython.locals(common=Common, call=Call)
-    cpdef bint _is_known(self) except -1

@@ -17,7 +17,7 @@ from aneuron.engine.evidence import Evidence, Trials, identities, snapshot, vari
 from aneuron.engine.loading import Loaded
 from aneuron.engine.modes import OwnContext, execute_in_own, put_back
 from aneuron.ownership import Owned
-from aneuron.sched.call import Call, Chunk
+from aneuron.sched.call import Chunk
 from aneuron.sched.filling import Batch
 from aneuron.tensors import rows
 from aneuron.tensors.outputs import Carried, Output, Unpad
@@ -197,10 +197,8 @@ class Execution:
         else:
             self.output, self.ended = output, clock()
             try:
-                if not self._is_plain():
-                    if not self._is_known():
-                        return False
-                    self._understand(clock)
+                if not self._is_plain() and not self._understand(clock, may_execute=False):
+                    return False
             except BaseException as failure:
                 self._fail(failure)
         self._end(clock)
@@ -228,29 +226,30 @@ class Execution:
             and (call.cut.shared, call.structure, value.ndim) in common.evidence.plain
         )
 
-    def _is_known(self) -> bool:
-        """Whether nothing is to be executed to know what the output means."""
-        common, call = self.common, self.chunks[0][0]
-        if self.batch.bucket and common.unpad is not None:
-            return False
-        lone = not call.cut.shared and call.cut.count(call.rows) == 1
-        return lone or common.evidence.knows(self.output, call.structure, call.cut.shared)
-
-    def _understand(self, clock: Callable[[], float]) -> None:
-        common, call = self.common, self.chunks[0][0]
-        self.output = self._evidenced(call, clock)
-        if self.batch.bucket and common.unpad is not None:
-            self.output.asked = rows.base_of(call)
-            self._cut = self._carried(common.unpad, self.output)
-
-    def _evidenced(self, call: Call, clock: Callable[[], float]) -> Output:
+    def _understand(self, clock: Callable[[], float], may_execute: bool = True) -> bool:
+        """Find out what of the output is whose; False if that takes executions, and there may be none."""
         put_back()
-        common, size = self.common, self.size or self.rows
-        if not call.cut.shared and call.cut.count(call.rows) == 1:
-            return Output(self.output, None, common.dim, rows.base_of(call))  # all of it is the call's
-        lone = self.rows == 1 and not varies(self._inputs[0])
-        first = partial(self._as_evidence, clock)
-        return common.evidence.look(self.output, call.structure, size, call.cut.shared, lone, first)
+        common, call, bucket = self.common, self.chunks[0][0], self.batch.bucket
+        size, packing = self.size or self.rows, call.cut.shared
+        if not packing and call.cut.count(call.rows) == 1:
+            output = Output(self.output, None, common.dim, rows.base_of(call))  # all of it is the call's
+        elif may_execute:
+            lone = self.rows == 1 and not varies(self._inputs[0])
+            first = partial(self._as_evidence, clock)
+            output = common.evidence.look(self.output, call.structure, size, packing, lone, first)
+        elif (known := common.evidence.known(self.output, call.structure, size, packing)) is not None:
+            output = known
+        else:
+            return False
+        if bucket and common.unpad is not None:
+            output.asked = rows.base_of(call)
+            self._cut = common.unpad.known(output, bucket)
+            if self._cut is None:
+                if not may_execute:
+                    return False
+                self._cut = self._carried(common.unpad, output)
+        self.output = output
+        return True
 
     def _as_evidence(self, clock: Callable[[], float]) -> tuple[Seen, Trials]:
         """What was executed, and what else can be."""
@@ -272,12 +271,9 @@ class Execution:
         return seen, Trials(inputs, common.dim, sizes, execute, go_on, lambda: self.abandoned)
 
     def _carried(self, unpad: Unpad, output: Output) -> Carried:
-        """What of the output is to be cut back; if nobody knows, one more run in another bucket tells."""
+        """What of the output is to be cut back, which nobody knows: one more run in another bucket tells."""
         dim, bucket, call = self.common.dim, self.batch.bucket, self.chunks[0][0]
         size, packing = self.size or self.rows, call.cut.shared
-        carried = unpad.known(output, bucket)
-        if carried is not None:
-            return carried
         found = self.loaded.other(self.batch.size, bucket)
         if found is None:
             return unpad.learn(output, bucket)

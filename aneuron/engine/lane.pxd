@@ -13,6 +13,6 @@ cdef class Lane:
     cdef object _host, _clock, _preparing
     cdef long _slots
     cdef bint _staging, _concurrent
-    @cython.locals(board=Board, execution=Execution, now=double, waited_for=cython.bint, asks=cython.bint)
+    @cython.locals(board=Board, execution=Execution, now=double, waited_for=cython.bint, full=cython.bint, asks=cython.bint)
     cpdef Execution take(self, Execution ended)
     cpdef bint copied(self, long size, double preparing, double now) except -1

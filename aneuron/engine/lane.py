@@ -44,13 +44,8 @@ class Host(Protocol):
 class Driver(Protocol):
     """What serves a lane in place of its threads: the loop (onloop.py)."""
 
-    concurrent: bool  # whether it may have several executions in flight
-
     def wake(self) -> None:
         """There may be something to do."""
-
-    def given_up(self) -> None:
-        """A submission is not waited for any more."""
 
 
 class Lane:
@@ -87,7 +82,9 @@ class Lane:
                 if ended is not None and (ended.fault is not INPUT or ended.loaded.out or not waited_for):
                     host.ended(ended, self.index)
                 execution = None
-                if waited_for and not self.gone and (ended is None or not ended.failed):
+                # A core that takes one execution has the next when that has ended; threads wait for its turn instead.
+                full = self.on_loop is not None and not self._concurrent and bool(board.lanes[self.index].in_flight)
+                if waited_for and not full and not self.gone and (ended is None or not ended.failed):
                     found = board.next(self.index, now)
                     if isinstance(found, Batch):
                         execution = host.execution(found, self.index)
@@ -139,7 +136,6 @@ class Lane:
             self.on_loop = on_loop(self)
         self._slots, self._concurrent = slots, concurrent
         if self.on_loop is not None:
-            self.on_loop.concurrent = concurrent
             return float("inf") if concurrent else None
         if concurrent and not crowded:
             self.workers.grow(max(1, slots))

@@ -14,11 +14,10 @@ cdef class Submission:
 
 
 cdef class OnLoop:
-    cdef public bint concurrent, inline
+    cdef public bint inline
     cdef Lane _lane
     cdef object _workers, _host, _context, _clock
     cdef Aside _aside
-    cdef long _in_flight
     cpdef wake(self)
     @cython.locals(execution=Execution, understood=cython.bint)
     cpdef completed(self, Submission submission)
@@ -26,7 +25,5 @@ cdef class OnLoop:
     cpdef _ended(self, Execution execution)
     @cython.locals(execution=Execution, until=double)
     cpdef _go_on(self, Execution ended)
-    @cython.locals(execution=Execution)
-    cpdef Execution _next(self, Execution ended)
     cpdef bint _begin(self, Execution execution) except -1
     cpdef bint _hand_over(self, Execution execution) except -1

@@ -65,10 +65,7 @@ class Submission:
 class OnLoop:
     """What drives a lane, in place of threads. All its methods are called on the loop."""
 
-    owned = Owned(loop=("concurrent", "_in_flight"))
-
     def __init__(self, lane: Lane, workers: Workers, host: Host, context: OwnContext, inline: bool) -> None:
-        self.concurrent = False  # whether the cores take several submissions at once
         self.inline = inline
         self._lane = lane
         self._workers = workers
@@ -76,12 +73,10 @@ class OnLoop:
         self._context = context  # to execute in
         self._clock = workers.clock
         self._aside = Aside()
-        self._in_flight = 0
 
     def wake(self) -> None:
         """There may be something to begin with."""
-        if self.concurrent or not self._in_flight:
-            self._go_on(None)
+        self._go_on(None)
 
     def completed(self, submission: Submission) -> None:
         """Take the result of a submission."""
@@ -98,13 +93,9 @@ class OnLoop:
         else:
             self._in_thread(execution, partial(execution.understand, self._clock), self._ended)
 
-    def given_up(self) -> None:
-        """A submission is not waited for any more."""
-        self._in_flight -= 1
-
     def _ended(self, execution: Execution) -> None:
         """The core goes on with the next one, before the results of this are handed out: they are its own."""
-        after = self._next(execution)
+        after = self._lane.take(execution)
         over = after is not None and self._begin(after)
         if execution.gives_much:
             self._in_thread(execution, partial(execution.finish, self._clock))
@@ -117,20 +108,13 @@ class OnLoop:
     def _go_on(self, ended: Execution | None) -> None:
         """Begin with what comes next; what has `ended` is posted."""
         until = self._clock() + TURN
-        while (execution := self._next(ended)) is not None:
+        while (execution := self._lane.take(ended)) is not None:
             if not self._begin(execution):
                 return
             ended = execution
             if self._clock() > until:
                 self._host.call_loop(partial(self._host.guard, partial(self._go_on, ended)))
                 return
-
-    def _next(self, ended: Execution | None) -> Execution | None:
-        self._in_flight -= ended is not None and not ended.abandoned
-        execution = self._lane.take(ended)
-        if execution is not None:
-            self._in_flight += 1
-        return execution
 
     def _begin(self, execution: Execution) -> bool:
         """Collate, and hand over; whether it is over, and posted."""
@@ -188,4 +172,8 @@ class OnLoop:
             self._workers.grow(1)
             self._workers.submit(run)
         except RuntimeError:  # there are no threads any more, or none to be had
+            host.call_loop(partial(self._in_place, run))
+
+    def _in_place(self, run: Callable[[], None]) -> None:
+        with self._aside:
             run()

@@ -302,7 +302,6 @@ class Run:
         with self._board.lock:
             given_up = self._board.give_up(loaded.index, execution, self.clock())
         if given_up and execution.submitted:
-            execution.lane.on_loop.given_up()
             self.close_what_is_out()
         elif given_up:
             loaded.hung = True
