@@ -362,3 +362,14 @@ def test_a_newcomer_starts_where_the_others_are():
     pool.add("b", 0.001)
     pool.run(1000)
     check_shares(pool.since(before), {"a": 1.0, "b": 1.0})
+
+
+def test_a_model_that_is_swapped_keeps_its_place_among_the_others():
+    pool = Lanes()
+    old = pool.add("old", 1.0, model="a")
+    pool.add("other", 1.0, model="b")
+    pool.add("third", 1.0, model="c")
+    pool.add("new", 1.0, model="a")
+    assert [account.model for account in pool.shares.accounts] == ["a", "b", "c"]
+    pool.shares.remove(old)
+    assert [account.model for account in pool.shares.accounts] == ["a", "b", "c"]

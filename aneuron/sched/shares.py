@@ -88,9 +88,10 @@ class Shares:
         return list(dict.fromkeys([share.account for share in self.shares]))
 
     def add(self, scheduler: Scheduler, weight: float = 1.0, model: object = None) -> None:
-        """A scheduler of a model has come."""
-        known = (each for each in self.accounts if model is not None and each.model is model)
-        self.shares.append(Share(scheduler, next(known, None) or Account(model, weight)))
+        """A scheduler of a model has come; beside the one that it has already, whose place it will take."""
+        same = [index for index, each in enumerate(self.shares) if model is not None and each.account.model is model]
+        account = self.shares[same[-1]].account if same else Account(model, weight)
+        self.shares.insert(same[-1] + 1 if same else len(self.shares), Share(scheduler, account))
         if len(self.shares) > 1:
             self.slots.timed = True  # what batches will take is charged
 
