@@ -72,7 +72,8 @@ async def test_the_error_of_a_core_does_not_keep_what_a_caller_sent(monkeypatch)
 @pytest.mark.pure
 async def test_a_batch_that_its_thread_has_claimed_is_not_taken_away(monkeypatch):
     """Its core fails just before it begins."""
-    backend = SimulatedBackend(cores=2, service_time=0.0, copy_time=0.001)  # concurrent: a second thread has a claim
+    # Concurrent, with threads: a second one has a claim.
+    backend = SimulatedBackend(cores=2, service_time=0.0, copy_time=0.001, submits=False)
     async with AsyncDataParallel(torch.neg, backend=backend, batch_size=1, num_workers=4) as model:
         claimed, go_on, taken = threading.Event(), threading.Event(), []
         real = Board.claim
@@ -87,8 +88,7 @@ async def test_a_batch_that_its_thread_has_claimed_is_not_taken_away(monkeypatch
 
         monkeypatch.setattr(Board, "claim", claim)
         calls = [call(model, n) for n in range(40)]
-        while not claimed.is_set():
-            await asyncio.sleep(0.001)
+        assert await asyncio.to_thread(claimed.wait, 60.0)
         model._life.run.recovery.take_out(taken[0], OSError("the core"))
         go_on.set()
         results = await asyncio.gather(*calls)
