@@ -65,8 +65,10 @@ async def many(effort: Effort, say: Say) -> list[Row]:
     parts: list[Seen] = []
     async with started(yardsticks(), cores, service, 1) as contenders:
         for seed in range(effort.repetitions):
-            offered = poisson(cores / sleep_length(service), longer.seconds / 4, seed)
-            reached = (await Replay(contenders["aneuron"].call, offered).run()).rows_per_second
+            ideal = cores / sleep_length(service)
+            offered = poisson(ideal, longer.seconds / 4, seed)
+            answered = (await Replay(contenders["aneuron"].call, offered).run()).rows_per_second
+            reached = min(answered, ideal)  # answers that come in one burst after a pause of the machine look faster
             say(f"{cores} cores, batch 1: Poisson at 70 % of {reached:,.0f} rows/s")
             schedule = poisson(0.7 * reached, longer.seconds, seed)
             parts.append(await rounds(contenders, once, lambda one, s=schedule: Replay(one.call, s).run()))
