@@ -15,6 +15,7 @@ from aneuron.lifecycle import Lifecycle
 from aneuron.observing import Observer, Trace
 from aneuron.program import Settings
 from aneuron.sched.call import Call, Cut, Limit, Terms
+from aneuron.sched.grouping import FORESIGHT
 from aneuron.sched.scheduler import Rules
 from aneuron.tensors.signature import list_of_rows, measure
 
@@ -86,6 +87,7 @@ class Calls:
         """One-row calls that keep every core busy: two batches for each, as far as the second has room to wait."""
         rules = (await self._life.started()).rules
         kinds = len(self._buckets.sizes) if self._buckets is not None else 1  # each fills batches of its own
+        kinds = min(kinds, FORESIGHT)
         busy = (rules.batch_size or rules.preferred) * kinds * rules.cores
         return busy + min(busy, self._settings.max_pending or busy)
 

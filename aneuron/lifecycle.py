@@ -213,6 +213,7 @@ class Lifecycle:
         )
         load = Load(
             program.by_shape(settings.dim),
+            program.warm(settings.dim),
             settings.dim,
             settings.example,
             packing,
@@ -222,7 +223,7 @@ class Lifecycle:
             Unpad(settings.buckets) if settings.buckets is not None else None,
             settings.context,
         )
-        sizes = program.sizes(settings.dim)
+        sizes = program.sizes(settings.dim) or (program.steps(rules.preferred) if packing else {})
         return Run(
             dispatcher, rules, load, sizes, self.counters, program.times, settings.exec_timeout, beside,
             settings.weight,

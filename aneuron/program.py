@@ -19,7 +19,7 @@ from aneuron.backends import Backend, check_models
 from aneuron.backends.traits import Traits
 from aneuron.engine.evidence import check_declared
 from aneuron.errors import ShapeError
-from aneuron.sched.sizes import Cover
+from aneuron.sched.sizes import Cover, Steps
 from aneuron.stats import ServiceTimes
 from aneuron.tensors.buckets import Buckets
 from aneuron.tensors.signature import Compiled
@@ -183,6 +183,18 @@ class Program:
             return dict(self._given)
         return {(self.batch_size if dim == 0 else None, bucket): self._given for bucket in self._lengths}
 
+    def warm(self, dim: int) -> list[Shape]:
+        """The shapes to run the example with: all; where a model takes any length the shortest and the longest."""
+        shapes = list(self.by_shape(dim))
+        free = self._buckets is not None and self._buckets.free
+        return list(dict.fromkeys((shapes[0], shapes[-1]))) if free else shapes
+
+    def steps(self, preferred: int) -> dict[int, Steps]:
+        """The rows that executions of each bucket have, where a model takes any number, of any length."""
+        if self.batch_size is not None or self._buckets is None or not self._buckets.free:
+            return {}
+        return dict.fromkeys(self._lengths, Steps(preferred))
+
     def sizes(self, dim: int) -> dict[int, Cover]:
         """The compiled batch sizes of each bucket; none where any number of rows will do."""
         by_bucket: dict[int, list[int]] = {}
@@ -231,6 +243,10 @@ def _by_shape(given: Mapping[Any, Any], buckets: Buckets | None) -> dict[tuple[i
     lengths = sorted({length for _, length in given})
     if buckets is None:
         raise ValueError(f"models for buckets {lengths} need buckets=Buckets(dim=..., sizes={tuple(lengths)})")
+    if buckets.free:
+        raise ValueError(
+            f"there are models for buckets {lengths}, and buckets without sizes: say sizes={tuple(lengths)}"
+        )
     if lengths != list(buckets.sizes):
         raise ValueError(
             f"there are models for buckets {lengths}, and buckets={list(buckets.sizes)}: they must be the same; "

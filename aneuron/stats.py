@@ -5,7 +5,7 @@ Lives here: numbers. Must not be here: who counts when (engine/run.py, on the lo
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import add
 from types import MappingProxyType
@@ -15,6 +15,7 @@ from aneuron.ownership import Owned
 SECONDS = tuple(step * 10.0**power for power in range(-5, 2) for step in (1.0, 2.5, 5.0))
 ROWS = tuple(2**power for power in range(13))
 MANY = 256  # observations that are sorted in at once
+REDRAW = 64  # observations after which the line through the times of all shapes is drawn anew, at most
 FORGET = 10.0  # seconds after which what was not seen again is no longer believed
 
 
@@ -224,6 +225,8 @@ class ServiceTimes:
     def __init__(self) -> None:
         self.shapes: dict[tuple[int, int], Recent] = {}
         self.last = (0, 0)  # the shape that was executed last
+        self._line = 0.0, 0.0  # seconds of an execution, and of each position in it, by those that were seen
+        self._learnt = self._drawn = 0  # observations, and at how many of them the line is drawn anew
 
     def executed(self, shape: tuple[int, int], seconds: float, now: float) -> None:
         """Note what an execution has taken that callers asked for."""
@@ -232,6 +235,7 @@ class ServiceTimes:
 
     def learn(self, shape: tuple[int, int], seconds: float, now: float) -> None:
         """Note what an execution of that shape took."""
+        self._learnt += 1
         recent = self.shapes.get(shape)
         if recent is None or recent.is_stale(now):
             fresh = Recent()  # seen by other threads when it has something to say
@@ -245,9 +249,48 @@ class ServiceTimes:
         recent = self.shapes.get(shape)
         return 0.0 if recent is None or recent.is_stale(now) else recent.median
 
+    def cost(self, rows: int, bucket: int) -> float:
+        """Seconds that an execution takes, as far as was ever seen, and else by the line through what was: an execution
+        takes so much, and so much for each position of each row. 0 before the first.
+        """
+        recent = self.shapes.get((rows, bucket))
+        if recent is not None:
+            return recent.median
+        if self._learnt >= self._drawn:
+            self._drawn = self._learnt + max(1, min(self._learnt // 4, REDRAW))
+            self._line = line([(rows * bucket, seconds) for (rows, bucket), seconds in self.medians().items()])
+        once, each = self._line
+        return once + each * rows * bucket
+
     def medians(self) -> dict[tuple[int, int], float]:
         """Seconds by shape. On any thread."""
         return {shape: recent.median for shape, recent in self.shapes.copy().items()}
+
+
+def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Height at 0 and slope of the line that is nearest to points with positive coordinates, by the share by which it
+    misses them; neither is negative.
+
+        >>> line([(10.0, 3.0), (20.0, 4.0)])
+        (2.0, 0.1)
+        >>> line([(10.0, 3.0)])
+        (0.0, 0.3)
+    """
+    points = [(x, y) for x, y in points if y > 0.0]
+    if not points:
+        return 0.0, 0.0
+    weights = [1 / (y * y) for _, y in points]
+    whole = sum(weights)
+    x_mean = sum(w * x for w, (x, _) in zip(weights, points, strict=True)) / whole
+    y_mean = sum(w * y for w, (_, y) in zip(weights, points, strict=True)) / whole
+    spread = sum(w * (x - x_mean) ** 2 for w, (x, _) in zip(weights, points, strict=True))
+    several = len({x for x, _ in points}) > 1
+    if several:
+        slope = sum(w * (x - x_mean) * (y - y_mean) for w, (x, y) in zip(weights, points, strict=True)) / spread
+        slope = max(0.0, slope)
+    if not several or y_mean < slope * x_mean:
+        slope = y_mean / x_mean
+    return round(y_mean - slope * x_mean, 12), round(slope, 15)
 
 
 class CoreCounters:

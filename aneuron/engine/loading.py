@@ -5,7 +5,7 @@ runs when, callers' futures.
 """
 
 import logging
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +30,7 @@ class Load:
     """What every lane loads, and how the batches for it are laid out."""
 
     models: Mapping[Shape, Any]
+    warm: Sequence[Shape]  # those of them to run the example with
     dim: int
     compiled: Compiled | None  # the example to warm up with
     packing: bool  # whether calls share batches
@@ -96,9 +97,9 @@ class Loaded:
         values: dict[Shape, Any] = {}
         seen: list[Seen] = []  # the executions in the first bucket
         wanted = load.packing and load.evidence.wants(asked)
-        _, bucket = next(iter(load.models))
+        _, bucket = load.warm[0]
         numbers = identities(compiled.columns(bucket), load.dim) if wanted else []
-        for shape in load.models:
+        for shape in load.warm:
             with _naming(*shape, len(load.models)):
                 first, value, seconds = warm_up(self._cores[shape], compiled, *shape, clock, wanted)
                 rows = shape[0] or compiled.rows
@@ -140,11 +141,11 @@ class Loaded:
 
     def other(self, size: int | None, bucket: int) -> tuple[Core, int] | None:
         """Another bucket, and the core to execute it."""
-        return next(((core, b) for (s, b), core in self._cores.items() if s == size and b != bucket), None)
+        return next(((core, b) for (s, b), core in self._cores.items() if s in (size, None) and b != bucket), None)
 
     def core(self, size: int | None, bucket: int) -> Core:
-        """The core loaded with the shape of a batch."""
-        return self._cores[size, bucket]
+        """The core loaded with the shape of a batch, or with any number of rows."""
+        return self._cores.get((size, bucket)) or self._cores[None, bucket]
 
     def own(self) -> None:
         """Show what this run makes of the core from now on, and no other run of the model."""

@@ -31,6 +31,7 @@ from aneuron.program import Settings
 from aneuron.sched.call import Call, Chunk
 from aneuron.sched.filling import Batch, Retry
 from aneuron.sched.scheduler import Rules, Scheduler, Sizes
+from aneuron.sched.sizes import Steps
 from aneuron.stats import Counters, ServiceTimes, Statistics
 
 logger = logging.getLogger("aneuron")
@@ -64,12 +65,14 @@ class Run:
         self.counters = counters
         self._board = dispatcher.board
         with self._board.lock:  # others may be served there
-            self.scheduler = Scheduler(rules, sizes, self._estimate, self._board.slots, self)
+            buckets = {bucket for _, bucket in load.models}
+            slots = self._board.slots
+            self.scheduler = Scheduler(rules, sizes, self._estimate, slots, self, self._cost, buckets)
         self._load = load
         self._times = times  # of the model, by core id: it may have run before
         self._beside = beside  # another run of the model serves on these cores until `take_over`
         backend, context = dispatcher.backend, copy_context()
-        by_bucket = {bucket: each.sizes for bucket, each in sizes.items()}
+        by_bucket = {bucket: each.sizes for bucket, each in sizes.items() if not isinstance(each, Steps)}
         own = None if same(context, dispatcher.context) else OwnContext(context)
         self._common = Common(backend, load.dim, load.unpad, load.evidence, by_bucket, Lock(), dispatcher.post, own)
         self.context = context
@@ -273,6 +276,10 @@ class Run:
     def _estimate(self, lane: int, rows: int, bucket: int) -> float:
         """Seconds that a lane takes for an execution of that shape; 0 while that is not known."""
         return self.loaded[lane].times.service((rows, bucket), self.clock())
+
+    def _cost(self, lane: int, rows: int, bucket: int) -> float:
+        """The same, as well as can be guessed from other shapes."""
+        return self.loaded[lane].times.cost(rows, bucket)
 
     # For recovery.py.
 

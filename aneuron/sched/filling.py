@@ -3,7 +3,7 @@
 Must not be here: who goes first (fair_queue.py), when and for which lane (scheduler.py), tensors (tensors/rows.py).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,6 +81,15 @@ class Filling:
             if self.full:
                 return
             leader = None
+
+    def take_group(self, head: Flow, group: Iterable[tuple[Kind, int]]) -> None:
+        """Take so many rows of each kind, the head's first, for a batch that starts with `head`."""
+        room = self.room
+        for kind, rows in group:
+            self.room, self.full = rows, False
+            self.take(head, kind)
+            room -= rows - self.room
+        self.room, self.full = room, room <= 0
 
     def charge(self, padding: int, rows: int) -> None:
         """Charge the rows that were added to fill the batch to the tenants in it."""

@@ -18,7 +18,7 @@ cdef class Scheduler:
     cdef public object _estimate
     cdef public FairQueue _queue
     cdef public object _delay, _sizes, _room, outside, _again
-    cdef public list _buckets
+    cdef public object _cost, _grouping
     cdef public long _preferred
     cpdef bint has_work(self) except -1
     cpdef flush(self)
@@ -31,7 +31,10 @@ cdef class Scheduler:
     cpdef Batch pull(self, long lane, double now, bint contended=*)
     @cython.locals(head=Flow, kind=Kind, other=Flow, batch=Batch, call=Call)
     cpdef Batch _form(self, long lane, bint busy, double now, bint contended)
-    @cython.locals(filling=Filling, size=long, shape=long, rows=long, shorter=Kind, flow=Flow, expected=double)
+    @cython.locals(
+        filling=Filling, size=long, shape=long, rows=long, waiting=long, bucket=long, shorter=Kind, flow=Flow,
+        expected=double, group=list
+    )
     cpdef Batch _take(self, Flow head, Kind kind, long lane, bint busy, double now)
     cpdef long _shape(self, long bucket, long rows)
     cpdef long _limit(self, long bucket)

@@ -1,7 +1,8 @@
 """Which rows of one model form the next batch, for which lane, and when.
 
 Lives here: the decision, deadlines, the arithmetic of backpressure. Who goes first is fair_queue.py's, what the lanes
-have in flight slots.py's, holding back batch_delay.py's, which of several models shares.py's. Must not be here:
+have in flight slots.py's, holding back batch_delay.py's, which lengths go together
+grouping.py's, which of several models shares.py's. Must not be here:
 asyncio, threads, torch, a clock: `now` is an argument. Decisions come back as data; the effects are the engine's.
 
 Late binding is the rule that carries this file: rows stay in the queue, where they can be cancelled and joined by
@@ -22,6 +23,7 @@ from aneuron.sched.call import ANYWHERE, NEVER, Call, Chunk, Cut
 from aneuron.sched.fair_queue import FairQueue
 from aneuron.sched.filling import Batch, Filling, Retry
 from aneuron.sched.flows import Flow, Kind
+from aneuron.sched.grouping import Grouping
 from aneuron.sched.room import Room
 from aneuron.sched.slots import Slots
 
@@ -95,6 +97,8 @@ class Scheduler:
         estimate: Estimate = lambda lane, rows, bucket: 0.0,
         slots: Slots | None = None,
         run: Any = None,
+        cost: Estimate | None = None,
+        buckets: Iterable[int] = (),
     ) -> None:
         self.rules = rules
         self.run = run
@@ -107,11 +111,12 @@ class Scheduler:
         self.slack = 0.0  # seconds to allow for beyond what was estimated, when deadlines are judged
         self.slots.timed = self.slots.timed or rules.max_delay is None
         self._estimate = estimate
+        self._cost = cost or estimate  # a guess will do
         self._queue: FairQueue = FairQueue()
         self._delay: BatchDelay = BatchDelay(self._queue)
         self._sizes = sizes or {}
-        self._buckets = sorted(self._sizes, reverse=True)
         self._preferred = rules.batch_size or rules.preferred  # as compiled: no setting changes it
+        self._grouping = Grouping(self._queue, self._sizes, buckets or self._sizes, self._preferred)
         self._room: Room = Room(self._queue, self._limit)
         self.outside = self._room.outside  # calls of maps that wait for room, and some that have left
         self._again: deque[Batch] = deque()
@@ -352,17 +357,27 @@ class Scheduler:
 
     def _take(self, head: Flow, kind: Kind, lane: int, busy: bool, now: float) -> Batch | None:
         """A batch that starts with `head`; None if all its calls were late."""
-        sizes = self._sizes.get(kind.bucket)
-        size = kind.limit if sizes is None or not kind.anywhere else sizes.pick(min(kind.rows, kind.limit))
-        shape = self._shape(kind.bucket, min(kind.rows, size))
-        expected = self._estimate(lane, shape, kind.bucket) if self.slots.timed else 0.0
-        end = partial(self._end, lane, busy, shape, kind.bucket, now)
+        group = self._grouping.group(head, now, partial(self._cost, lane)) if kind.bucket else None
+        bucket = max([each.bucket for each, _ in group]) if group else kind.bucket
+        sizes = self._sizes.get(bucket)
+        if group:
+            waiting = sum([rows for _, rows in group])
+            size = waiting if sizes is None else sizes.fit(waiting)
+        else:
+            size = kind.limit if sizes is None or not kind.anywhere else sizes.pick(min(kind.rows, kind.limit))
+            waiting = min(kind.rows, size)
+        shape = self._shape(bucket, waiting)
+        expected = self._estimate(lane, shape, bucket) if self.slots.timed else 0.0
+        end = partial(self._end, lane, busy, shape, bucket, now)
         pace = expected / max(1, self.rules.cores)
         filling = Filling(self._queue, size, kind.limit, end, pace, one_piece=not busy and len(self.slots.idle) > 1)
-        filling.take(head, kind)
-        if kind.bucket and not filling.full and not busy:
-            for shorter in self._shorter_kinds(kind):
-                filling.take(head, shorter)
+        if group:
+            filling.take_group(head, group)
+        else:
+            filling.take(head, kind)
+        if sizes is not None and not filling.full and not busy:  # rows that would be padding
+            for other in self._grouping.fillers(kind, bucket):
+                filling.take(head, other)
         if filling.late:
             self.late += filling.late
         chunks = filling.chunks
@@ -370,16 +385,19 @@ class Scheduler:
             return None
         self._queue.started(filling.shares[0][0], chunks[0][0], now)
         rows = size - filling.room
+        if group:
+            bucket = max([call.bucket for call, _, _ in chunks])  # the longest may have left
+            sizes = self._sizes.get(bucket)
         if sizes is None:
             compiled = None
         else:
-            compiled = size if kind.anywhere and not filling.late else sizes.fit(rows)
+            compiled = size if kind.anywhere and not filling.late and not group else sizes.fit(rows)
             if rows < compiled and self._queue.rows:
                 filling.charge(compiled - rows, rows)
         for flow, _ in filling.shares:
             self._delay.mend(flow.kind.signature)
-        reason = "full" if filling.full else self._reason(kind)
-        return Batch(chunks, rows, reason, compiled, kind.bucket, expected, scheduler=self)
+        reason = "full" if (rows >= kind.limit if group else filling.full) else self._reason(kind)
+        return Batch(chunks, rows, reason, compiled, bucket, expected, scheduler=self)
 
     def _end(self, lane: int, busy: bool, shape: int, bucket: int, now: float) -> float:
         """When an execution of that shape will have ended: behind what the lane executes, or else on the lane that is
@@ -400,15 +418,6 @@ class Scheduler:
         if self._delay.over:
             return "delay"
         return "signature" if self._queue.rows > kind.rows else "core_idle"
-
-    def _shorter_kinds(self, kind: Kind) -> Iterator[Kind]:
-        """The same kind of calls in shorter buckets: they may fill up an execution that would be padded anyway."""
-        if kind.bucket and isinstance(kind.signature, tuple):
-            for bucket in self._buckets:
-                if bucket < kind.bucket:
-                    shorter = self._queue.kinds.get((kind.signature[0], bucket))
-                    if shorter is not None and shorter.rows:
-                        yield shorter
 
     def _is_held(self, lane: int, kind: Kind, now: float) -> bool:
         """Whether a batch that is not full is held back for company: while another lane executes, and not for long."""

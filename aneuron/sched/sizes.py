@@ -1,4 +1,4 @@
-"""Which of a model's compiled batch sizes to execute, by what each has taken.
+"""How many rows to execute: which of a model's compiled batch sizes, by what each has taken, or a step of any number.
 
 Must not be here: what waits (fair_queue.py), the lengths that a model was compiled for (tensors/buckets.py), clocks.
 """
@@ -13,6 +13,31 @@ from aneuron.ownership import Owned
 SAMPLES = 15  # times of a size of which the median counts: a hiccup or two do not move it
 MOVED = 0.05  # share by which a median must move before covers are chosen anew
 PATIENCE = 8, 100  # times its own time that others must run before a size is tried again: at first, and at most
+
+
+class Steps:
+    """The numbers of rows to which those of a model that takes any are rounded up, where it takes any length besides:
+    with both the shapes would be too many. The largest is `limit`.
+
+        >>> Steps(32).sizes, Steps(20).fit(17)
+        ([1, 2, 3, 4, 6, 8, 12, 16, 24, 32], 20)
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        powers = [1 << power for power in range(limit.bit_length())]
+        self.sizes = sorted({limit, *(size for one in powers for size in (one, one * 3 // 2) if size < limit)})
+
+    def pick(self, rows: int, at_once: bool = False) -> int:
+        """As many as may be executed at once, while it is not known which: there is room for others."""
+        return self.limit
+
+    def fit(self, rows: int) -> int:
+        """The smallest that holds `rows` rows; the largest if none does."""
+        return self.sizes[bisect_left(self.sizes, rows)] if rows < self.limit else self.limit
+
+    def learn(self, size: int, seconds: float) -> None:
+        """Nothing is chosen here."""
 
 
 class Cover:

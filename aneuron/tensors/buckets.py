@@ -12,18 +12,26 @@ from typing import Any, Literal
 from aneuron.errors import ShapeError
 
 Key = str | int  # what names tensors of a call's inputs or of an output
+STEP = 8  # positions; kernels compute several at once
 
 
 @dataclass(frozen=True)
 class Buckets:
-    """The lengths that a model was compiled for, and how inputs are brought to them and outputs back.
+    """The lengths that a model takes, and how inputs are brought to them and outputs back.
 
-    A call's inputs are padded along `dim` to the smallest of `sizes` that holds them; calls of one bucket share
-    batches, and may ride in a longer one's. Outputs that carry the length are cut back to the call's own. What the
-    model makes of the padding in the others is its own affair: that is what attention masks are for.
+    A call's inputs are padded along `dim` to the smallest of `sizes` that holds them. Calls of one bucket share
+    batches, and may ride in a longer one's: which do is chosen by what each shape has taken on the core, so that all
+    that wait take least; none waits longer for it than twice what it would in order of coming. Outputs that carry the
+    length are cut back to the call's own. What the model makes of the padding in the others is its own affair: that is
+    what attention masks are for.
 
     dim: the dimension where the length stands; it counts in the whole shape, batch dimension included.
-    sizes: the buckets, in any order; kept sorted.
+    sizes: the lengths that the model was compiled for, in any order; kept sorted. None, for a model that takes any:
+        steps of 8 up to 128, from there on eight between a power of two and the next, up to `max`. Batches have 1, 2,
+        3, 4, 6, 8, 12, 16 ... rows there, so that the number of shapes is bounded, for each of which kernels and
+        allocators may keep memory; rows that are added repeat a real one. Warmed up are the shortest and the longest.
+    side: where padding is added, as with tokenizers: models that look at the last position want it on the "left".
+    max: the longest that the model takes, where `sizes` is None; 512 unless you say another.
     pad: a number, and then the inputs that have a length are those of the example whose size at `dim` is that of the
         first tensor that has this dimension. Without an example those of the call: sixteen features then look like a
         length in a call that is 16 long. Or a mapping, which names the inputs that have a length and says what each
@@ -43,19 +51,32 @@ class Buckets:
         (32, 64, 128)
         >>> buckets.fit(33)
         64
+        >>> Buckets(max=512).fit(33)
+        40
     """
 
     dim: int = 1
-    sizes: Sequence[int] = (32, 64, 128)
+    sizes: Sequence[int] = None  # type: ignore[assignment]  # `__post_init__` makes the steps of it
     pad: float | Mapping[Any, float] = field(default=0, hash=False)
     unpad: Literal[False] | Collection[Key] | Mapping[Any, int | tuple[int, ...]] | None = field(
         default=None, hash=False
     )
+    max: int | None = None
+    side: Literal["right", "left"] = "right"
+    free: bool = field(default=False, init=False)  # whether the model takes any length
 
     def __post_init__(self) -> None:
         if not _is_int(self.dim):
             raise ValueError(f"dim={self.dim!r}: expected an int, the dimension where the length stands")
-        object.__setattr__(self, "sizes", _checked_sizes(self.sizes))
+        object.__setattr__(self, "free", self.sizes is None)
+        longest = _checked_max(512 if self.max is None else self.max)
+        object.__setattr__(self, "sizes", steps(longest) if self.free else _checked_sizes(self.sizes))
+        if not self.free and self.max is not None:
+            raise ValueError(
+                f"max={self.max!r} with sizes={self.sizes}: the largest of the sizes is the most; leave it out"
+            )
+        if self.side not in ("right", "left"):
+            raise ValueError(f"side={self.side!r}: expected 'right' or 'left', where padding is added")
         object.__setattr__(self, "pad", _checked_pad(self.pad))
         object.__setattr__(self, "unpad", _checked_unpad(self.unpad))
 
@@ -65,11 +86,34 @@ class Buckets:
         if not length:
             raise ShapeError(f"the inputs have length 0 along dim {self.dim}; send one position at least")
         if length > sizes[-1]:
-            raise ShapeError(
-                f"the inputs have length {length} along dim {self.dim}; the largest bucket is {sizes[-1]}: shorten "
-                "them, or compile a larger one and add it to Buckets(sizes=...)"
-            )
+            most, more = f"the largest bucket is {sizes[-1]}", "compile a larger one and add it to Buckets(sizes=...)"
+            if self.free:
+                most, more = f"the longest is max={sizes[-1]}", "if the model takes more, raise Buckets(max=...)"
+            raise ShapeError(f"the inputs have length {length} along dim {self.dim}; {most}: shorten them, or {more}")
         return sizes[bisect_left(sizes, length)]
+
+
+def steps(most: int) -> tuple[int, ...]:
+    """The lengths to which those of a model that takes any are rounded up: few, and none by more than an eighth from
+    64 on.
+
+        >>> steps(20), steps(200)[-6:]
+        ((8, 16, 20), (128, 144, 160, 176, 192, 200))
+    """
+    lengths, at = [], STEP
+    while at < most:
+        lengths.append(at)
+        at += max(STEP, 1 << at.bit_length() - 4)
+    return (*lengths, most)
+
+
+def _checked_max(most: Any) -> int:
+    if not _is_int(most) or most < 1:
+        raise ValueError(
+            f"max={most!r}: expected an int of at least 1, the longest that the model takes (a transformer says it as "
+            "config.max_position_embeddings)"
+        )
+    return int(most)
 
 
 def _is_int(value: Any) -> bool:

@@ -30,6 +30,7 @@ class Length(NamedTuple):
     dim: int
     length: int
     pad: float
+    left: bool  # whether padding comes first
 
 
 def join(
@@ -48,7 +49,7 @@ def join(
             whole = native.join(chunks, inputs, index, size)
         else:
             first = inputs[0][index]
-            at = to.dim % first.ndim
+            at = 0 if to.left else to.dim % first.ndim
             pad = _number(to.pad, first.dtype) if type(first) is Tensor else None
             whole = native.join(chunks, inputs, index, size, at, to.length, pad) if at else None
         if whole is not None:
@@ -97,7 +98,8 @@ def split(leaf: Tensor, chunks: Sequence[Any], size: int, dim: int, lengths: tup
     The tensor has `size` rows; those that are left at its end are nobody's. Along the dims `lengths` it is cut back to
     the length of each call.
     """
-    if native is not None and not dim and len(lengths) < 2:
+    left = bool(lengths) and chunks[0][0].pads is not None and chunks[0][0].pads.left
+    if native is not None and not dim and len(lengths) < 2 and not left:
         copies = native.split(leaf, chunks, size, *lengths)
         if copies is not None:
             return copies  # type: ignore[no-any-return]
@@ -124,7 +126,8 @@ def deal(leaf: Tensor, chunks: Sequence[Any], size: int, dim: int) -> list[Any] 
 def shortened(leaf: Any, call: Any, lengths: tuple[int, ...]) -> Any:
     """A view of a leaf as long as the call was, along these dims."""
     for dim in lengths:
-        leaf = leaf.narrow(dim, 0, call.pads.length) if call.bucket and leaf.shape[dim] != call.pads.length else leaf
+        more = leaf.shape[dim] - call.pads.length if call.bucket else 0
+        leaf = leaf.narrow(dim, more if call.pads.left else 0, call.pads.length) if more else leaf
     return leaf
 
 

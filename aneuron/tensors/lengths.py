@@ -26,13 +26,15 @@ class Pads(NamedTuple):
     dim: int
     values: tuple[float | None, ...]
     length: int  # that the call has
+    left: bool = False  # whether padding comes first
 
 
-def padded(piece: torch.Tensor, dim: int, bucket: int, value: float) -> torch.Tensor:
+def padded(piece: torch.Tensor, dim: int, bucket: int, value: float, left: bool = False) -> torch.Tensor:
     """A tensor padded along `dim` to the length of a bucket, or cut to it; the tensor itself if it has that length."""
     more = bucket - piece.shape[dim]
     behind = piece.ndim - 1 - dim % piece.ndim
-    return torch.constant_pad_nd(piece, [0, 0] * behind + [0, more], value) if more else piece
+    sides = [more, 0] if left else [0, more]
+    return torch.constant_pad_nd(piece, [0, 0] * behind + sides, value) if more else piece
 
 
 def choose_pads(

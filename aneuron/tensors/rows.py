@@ -157,7 +157,7 @@ def columns(
             joined.append(_objects(chunks, [leaves[index] for leaves in inputs], size))
         else:
             pad = None if pads is None else pads.values[index]
-            to = None if pads is None or pad is None else copying.Length(pads.dim, bucket, pad)
+            to = None if pads is None or pad is None else copying.Length(pads.dim, bucket, pad, pads.left)
             joined.append(copying.join(chunks, inputs, index, size, dim, to))
     return joined
 

@@ -137,7 +137,7 @@ def _measure(
     base = (structure, *shapes) if structure else shapes[0]
     bucket = buckets.fit(length)
     call = Call(rows, (base, bucket), bucket=bucket)
-    call.pads = Pads(buckets.dim, pads, length)
+    call.pads = Pads(buckets.dim, pads, length, buckets.side == "left")
     return _made(call, leaves, template, structure, version)
 
 
@@ -160,7 +160,7 @@ def _lone(args: tuple[torch.Tensor], buckets: Buckets, lengths: Lengths | None) 
     version = 0 if x.is_inference() else x._version
     bucket = buckets.fit(length)
     call = Call(shape[0], ((row, x.dtype), bucket), bucket=bucket)
-    call.pads = Pads(buckets.dim, (pad,), length)
+    call.pads = Pads(buckets.dim, (pad,), length, buckets.side == "left")
     return _made(call, args, None, (), version)
 
 
