@@ -26,6 +26,7 @@ from aneuron.observing import Observer
 from aneuron.options import View
 from aneuron.parallel import AsyncDataParallel
 from aneuron.pool import Pool
+from aneuron.sched.room import Work
 from aneuron.stats import (
     CallStatistics,
     CoreStatistics,
@@ -71,6 +72,7 @@ __all__ = [
     "Statistics",
     "Timing",
     "View",
+    "Work",
 ]
 
 for _name in __all__:

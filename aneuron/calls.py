@@ -89,7 +89,8 @@ class Calls:
         kinds = len(self._buckets.sizes) if self._buckets is not None else 1  # each fills batches of its own
         kinds = min(kinds, FORESIGHT)
         busy = (rules.batch_size or rules.preferred) * kinds * rules.cores
-        return busy + min(busy, self._settings.max_pending or busy)
+        longest = self._buckets.sizes[-1] if self._settings.by_positions and self._buckets is not None else 1
+        return busy + min(busy, max(1, (self._settings.room or busy * longest) // longest))
 
     def _cut(self, call: Call, rules: Rules) -> Cut:
         """How a call will be cut, where that is not anywhere."""

@@ -208,8 +208,9 @@ class Lifecycle:
             preferred=traits.preferred_rows,
             split_size=settings.split_size,
             packing=packing,
-            max_pending=settings.max_pending,
+            max_pending=settings.room,
             max_delay=settings.max_delay,
+            by_positions=settings.by_positions,
         )
         load = Load(
             program.by_shape(settings.dim),

@@ -21,6 +21,7 @@ from aneuron.observing import Observer
 from aneuron.options import Options, View
 from aneuron.pool import Pool, pool_of
 from aneuron.program import Program, Settings
+from aneuron.sched.room import Work
 from aneuron.stats import Statistics, Timing
 from aneuron.tensors.buckets import Buckets
 
@@ -71,7 +72,8 @@ class AsyncDataParallel:
         any number will do. Settable at any time.
     max_pending: rows that may wait before calls are refused with `QueueFull`; None: no bound. A call takes room for the
         rows of its next batch; what large calls have beyond that has as much room again, and one call larger than this
-        may wait beside. Where there is none, `QueueFull` says who is refused, and `map` waits. Settable at any time.
+        may wait beside. Where there is none, `QueueFull` says who is refused, and `map` waits. `Work(positions=n)` bounds
+        what waits by length. Settable at any time, in the same unit.
     max_delay: seconds that a batch which is not full may be held back for company, from its oldest row on, and only
         while another core works. None: one core's share of the service time, where so many rows come that it pays.
     buckets: the lengths that the model was compiled for, see `Buckets`; calls of any length are padded to the smallest
@@ -133,7 +135,7 @@ class AsyncDataParallel:
         example_inputs: Any = None,
         num_workers: int | None = None,
         split_size: int | None = None,
-        max_pending: int | None = None,
+        max_pending: int | Work | None = None,
         max_delay: float | None = 0.0,
         buckets: Buckets | None = None,
         exec_timeout: float | None = None,
@@ -282,13 +284,13 @@ class AsyncDataParallel:
         self._life.change(split_size=count("split_size", value))
 
     @property
-    def max_pending(self) -> int | None:
+    def max_pending(self) -> int | Work | None:
         """Rows that may wait, see the class; those that wait already are left alone. None: no bound."""
         return self._settings.max_pending
 
     @max_pending.setter
-    def max_pending(self, value: int | None) -> None:
-        self._life.change(max_pending=count("max_pending", value))
+    def max_pending(self, value: int | Work | None) -> None:
+        self._life.change(max_pending=self._settings.checked_pending(value))
 
     @property
     def ready(self) -> bool:

@@ -19,6 +19,7 @@ from aneuron.backends import Backend, check_models
 from aneuron.backends.traits import Traits
 from aneuron.engine.evidence import check_declared
 from aneuron.errors import ShapeError
+from aneuron.sched.room import Work
 from aneuron.sched.sizes import Cover, Steps
 from aneuron.stats import ServiceTimes
 from aneuron.tensors.buckets import Buckets
@@ -68,7 +69,7 @@ class Settings:
     example: Compiled | None
     buckets: Buckets | None
     split_size: int | None
-    max_pending: int | None
+    max_pending: int | Work | None
     max_delay: float | None
     exec_timeout: float | None
     min_cores: int | None
@@ -76,6 +77,7 @@ class Settings:
     check_rows: bool
     context: Callable[[], AbstractContextManager[Any]] | None
     weight: float
+    by_positions: bool  # whether `max_pending` counts these, and not rows
 
     @classmethod
     def of(cls, program: "Program", given: Mapping[str, Any]) -> "Settings":
@@ -95,7 +97,7 @@ class Settings:
             example=_read_example(given["example_inputs"], program, dim, buckets),
             buckets=buckets,
             split_size=count("split_size", given["split_size"]),
-            max_pending=count("max_pending", given["max_pending"]),
+            max_pending=pending(given["max_pending"], buckets),
             max_delay=None if max_delay is None else seconds("max_delay", max_delay),
             exec_timeout=None if exec_timeout is None else seconds("exec_timeout", exec_timeout),
             min_cores=count("min_cores", given["min_cores"]),
@@ -103,7 +105,30 @@ class Settings:
             check_rows=bool(given["check_rows"]),
             context=context,
             weight=weight(given["weight"]),
+            by_positions=isinstance(given["max_pending"], Work),
         )
+
+    def checked_pending(self, value: Any) -> int | Work | None:
+        """A `max_pending` that is to be in place of this one: counted in the same unit."""
+        checked = pending(value, self.buckets)
+        if checked is not None and isinstance(checked, Work) != self.by_positions:
+            unit, other = ("positions", "rows") if self.by_positions else ("rows", "positions")
+            raise ValueError(f"max_pending={checked}: it was constructed to count {unit}, and goes on so; not {other}")
+        return checked
+
+    @property
+    def room(self) -> int | None:
+        """The rows, or positions, that may wait."""
+        return self.max_pending.positions if isinstance(self.max_pending, Work) else self.max_pending
+
+
+def pending(value: Any, buckets: Buckets | None) -> int | Work | None:
+    """A checked `max_pending`."""
+    if isinstance(value, Work):
+        if buckets is None:
+            raise ValueError(f"max_pending={value}: only with buckets= calls have a length; say how many rows may wait")
+        return value
+    return count("max_pending", value)
 
 
 class Program:

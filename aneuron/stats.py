@@ -80,11 +80,14 @@ class Statistics:
     may then be of moments that lie a batch apart, and so may a histogram's sum and its counts.
 
     `closed_because` counts batches by the reason that they were not made larger: "full"; "core_idle", an idle core
-    took what there was; "signature", what waited besides could not share the batch; "delay"; "drain".
+    took what there was; "signature", what waited besides could not share the batch, or would have cost more in it for
+    its length; "delay"; "drain". `waiting_work` is `waiting_rows` as `max_pending` counts them: with
+    `Work(positions=...)` the lengths that they are padded to, added up.
     """
 
     calls: CallStatistics
     waiting_rows: int
+    waiting_work: int
     cores: tuple[CoreStatistics, ...]
     closed_because: Mapping[str, int]
     batch_rows: Histogram
@@ -339,17 +342,17 @@ class Counters:
         self.cores: dict[int, CoreCounters] = {}
         self._drained: deque[tuple[float, int]] = deque(maxlen=64)
 
-    def drained(self, rows: int, now: float) -> None:
-        """Count rows that have left the device."""
-        self._drained.append((now, rows))
+    def drained(self, work: int, now: float) -> None:
+        """Count rows that have left the device, as `max_pending` counts them."""
+        self._drained.append((now, work))
 
     def relaxed(self) -> None:
         """Nothing waits: the time from here to the next rows says nothing about how fast they can leave."""
         if len(self._drained) > 1:
             self._drained.clear()
 
-    def drain_seconds(self, rows: int, now: float) -> float | None:
-        """How long `rows` rows take to leave at the rate of the last batches; None while that is unknown.
+    def drain_seconds(self, work: int, now: float) -> float | None:
+        """How long so much takes to leave at the rate of the last batches; None while that is unknown.
 
         Where none has left for longer than usual the rate is what it has sunk to meanwhile.
         """
@@ -358,12 +361,12 @@ class Counters:
             return None
         first = self._drained[0][0]
         seconds = max(self._drained[-1][0] - first, (now - first) * (count - 1) / count)
-        return rows * seconds / (sum(left for _, left in self._drained) - self._drained[0][1])
+        return work * seconds / (sum(left for _, left in self._drained) - self._drained[0][1])
 
     def snapshot(
-        self, waiting_calls: int, waiting_rows: int, in_flight: Mapping[int, int] = MappingProxyType({})
+        self, calls: int, rows: int, work: int = 0, in_flight: Mapping[int, int] = MappingProxyType({})
     ) -> Statistics:
-        """The frozen state of now, with what the scheduler knows: calls and rows that wait, and batches by core.
+        """The frozen state of now, with what the scheduler knows: calls, rows and work that wait, and batches by core.
 
         On another thread than the loop's these may be of a moment before; calls add up all the same: those that have
         ended are read first, so that none has ended that was not accepted.
@@ -371,11 +374,11 @@ class Counters:
         completed, failed, cancelled = self.completed, self.failed, self.cancelled
         accepted = self.accepted
         left = accepted - completed - failed - cancelled
-        waiting = min(waiting_calls, left)
-        calls = CallStatistics(accepted, completed, failed, cancelled, self.refused, waiting, left - waiting)
+        waiting = min(calls, left)
         return Statistics(
-            calls,
-            waiting_rows,
+            CallStatistics(accepted, completed, failed, cancelled, self.refused, waiting, left - waiting),
+            rows,
+            work,
             tuple(  # of a copy: a start may add some
                 core.snapshot(in_flight.get(core.core_id, 0)) for core in self.cores.copy().values()
             ),

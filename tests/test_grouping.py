@@ -7,14 +7,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from puppets import release_all, scenario
 
-from aneuron import AsyncDataParallel, Buckets, CpuBackend, ShapeError, SimulatedBackend
+from aneuron import AsyncDataParallel, Buckets, CpuBackend, QueueFull, ShapeError, SimulatedBackend, Work
 from aneuron.sched.call import Call, Cut
 from aneuron.sched.grouping import FORESIGHT, ahead, cheapest
 from aneuron.sched.scheduler import Rules, Scheduler
 from aneuron.sched.sizes import Steps
 from aneuron.stats import ServiceTimes
 from aneuron.tensors.buckets import steps
+from aneuron.testing import PuppetBackend, settle
 
 LIMIT = 8
 STEPS = Steps(LIMIT)
@@ -259,3 +261,66 @@ async def test_the_number_of_shapes_is_bounded_whatever_lengths_come():
                 )
     assert {length for _, length in shapes} <= set(steps(2000))
     assert {rows for rows, _ in shapes} <= set(Steps(32).sizes)
+
+
+# Room that is counted by length.
+
+
+@scenario
+async def test_a_long_call_takes_the_room_of_many_short_ones():
+    backend = PuppetBackend(cores=1)
+    bound = Work(positions=256)
+    async with AsyncDataParallel(
+        torch.neg, backend=backend, buckets=Buckets(max=512), num_workers=1, max_pending=bound
+    ) as model:
+        running = asyncio.ensure_future(model(torch.ones(1, 8)))
+        await settle()
+        short = [asyncio.ensure_future(model(torch.ones(1, 8))) for _ in range(16)]
+        await settle()
+        assert model.statistics().waiting_rows == 16
+        assert model.statistics().waiting_work == 128
+        long = asyncio.ensure_future(model(torch.ones(1, 128)))
+        await settle()
+        assert model.statistics().waiting_work == 256
+        with pytest.raises(QueueFull, match=r"no room for 1 x 8 positions: 256 wait and .*Work\(positions=256\)"):
+            await model(torch.ones(1, 5))
+        long.cancel()
+        await settle()
+        assert model.statistics().waiting_work == 128
+        last = asyncio.ensure_future(model(torch.ones(2, 64)))
+        await settle()
+        assert model.statistics().waiting_work == 256
+        await release_all(backend, running, *short, last)
+        assert model.statistics().waiting_work == 0
+        assert model.max_pending == bound
+        model.max_pending = Work(positions=10)
+        with pytest.raises(ValueError, match="max_pending=10: it was constructed to count positions"):
+            model.max_pending = 10
+
+
+@scenario
+async def test_what_is_told_of_waiting_follows_the_work():
+    """A core that ends a call of 64 positions each second is told to a call of 8 as an eighth of that."""
+    backend = PuppetBackend(cores=1)
+    settings = {"batch_size": 1, "num_workers": 1, "buckets": Buckets(max=64), "max_pending": Work(positions=256)}
+    async with AsyncDataParallel(torch.neg, backend=backend, **settings) as model:
+        calls = [asyncio.ensure_future(model(torch.ones(1, 64))) for _ in range(5)]
+        await settle()
+        for _ in range(3):
+            await asyncio.sleep(1.0)
+            backend.loaded[0].release()
+            await settle()
+            calls.append(asyncio.ensure_future(model(torch.ones(1, 64))))
+            await settle()
+        for length, seconds in ((64, 1.0), (8, 0.125)):
+            with pytest.raises(QueueFull) as caught:
+                await model(torch.ones(1, length))
+            assert caught.value.retry_after == pytest.approx(seconds)
+        await release_all(backend, *calls)
+
+
+def test_work_needs_lengths():
+    with pytest.raises(ValueError, match=r"max_pending=Work\(positions=5\): only with buckets= .* say how many rows"):
+        AsyncDataParallel(torch.neg, max_pending=Work(positions=5))
+    with pytest.raises(ValueError, match="it was constructed to count rows"):
+        AsyncDataParallel(torch.neg, buckets=Buckets()).max_pending = Work(positions=5)

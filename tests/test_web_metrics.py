@@ -33,6 +33,7 @@ NAMES = {
     "aneuron_requests_total": {"outcome"},
     "aneuron_queue_items": set(),
     "aneuron_queue_rows": set(),
+    "aneuron_queue_work": set(),
     "aneuron_inflight_requests": set(),
     "aneuron_inflight_batches": {"core"},
     "aneuron_batch_close_total": {"why"},

@@ -141,7 +141,11 @@ class Admission:
         scheduler, guest = self._scheduler, call.terms is not None and call.terms.yields
         with self._board.lock:  # once, for nearly all calls
             scheduler.flush()
-            if not guest and not scheduler.excess(call.rows, call.bucket) and scheduler.is_plain(call.rows):
+            if (
+                not guest
+                and not scheduler.excess(call.rows, call.bucket)
+                and scheduler.is_plain(call.rows, call.bucket)
+            ):
                 return True
         self._has_room(call.rows, call.bucket)  # or there is, once idle cores have taken what they can
         with self._board.lock:
@@ -157,14 +161,13 @@ class Admission:
         return True
 
     def _full(self, rows: int, bucket: int, why: str = "") -> QueueFull:
+        scheduler = self._scheduler
         with self._board.lock:
-            excess, waiting, most = (
-                self._scheduler.excess(rows, bucket),
-                self._scheduler.waiting_rows,
-                self._scheduler.rules.max_pending,
-            )
+            excess, waiting, rules = scheduler.excess(rows, bucket), scheduler.waiting_work, scheduler.rules
+        of, most = f"{rows} rows", f"{rules.max_pending}"
+        if rules.by_positions:
+            of, most = f"{rows} x {scheduler.unit(bucket)} positions", f"Work(positions={rules.max_pending})"
         return QueueFull(
-            f"no room for {rows} rows: {waiting} wait and max_pending={most}{why}; try again later, or raise "
-            "max_pending",
+            f"no room for {of}: {waiting} wait and max_pending={most}{why}; try again later, or raise max_pending",
             self._counters.drain_seconds(excess, self._clock()),
         )

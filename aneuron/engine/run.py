@@ -168,7 +168,7 @@ class Run:
             rules = self.scheduler.rules
             packing = rules.packing and settings.packing
             self.scheduler.rules = replace(
-                rules, split_size=settings.split_size, max_pending=settings.max_pending, packing=packing
+                rules, split_size=settings.split_size, max_pending=settings.room, packing=packing
             )
             waiting = bool(self.scheduler.outside)
         if waiting:
@@ -380,14 +380,15 @@ class Run:
 
     def statistics(self, retired: "Iterable[Run]" = ()) -> Statistics:
         """The frozen snapshot of now, from any thread; `retired` are runs on the same cores that have calls left."""
-        calls = rows = 0
+        calls = rows = work = 0
         in_flight: dict[int, int] = {}
         with self._board.lock:
             for run in {self, *retired}:  # a run that is being swapped may be both
                 run.scheduler.flush()
                 calls += run.scheduler.waiting_calls
                 rows += run.scheduler.waiting_rows
+                work += run.scheduler.waiting_work
                 batches = self._board.in_flight(run.scheduler) if not run.closed.done() else ()
                 for core_id, count in zip(self.dispatcher.core_ids, batches, strict=False):
                     in_flight[core_id] = in_flight.get(core_id, 0) + count
-        return self.counters.snapshot(calls, rows, in_flight)
+        return self.counters.snapshot(calls, rows, work, in_flight)

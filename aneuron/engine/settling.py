@@ -62,7 +62,7 @@ class Settling:
                 with self._dispatcher.board.lock:
                     self._sizes[batch.bucket].learn(batch.size, service)
         self._dispatcher.took(execution, now)
-        counters.drained(rows, now)
+        counters.drained(self._scheduler.work_of(execution.chunks, rows), now)
         counters.device_seconds.add(ended - started)
         if batch.expected:
             self._admission.ended(ended - batch.due, batch.expected, now)

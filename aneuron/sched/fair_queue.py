@@ -33,15 +33,17 @@ class FairQueue:
 
     owned = Owned(
         lock=("loads", "fresh", "live", "kinds", "_levels", "_urgent", "_dirty", "_sequence", "_flows", "_sweep_at"),
-        set_with_lock=("rows",),  # the loop asks whether any wait
+        set_with_lock=("rows", "work"),  # the loop asks whether any wait
     )
 
-    def __init__(self) -> None:
+    def __init__(self, unit: Callable[[int], int] = lambda bucket: 1) -> None:
         self.rows = 0  # that wait
+        self.work = 0  # the same, as room is counted: a row of a bucket takes `unit(bucket)` of it
         self.loads = Load(False), Load(True)  # of callers, and of maps, which give way
         self.fresh = 0  # calls of which no row has left
         self.live = 0  # calls that have rows here
         self.kinds: dict[Hashable, Kind] = {}
+        self._unit = unit
         self._levels: dict[float, Level] = {}
         self._urgent: list[tuple[float, float, Level]] = []  # heap of levels, kept while there are several
         self._dirty: set[Level] = set()  # those whose heads may have changed
@@ -57,11 +59,11 @@ class FairQueue:
         """Those that have rows here."""
         return (call for flow in self.flows() for call in flow.calls if call.bound < call.rows)
 
-    def next_rows(self, yields: bool) -> int:
-        """Rows of the calls' next batches: all of a small call, one batch of a large one; of maps only if `yields`."""
+    def next_work(self, yields: bool) -> int:
+        """That of the calls' next batches: all of a small call, one batch of a large one; of maps only if `yields`."""
         callers, maps = self.loads
-        rows = self.rows - callers.large + callers.turns
-        return rows - maps.large + maps.turns if yields else rows - maps.rows
+        work = self.work - callers.large + callers.turns
+        return work - maps.large + maps.turns if yields else work - maps.work
 
     def lowest(self) -> float:
         """The lowest priority that waits."""
@@ -102,7 +104,9 @@ class FairQueue:
         """The flow that a call goes into."""
         kind = self.kinds.get(call.signature)
         if kind is None:
-            kind = self.kinds[call.signature] = Kind(call.signature, call.bucket, limit(call.bucket))
+            kind = self.kinds[call.signature] = Kind(
+                call.signature, call.bucket, limit(call.bucket), self._unit(call.bucket)
+            )
         if not kind.rows:
             kind.anywhere = True
         if call.cut.piece:
@@ -147,16 +151,18 @@ class FairQueue:
 
     def _come(self, flow: Flow, calls: int, rows: int, fresh: int) -> None:
         """Calls have come into a flow, `fresh` of them new: count them, and see that it stands in the heaps."""
+        work = rows * flow.kind.unit
         flow.kind.rows += rows
         self.rows += rows
+        self.work += work
         self.fresh += fresh
         self.live += calls
         stake = flow.stake
-        if not stake.rows:
+        if not stake.work:
             stake.load.tenants += 1
-        stake.rows += rows
+        stake.work += work
         if flow.special:
-            self._load(flow, rows, calls)
+            self._load(flow, work, calls)
         self._dirty.add(flow.level)
         for twin in flow.twins:
             line, tenant = twin.line, twin.tenant
@@ -169,14 +175,14 @@ class FairQueue:
             if not (twin.listed and twin.filed and tenant.listed):
                 self._list(twin)
 
-    def _load(self, flow: Flow, rows: int, calls: int) -> None:
+    def _load(self, flow: Flow, work: int, calls: int) -> None:
         """Count what has come into, or left, a flow of large calls or of calls of maps."""
         load = flow.stake.load
         if load.yields:
-            load.rows += rows
+            load.work += work
         if flow.standing:
-            load.large += rows
-            load.turns += calls * flow.kind.limit
+            load.large += work
+            load.turns += calls * flow.kind.limit * flow.kind.unit
 
     def _list(self, flow: Flow) -> None:
         """See that a flow stands in the heaps."""
@@ -208,7 +214,7 @@ class FairQueue:
             if not any(line.live for line in level.lines):
                 del self._levels[level.priority]
         for load in self.loads:
-            load.stakes = {tenant: stake for tenant, stake in load.stakes.items() if stake.rows}
+            load.stakes = {tenant: stake for tenant, stake in load.stakes.items() if stake.work}
         self._dirty.intersection_update(self._levels.values())
         self._collect()
         self._flows = sum(len(kind.flows) for kind in self.kinds.values())
@@ -262,16 +268,18 @@ class FairQueue:
 
     def _left(self, flow: Flow, rows: int, fresh: int, finished: int) -> None:
         """Count rows that have left a flow."""
+        work = rows * flow.kind.unit
         flow.kind.rows -= rows
         self.rows -= rows
+        self.work -= work
         self.fresh -= fresh
         self.live -= finished
         stake = flow.stake
-        stake.rows -= rows
-        if not stake.rows:
+        stake.work -= work
+        if not stake.work:
             stake.load.tenants -= 1
         if flow.special:
-            self._load(flow, -rows, -finished)
+            self._load(flow, -work, -finished)
         self._dirty.add(flow.level)
         if finished:
             for twin in flow.twins:

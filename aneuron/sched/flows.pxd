@@ -34,12 +34,12 @@ cdef class Level:
 
 cdef class Stake:
     cdef public Load load
-    cdef public long rows
+    cdef public long work
 
 
 cdef class Load:
     cdef public bint yields
-    cdef public long rows, large, turns, tenants
+    cdef public long work, large, turns, tenants
     cdef public dict stakes
 
 
@@ -60,7 +60,7 @@ cdef class Flow:
 
 cdef class Kind:
     cdef public object signature
-    cdef public long bucket, limit, rows
+    cdef public long bucket, limit, rows, unit
     cdef public bint anywhere
     cdef public dict flows
     cdef public Flow usual

@@ -119,29 +119,29 @@ class Level:
 class Stake:
     """What a tenant has waiting, in all lines, levels and signatures."""
 
-    __slots__ = ("load", "rows")
+    __slots__ = ("load", "work")
 
     def __init__(self, load: "Load") -> None:
         self.load = load
-        self.rows = 0
+        self.work = 0
 
 
 class Load:
     """What waits and counts for the same room."""
 
-    __slots__ = ("large", "rows", "stakes", "tenants", "turns", "yields")
+    __slots__ = ("large", "stakes", "tenants", "turns", "work", "yields")
 
     def __init__(self, yields: bool) -> None:
         self.yields = yields
-        self.rows = 0  # of maps; those of callers are the others
-        self.large = 0  # rows of calls of more than one batch
-        self.turns = 0  # rows of one batch for each of these calls
+        self.work = 0  # of maps; that of callers is the rest
+        self.large = 0  # work of calls of more than one batch
+        self.turns = 0  # that of one batch for each of these calls
         self.stakes: dict[Hashable, Stake] = {}  # by tenant
         self.tenants = 0  # that have rows here
 
     @property
     def rest(self) -> int:
-        """Rows of large calls that are not of their next batch."""
+        """Work of large calls that is not of their next batch."""
         return max(0, self.large - self.turns)
 
 
@@ -188,10 +188,11 @@ class Flow:
 class Kind:
     """The waiting calls that may share a batch."""
 
-    __slots__ = ("_heaps", "_priorities", "anywhere", "bucket", "flows", "limit", "rows", "signature", "usual")
+    __slots__ = ("_heaps", "_priorities", "anywhere", "bucket", "flows", "limit", "rows", "signature", "unit", "usual")
 
-    def __init__(self, signature: Hashable, bucket: int, limit: int) -> None:
+    def __init__(self, signature: Hashable, bucket: int, limit: int, unit: int = 1) -> None:
         self.signature = signature
+        self.unit = unit  # the work of a row, as room is counted
         self.bucket = bucket
         self.limit = limit  # rows that a batch may hold
         self.rows = 0  # that wait

@@ -41,6 +41,7 @@ class Grouping:
         self._queue = queue
         self._sizes = sizes  # the rows that executions may have, by bucket; none where any number will do
         self._buckets = sorted(buckets, reverse=True)
+        self.shortest = min(self._buckets, default=1)
         self._powers = POWERS[: (preferred - 1).bit_length() + 1]
         self._groups: list[Group] = []  # of the plan that is being executed,
         self._planned: Hashable = None  # for calls that are alike but for their lengths

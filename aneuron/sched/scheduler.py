@@ -41,6 +41,7 @@ class Rules:
     packing: bool  # dynamic batching
     max_pending: int | None
     max_delay: float | None = 0.0  # seconds; None = learned
+    by_positions: bool = False  # whether `max_pending` counts these, and not rows
 
     def cut(self, rows: int, limit: int | None = None) -> Cut:
         """The pieces of a call of `rows` rows (design: `split_size`, else `max(1, rows // cores)` a piece).
@@ -112,12 +113,12 @@ class Scheduler:
         self.slots.timed = self.slots.timed or rules.max_delay is None
         self._estimate = estimate
         self._cost = cost or estimate  # a guess will do
-        self._queue: FairQueue = FairQueue()
+        self._queue: FairQueue = FairQueue(self.unit)
         self._delay: BatchDelay = BatchDelay(self._queue)
         self._sizes = sizes or {}
         self._preferred = rules.batch_size or rules.preferred  # as compiled: no setting changes it
         self._grouping = Grouping(self._queue, self._sizes, buckets or self._sizes, self._preferred)
-        self._room: Room = Room(self._queue, self._limit)
+        self._room: Room = Room(self._queue, self._limit, self.unit)
         self.outside = self._room.outside  # calls of maps that wait for room, and some that have left
         self._again: deque[Batch] = deque()
 
@@ -129,13 +130,18 @@ class Scheduler:
         return self._queue.rows
 
     @property
+    def waiting_work(self) -> int:
+        """The same, as `max_pending` counts it."""
+        return self._queue.work
+
+    @property
     def waiting_calls(self) -> int:
         """Calls of which no row belongs to a batch."""
         outside = sum([call.bound < call.rows for call in self.outside]) if self.outside else 0
         return self._queue.fresh + outside
 
     def excess(self, rows: int, bucket: int = 0) -> int:
-        """Rows that must leave before `max_pending` admits a call of `rows` rows; 0: it does."""
+        """Work that must leave before `max_pending` admits a call of `rows` rows; 0: it does."""
         return self._room.excess(rows, bucket, self.rules.max_pending)
 
     def make_room(self, call: Call, now: float) -> list[Call] | None:
@@ -146,9 +152,9 @@ class Scheduler:
         """Whether a call would be admitted, of which no more is known."""
         return self._room.lets_in(rows, bucket, self.rules.max_pending, now)
 
-    def is_plain(self, rows: int) -> bool:
+    def is_plain(self, rows: int, bucket: int) -> bool:
         """Whether nothing is to be noted of a call that has found room: no map's call gives way, and it is not huge."""
-        return self._room.is_plain(rows, self.rules.max_pending)
+        return self._room.is_plain(rows, bucket, self.rules.max_pending)
 
     def has_room(self, call: Call) -> bool:
         """Whether a map's call may be admitted; else it is to be put `outside`, and is when there is room."""
@@ -158,6 +164,16 @@ class Scheduler:
         """Queue the calls of maps that have found room."""
         while (call := self._room.next(self.rules.max_pending)) is not None:
             self.admit([call])
+
+    def unit(self, bucket: int) -> int:
+        """What a row counts in `max_pending`. Without a bucket, where lengths count, as much as the shortest."""
+        return (bucket or self._grouping.shortest) if self.rules.by_positions else 1
+
+    def work_of(self, chunks: Iterable[Chunk], rows: int) -> int:
+        """What the `rows` rows of a batch count there."""
+        if not self.rules.by_positions:
+            return rows
+        return sum([(stop - start) * self.unit(call.bucket) for call, start, stop in chunks])
 
     def _limit(self, bucket: int) -> int:
         """Rows that a batch may hold."""

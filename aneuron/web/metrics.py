@@ -62,6 +62,7 @@ _COUNTERS: Metrics = (
 _GAUGES: Metrics = (
     ("aneuron_queue_items", "Calls of which no row is in a batch yet.", (), lambda s: [((), s.calls.waiting)]),
     ("aneuron_queue_rows", "Rows that wait.", (), lambda s: [((), s.waiting_rows)]),
+    ("aneuron_queue_work", "Rows that wait, or their positions with Work.", (), lambda s: [((), s.waiting_work)]),
     ("aneuron_inflight_requests", "Calls of which a row is in a batch.", (), lambda s: [((), s.calls.running)]),
     ("aneuron_inflight_batches", "Batches that a core has, begun or not.", ("core",), _by_core("in_flight")),
     ("aneuron_core_state", "1 for the state that a core is in.", ("core", "state"), _states),
