@@ -214,7 +214,7 @@ class Lifecycle:
         )
         load = Load(
             program.by_shape(settings.dim),
-            program.warm(settings.dim),
+            program.warm(settings.dim, settings.example),
             settings.dim,
             settings.example,
             packing,

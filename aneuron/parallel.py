@@ -72,8 +72,8 @@ class AsyncDataParallel:
         any number will do. Settable at any time.
     max_pending: rows that may wait before calls are refused with `QueueFull`; None: no bound. A call takes room for the
         rows of its next batch; what large calls have beyond that has as much room again, and one call larger than this
-        may wait beside. Where there is none, `QueueFull` says who is refused, and `map` waits. `Work(positions=n)` bounds
-        what waits by length. Settable at any time, in the same unit.
+        may wait beside. Where there is none, `QueueFull` says who is refused, and `map` waits. `Work(positions=n)`
+        bounds what waits by length. Settable at any time, in the same unit.
     max_delay: seconds that a batch which is not full may be held back for company, from its oldest row on, and only
         while another core works. None: one core's share of the service time, where so many rows come that it pays.
     buckets: the lengths that the model was compiled for, see `Buckets`; calls of any length are padded to the smallest

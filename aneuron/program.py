@@ -208,11 +208,14 @@ class Program:
             return dict(self._given)
         return {(self.batch_size if dim == 0 else None, bucket): self._given for bucket in self._lengths}
 
-    def warm(self, dim: int) -> list[Shape]:
-        """The shapes to run the example with: all; where a model takes any length the shortest and the longest."""
+    def warm(self, dim: int, example: Compiled | None) -> list[Shape]:
+        """The shapes to run the example with: all; with free lengths its own, the shortest and the longest."""
         shapes = list(self.by_shape(dim))
-        free = self._buckets is not None and self._buckets.free
-        return list(dict.fromkeys((shapes[0], shapes[-1]))) if free else shapes
+        buckets = self._buckets
+        if buckets is None or not buckets.free or example is None:
+            return shapes
+        wanted = (buckets.fit(example.length), self._lengths[0], self._lengths[-1])
+        return sorted((shape for shape in shapes if shape[1] in wanted), key=lambda shape: wanted.index(shape[1]))
 
     def steps(self, preferred: int) -> dict[int, Steps]:
         """The rows that executions of each bucket have, where a model takes any number, of any length."""

@@ -237,6 +237,19 @@ async def test_every_caller_gets_what_the_plain_model_answers(side, example):
             torch.testing.assert_close(same[name], value)
 
 
+@pytest.mark.parametrize(("side", "masked"), [("right", True), ("left", True), ("right", False), ("left", False)])
+async def test_a_model_that_takes_padding_for_content_is_found_out(side, masked, caplog):
+    def mean(x):
+        return x.sum(1) / (x != 0).sum(1) if masked else x.mean(1)
+
+    buckets, example = Buckets(max=64, side=side), torch.rand(2, 20, 3) + 0.1
+    async with AsyncDataParallel(mean, backend=CpuBackend(cores=2), buckets=buckets, example_inputs=example) as model:
+        assert torch.allclose(await model(example), mean(example)) or not masked
+    said = [record.message for record in caplog.records if "takes padding for content" in record.message]
+    assert len(said) == (not masked)
+    assert masked or ("output: a row's result changed by" in said[0] and "64 positions instead of 24" in said[0])
+
+
 @pytest.mark.parametrize("given", [torch.ones(1, 0, dtype=torch.int64), torch.ones(1, 201, dtype=torch.int64)])
 async def test_a_length_that_the_model_does_not_take_is_refused(given):
     async with AsyncDataParallel(Encoder().eval(), backend=CpuBackend(cores=1), buckets=Buckets(max=200)) as model:

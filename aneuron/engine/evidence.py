@@ -148,7 +148,7 @@ class Evidence:
         """An output by its shape, where evidence could not be taken or understood. Raises `OutputError`."""
         if isinstance(error, OutputError):
             raise error
-        self._say(
+        self.say(
             "unseen",
             f"it could not be found out which outputs have rows ({type(error).__name__}); their shapes alone "
             "decide. outputs={...: 'rows'} confirms it, check_rows=False silences this",
@@ -224,9 +224,7 @@ class Evidence:
                     break
                 if self._taker.given_up():
                     self.check, self._taker = False, trials
-                    self._say(
-                        "hung", "an execution that was to show which outputs have rows did not end; shapes decide"
-                    )
+                    self.say("hung", "an execution that was to show which outputs have rows did not end; shapes decide")
                     break
                 self._free.wait(_POLL)
                 trials.go_on()
@@ -319,36 +317,38 @@ class Evidence:
         """Say once what callers have to know who share batches."""
         for path, verdict in zip(output.paths(), verdicts, strict=True):
             if verdict.influence:
-                self._say(
+                self.say(
                     "influence",
-                    f"{path.text}: a row's result changed by {_percent(verdict.influence)} of the largest value when "
+                    f"{path.text}: a row's result changed by {percent(verdict.influence)} of the largest value when "
                     f"other rows shared its batch of {len(seen[-1].rows)}: rows influence one another (batch norm in "
                     "training mode, one scale a batch, attention or padding across rows), so whoever shares a batch "
                     "changes others' results. Mend the model, or keep calls apart with set_dynamic_batching=False; "
                     "check_rows=False silences this",
                 )
             if verdict.sampled and len({len(each.rows) for each in seen}) == 1:
-                self._say(
+                self.say(
                     "sampled",
                     f"{path.text}: the model answers the same rows differently each time (it samples), and only one "
                     "number of rows can be executed: its shape alone says that it has a row for each; "
                     "outputs={...: 'rows'} confirms it",
                 )
         if refused is not None and len({each.rows for each in seen}) == 1:
-            self._say(
+            self.say(
                 "refused",
                 f"the model refused the execution that would have shown whether its outputs have a row for each "
                 f"({type(refused).__name__}); their shapes alone decide. outputs={{...: 'rows'}} "
                 "confirms it, check_rows=False silences this",
             )
 
-    def _say(self, what: str, text: str) -> None:
+    def say(self, what: str, text: str) -> None:
+        """Warn of something once."""
         if what not in self._warned:
             self._warned.add(what)
             logger.warning(text)
 
 
-def _percent(share: float) -> str:
+def percent(share: float) -> str:
+    """A share, for people."""
     return "more than it" if share == float("inf") else f"{100 * share:.2g} %"
 
 

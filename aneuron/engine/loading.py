@@ -10,19 +10,28 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from aneuron.backends import Backend, Core, Fault, PolledCore, SubmittingCore
-from aneuron.engine.evidence import Evidence, Trials, identities, snapshot
+from aneuron.engine.evidence import Evidence, Trials, identities, percent, snapshot
 from aneuron.engine.modes import Within, execute_in_own
 from aneuron.errors import DeviceError, OutputError
 from aneuron.ownership import Owned
 from aneuron.program import Shape
 from aneuron.sched.scheduler import rounded
 from aneuron.stats import CoreCounters, ServiceTimes
-from aneuron.tensors.outputs import Output, Unpad, kind
+from aneuron.tensors.outputs import Carried, Output, Unpad, kind
 from aneuron.tensors.signature import Compiled
-from aneuron.tensors.verdicts import Seen
+from aneuron.tensors.verdicts import Seen, apart
 
 logger = logging.getLogger("aneuron")
+
+TAKEN_FOR_CONTENT = (
+    "{}: a row's result changed by {} of the largest value when it was padded to {} positions instead of {}: the model "
+    "takes padding for content, so what a call gets depends on what it is padded to, and so on who shares its batch. "
+    "Pass a mask as an input (attention_mask, padded with 0), or pad with what the model ignores; check_rows=False "
+    "silences this"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +119,7 @@ class Loaded:
                     seen += [Seen(order, first), Seen(order, value)]
         if wanted:
             load.evidence.take(seen, asked, True, self._trials(load, compiled, bucket))
-        self._learn(load, compiled, values)
+        self._learn(load, compiled, values, wanted)
 
     def _trials(self, load: Load, compiled: Compiled, bucket: int) -> Trials:
         """What else of the example can be executed."""
@@ -122,8 +131,8 @@ class Loaded:
 
         return Trials(compiled.columns(bucket), load.dim, compiled_sizes or None, execute)
 
-    def _learn(self, load: Load, compiled: Compiled, values: Mapping[Shape, Any]) -> None:
-        """Note what the outputs are like, and what in them carries the length."""
+    def _learn(self, load: Load, compiled: Compiled, values: Mapping[Shape, Any], compare: bool) -> None:
+        """Note what the outputs are like, and what in them carries the length; compare what padding makes of it."""
         outputs: dict[int | None, tuple[Output, int]] = {}  # by size, that of the first bucket
         for (size, bucket), value in values.items():
             with _naming(size, bucket, len(load.models)):
@@ -133,11 +142,17 @@ class Loaded:
                 if not load.packing:
                     continue
                 one, of = outputs.setdefault(size, (output, bucket))
-                if load.unpad is not None and load.unpad.known(output, bucket) is None:
-                    if one is not output:
-                        load.unpad.learn(output, bucket, one, of)
-                    elif len({bucket for _, bucket in load.models}) == 1:
-                        load.unpad.learn(output, bucket)
+                if load.unpad is None:
+                    continue
+                carried = load.unpad.known(output, bucket)
+                if carried is None and one is not output:
+                    carried = load.unpad.learn(output, bucket, one, of)
+                elif carried is None and len({bucket for _, bucket in load.models}) == 1:
+                    load.unpad.learn(output, bucket)
+                if compare and carried is not None and one is not output and compiled.length <= min(of, bucket):
+                    found = padding_in(one, output, carried, compiled.length, compiled.padded_left)
+                    for name, share in found[:1]:
+                        load.evidence.say("padding", TAKEN_FOR_CONTENT.format(name, percent(share), bucket, of))
 
     def other(self, size: int | None, bucket: int) -> tuple[Core, int] | None:
         """Another bucket, and the core to execute it."""
@@ -181,6 +196,21 @@ class Loaded:
                 core.close()
             except BaseException:
                 logger.warning("core %d did not close", self.core_id, exc_info=True)
+
+
+def padding_in(one: Output, other: Output, carried: Carried, length: int, left: bool) -> list[tuple[str, float]]:
+    """The outputs in which it shows to how many positions the same rows were padded, and by what share of the largest.
+
+    Along the dims that `carried` names the first `length` positions count, or the last ones if padding comes first.
+    """
+    found = []
+    for path, dims, *pair in zip(one.paths(), carried, one.leaves, other.leaves, strict=True):
+        if all(isinstance(leaf, torch.Tensor) for leaf in pair):
+            for dim in dims:
+                pair = [leaf.narrow(dim, leaf.shape[dim] - length if left else 0, length) for leaf in pair]
+            if share := apart(*pair):
+                found.append((path.text, share))
+    return found
 
 
 def is_hopeless(backend: Backend, error: Exception) -> bool:

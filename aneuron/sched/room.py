@@ -3,10 +3,10 @@
 Must not be here: who goes first (fair_queue.py), batches, lanes, callers' futures: what is decided comes back as data.
 
 Room is counted in work: a row is 1, or, with `Work(positions=...)`, as long as it is padded to; `unit` says of a bucket
-which. A waiting call takes room for the rows of its next batch: a small call for all, a large one for a batch, so that it
-shuts out nobody by its size. What large calls have beyond that has as much room again, and one call that is larger than
-this may wait beside. Where there is no room, a tenant that has less than its share takes it from the largest, and a
-higher level from the lowest: the newest calls go, and none that has begun. Calls of maps take what is left over.
+which. A waiting call takes room for the rows of its next batch: a small call for all, a large one for a batch, so that
+it shuts out nobody by its size. What large calls have beyond that has as much room again, and one call that is larger
+than this may wait beside. Where there is no room, a tenant that has less than its share takes it from the largest, and
+a higher level from the lowest: the newest calls go, and none that has begun. Calls of maps take what is left over.
 """
 
 from collections import deque

@@ -409,6 +409,16 @@ class Compiled:
         return arguments(self._call.template, joined)
 
     @property
+    def length(self) -> int:
+        """The length of the example; 0 if it has none."""
+        return 0 if self._call.pads is None else self._call.pads.length
+
+    @property
+    def padded_left(self) -> bool:
+        """Whether padding comes first."""
+        return self._call.pads is not None and self._call.pads.left
+
+    @property
     def structure(self) -> tuple[Any, ...]:
         """What is around the inputs."""
         return self._call.structure

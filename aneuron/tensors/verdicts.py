@@ -176,6 +176,14 @@ def repeats(seen: Sequence[Seen], leaves: Sequence[Sequence[Any]]) -> bool | Non
     return all(answers) if answers else None
 
 
+def apart(one: torch.Tensor, other: torch.Tensor) -> float:
+    """How far two tensors of equal shapes are apart, as a share of the largest value; 0 if no more than by rounding."""
+    if one.shape != other.shape or one.dtype != other.dtype or not one.numel():
+        return 0.0
+    share = float(_deviations(*(_comparable(each).reshape(1, -1) for each in (one, other))).max())
+    return share if share > _tolerance(one) else 0.0
+
+
 # Comparing.
 
 
