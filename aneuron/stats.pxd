@@ -14,6 +14,8 @@ cdef class Recent:
 
 
 cdef class ServiceTimes:
+    cdef public tuple _line
+    cdef public long _learnt, _drawn
     cdef public dict shapes
     cdef public tuple last
     cpdef executed(self, tuple shape, double seconds, double now)

@@ -455,7 +455,7 @@ async def test_a_second_thread_that_cannot_be_started_is_done_without(monkeypatc
 
 
 def test_calls_that_a_closed_loop_leaves_behind_are_counted_as_cancelled():
-    model = AsyncDataParallel(torch.neg, backend=SimulatedBackend(cores=1, service_time=0.2))
+    model = AsyncDataParallel(torch.neg, backend=SimulatedBackend(cores=1, service_time=0.2, submits=False))
     loop = asyncio.new_event_loop()
 
     async def main():
