@@ -7,13 +7,14 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from aneuron.backends import Fault, cpus
-from aneuron.backends.copies import own
+from aneuron.backends.copies import own, own_dtype
 from aneuron.backends.files import check_script
+from aneuron.backends.precision import Precision, arguments_of, is_native, precision_of
 from aneuron.backends.torchscript import load_script
 
 T = TypeVar("T")
@@ -73,15 +74,25 @@ class CpuBackend:
     loads_scripts = True
     preferred_rows = 32
 
-    def __init__(self, cores: int | None = None, threads_per_core: int | None = None) -> None:
+    def __init__(
+        self,
+        cores: int | None = None,
+        threads_per_core: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        outputs: Literal["as called", "as computed"] = "as called",
+        min_cosine: float | None = None,
+    ) -> None:
         for name, value in (("cores", cores), ("threads_per_core", threads_per_core)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected an int of at least 1, or None to choose")
         self._cores = cores or cpus.available().number
         self._threads_per_core = threads_per_core
+        self.computes_in = precision_of(dtype, outputs, min_cosine, is_native)
 
     def __repr__(self) -> str:
-        return f"CpuBackend(cores={self._cores}, threads_per_core={self._threads_per_core})"
+        more = "".join(f", {name}={value!r}" for name, value in arguments_of(self.computes_in).items())
+        return f"CpuBackend(cores={self._cores}, threads_per_core={self._threads_per_core}{more})"
 
     def cores(self) -> Sequence[int]:
         """As many as were asked for."""
@@ -95,7 +106,7 @@ class CpuBackend:
         """A copy of what is to be loaded, a file once for all cores."""
         with _lock:
             threads = self._threads_per_core or max(1, self._threads() // self._cores)
-        return CpuCore(open_model(model), threads)
+        return CpuCore(open_model(model), threads, self.computes_in)
 
     def _threads(self) -> int:
         """Threads for all cores together: torch counts CPUs, and knows nothing of a quota."""
@@ -112,9 +123,11 @@ class CpuCore:
 
     concurrent = False
 
-    def __init__(self, model: Any, threads: int) -> None:
+    def __init__(self, model: Any, threads: int, precision: Precision | None = None) -> None:
         self._given = model  # of a file: what the next core is to share
-        self._model: Any = own(model)
+        self._model: Any = own(model, None if precision is None else precision.dtype)
+        self._precision = precision
+        self._own_dtype = own_dtype(model) if precision is not None else None
         self._threads = threads
         self._local = threading.local()
 
@@ -124,7 +137,13 @@ class CpuCore:
             self._local.limited = True
             limit_threads(self._threads)
         with torch.inference_mode():
-            return self._model(*args, **kwargs)
+            if self._own_dtype is None or self._precision is None:
+                return self._model(*args, **kwargs)
+            return self._precision.call(self._model, self._own_dtype, args, kwargs)
+
+    def full(self) -> "CpuCore":
+        """The same in the model's own dtype."""
+        return CpuCore(self._given, self._threads)
 
     def close(self) -> None:
         """Let the weights go."""
