@@ -58,7 +58,25 @@ class CpuBackend:
     holds a lock, or a hook whose closure reaches it, or reaches a module by a global name) runs one execution at a
     time, on all cores together; a warning says why. Any other callable is called by several cores at once.
 
-    Where each virtual core has one thread, the rows of a batch do not see how many neighbours they have.
+    `dtype`: compute in `torch.bfloat16`, `float16`, `float32` or `float64`, whatever the model is in. Floating inputs,
+    parameters and buffers are cast; integers and complex numbers stay. There is one cast copy of the parameters for all
+    cores, of what they are when the core loads: for new ones use `swap`. Results come back in the widest floating dtype
+    among the call's inputs, or where there is none (token ids) in that of the parameters given; with `outputs="as
+    computed"` they stay in `dtype`. What the model itself returns in another dtype stays in that.
+
+    The first core executes `example_inputs` both ways before the model is ready, real ones tell most: the log has the
+    cosine of results with those in full precision (of each output as one vector, the smallest) and the largest
+    deviation, and a warning with both times where `dtype` is slower, or the CPU has no instructions for it (AMX and
+    AVX-512 BF16 are some, on Arm BF16). `min_cosine`: below it the start, or a `swap`, ends with a `ValueError`, and so
+    it does without `example_inputs`. A model that cannot run in `dtype` (its `forward` makes float32 tensors, an operation has
+    no kernel) is a `ValueError` that says what to do.
+
+    PyTorch's bfloat16 and float16 kernels on CPUs keep some 0.8 MB for each new number of rows and shape of a layer:
+    bound them with `batch_size` and `buckets`.
+
+    What a row's result depends on beside the row: in float32, where each core has one thread, `batch_size` is given and
+    the row is padded to the same length, nothing, to the last bit. At another length, number of rows or threads the
+    last bits may differ; in bfloat16 and float16 they may with any company.
 
         >>> import torch, asyncio, aneuron
         >>> model = aneuron.AsyncDataParallel(torch.nn.ReLU().eval(), backend=aneuron.CpuBackend(cores=2))
