@@ -68,8 +68,8 @@ class CpuBackend:
     cosine of results with those in full precision (of each output as one vector, the smallest) and the largest
     deviation, and a warning with both times where `dtype` is slower, or the CPU has no instructions for it (AMX and
     AVX-512 BF16 are some, on Arm BF16). `min_cosine`: below it the start, or a `swap`, ends with a `ValueError`, and so
-    it does without `example_inputs`. A model that cannot run in `dtype` (its `forward` makes float32 tensors, an operation has
-    no kernel) is a `ValueError` that says what to do.
+    it does without `example_inputs`. A model that cannot run in `dtype` (its `forward` makes float32 tensors, an
+    operation has no kernel) is a `ValueError` that says what to do.
 
     PyTorch's bfloat16 and float16 kernels on CPUs keep some 0.8 MB for each new number of rows and shape of a layer:
     bound them with `batch_size` and `buckets`.

@@ -74,7 +74,8 @@ class CudaBackend:
     beside it. With `submits=False` a thread launches and waits for each batch in flight.
 
     `dtype` (`torch.float16` or `torch.bfloat16`, mostly), `outputs` and `min_cosine` are as for `CpuBackend`. Modules
-    are cast before they are copied to the device, inputs there; a callable has its weights itself, in `dtype`. While the model is compared with full precision, both are on the device.
+    are cast before they are copied to the device, inputs there; a callable has its weights itself, in `dtype`. While
+    the model is compared with full precision, both are on the device.
 
     `torch.OutOfMemoryError` counts as an input's fault: the batch runs again in halves. After an error that ends CUDA
     for the process, a device-side assert for one, every call fails with `CoreFailed`: restart the process.
