@@ -18,7 +18,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --no-compile $(addprefi
 # Not README.md, which ruff would format too: its programs are set for reading.
 SOURCES := aneuron benchmarks examples tests
 
-.PHONY: help demo test lint bench soak compiled constraints clean
+.PHONY: help demo test lint bench realwork soak compiled constraints clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
@@ -27,6 +27,7 @@ help:
 	@echo 'make test    run the tests, on the compiled core and on the same as Python'
 	@echo 'make lint    check style and types'
 	@echo 'make bench   measure against hand-written loops and other packages (some 25 minutes)'
+	@echo 'make realwork   measure real weights and inputs beside other packages (some ten minutes)'
 	@echo 'make soak    serve more than the cores can take, with faults, for SECONDS (ten minutes)'
 	@echo 'make compiled   compile the core anew where it has changed: until then it runs as Python'
 	@echo 'make constraints   write constraints.txt, the versions that all of these use, anew from the newest releases'
@@ -53,6 +54,16 @@ lint: $(VENV)/.lint
 
 bench: $(VENV)/.bench compiled
 	$(RUN) -m benchmarks
+
+# infinity asks for numpy<2 and sentence-transformers<4, of which it needs neither: it lies in a folder of its own, and
+# runs on the versions that all others have.
+REALWORK := $(VENV)/realwork
+realwork: $(VENV)/.bench $(REALWORK) compiled
+	PYTHONPATH=$(REALWORK) $(RUN) -m benchmarks.realwork
+
+$(REALWORK): $(VENV)/.bench
+	$(RUN) -m pip --disable-pip-version-check install --quiet --no-compile --no-deps --target $@ infinity_emb==0.0.78
+	@touch $@
 
 SECONDS ?= 600
 soak: $(VENV)/.test compiled

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from aneuron._native import why_pure_once
+from aneuron.engine.comparing import without_example
 from aneuron.engine.dispatcher import FORKED, Dispatcher, in_a_thread
 from aneuron.engine.evidence import Evidence
 from aneuron.engine.loading import Load
@@ -184,6 +185,8 @@ class Lifecycle:
                 "there are no example_inputs: the cores cannot be warmed up before the model is ready; pass what "
                 "it was traced with"
             )
+        if self.settings.example is None and dispatcher.traits.computes_in is not None:
+            without_example(dispatcher.traits.computes_in)
         await self._ask(dispatcher, self.program)
         ids, min_cores = dispatcher.core_ids, self.settings.min_cores
         if min_cores is not None and min_cores > len(ids):
@@ -219,10 +222,16 @@ class Lifecycle:
             settings.example,
             packing,
             settings.packing,
-            Evidence(settings.dim, settings.outputs, settings.check_rows and traits.probes),
+            Evidence(
+                settings.dim,
+                settings.outputs,
+                settings.check_rows and traits.probes,
+                None if traits.computes_in is None else traits.computes_in.dtype,
+            ),
             traits.cuts_batches,
             Unpad(settings.buckets) if settings.buckets is not None else None,
             settings.context,
+            traits.computes_in,
         )
         sizes = program.sizes(settings.dim) or (program.steps(rules.preferred) if packing else {})
         return Run(

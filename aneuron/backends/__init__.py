@@ -154,6 +154,17 @@ class PolledCore(SubmittingCore, Protocol):
 
 
 @runtime_checkable
+class ReducedCore(Core, Protocol):
+    """A core that computes in another dtype than the model has, of a backend with `computes_in`."""
+
+    def full(self) -> Core:
+        """The same model on the same core, computed in its own dtype. It executes the example twice, once for each
+        model and start, for `min_cosine` and the log, and is closed after that. Called in a worker thread.
+        """
+        ...
+
+
+@runtime_checkable
 class Backend(Protocol):
     """What finds cores and loads models on them. One object may serve several models.
 
@@ -171,6 +182,9 @@ class Backend(Protocol):
     - `inline = True`: its cores take microseconds, and callers' batches may be executed on the thread of the event loop
       itself, which stands still meanwhile; `submit` is not used. It is never found out: a core that was fast so far
       may not stay so. `exec_timeout` cannot end what stands still with it;
+    - `computes_in`: an `aneuron.backends.precision.Precision`, where cores compute in another dtype than the model has:
+      their results are compared with full precision's at warm-up, and its rounding counts as such. They have `full`
+      then: `aneuron.backends.ReducedCore`;
     - `global_id(core_id)`: the machine's number of a core, None if it cannot tell (the id itself where there is none).
 
     One of the wrong type is a `ValueError`. Cores may have `submit` besides: `aneuron.backends.SubmittingCore`.

@@ -24,39 +24,57 @@ _LEAVES = (nn.Module, type, types.ModuleType, types.FunctionType, torch.Tensor, 
 _lock = threading.Lock()  # around copies: two cores may load at once, and `deepcopy` of some modules writes to them
 
 
-def own(model: Any) -> Any:
+def own(model: Any, dtype: torch.dtype | None = None) -> Any:
     """What one core calls: a copy of the modules and buffers of `model` around the same parameters.
+
+    With `dtype` what of both is floating is cast, the parameters once for all copies that are made of the same values.
 
     A module, a bound method of one, or a partial, an object or a closure that holds one is copied. What holds none is
     returned as it is: it may do anything, and several threads call it at once. What holds one and cannot be copied runs
-    one execution at a time, on all cores and in all models of this process together, and a warning says why.
+    one execution at a time, on all cores and in all models of this process together, and a warning says why; with
+    `dtype` it is a `ValueError`.
     """
     with _lock:
         module = next(_modules(model), None)
         if module is None:
             return model
         try:
-            return _copied(model)
+            return _copied(model, dtype)
         except Exception as error:
+            if dtype is not None:
+                raise ValueError(
+                    f"{type(module).__name__} cannot be copied ({type(error).__name__}: {error}), and so not be cast "
+                    f"to {dtype}, since the one given stays as it is; pass a module that copy.deepcopy copies whole, "
+                    "or cast it yourself and leave dtype= out"
+                ) from error
             return functools.partial(_in_turn, _turn(module, error), model)
 
 
-def _copied(model: Any) -> Any:
+def own_dtype(model: Any) -> torch.dtype:
+    """The floating dtype of a model: that of its first such parameter, else torch's default."""
+    parameters = (parameter for module in _modules(model) for parameter in module.parameters(recurse=False))
+    return next((each.dtype for each in parameters if each.is_floating_point()), torch.get_default_dtype())
+
+
+def _copied(model: Any, dtype: torch.dtype | None) -> Any:
     """A copy with the parameters of the original; raises where there can be none that answers as it does."""
     if isinstance(model, types.FunctionType):
-        return _rebuilt(model)
+        return _rebuilt(model, dtype)
     modules = list(_modules(model))
     memo: dict[int, Any] = {}
     for module in modules:
         for name, parameter in module.named_parameters(recurse=False):
             if torch.nn.parameter.is_lazy(parameter):
                 raise ValueError(f"{name} of {type(module).__name__} is not initialised; call the module once before")
-            memo[id(parameter)] = parameter
+            memo[id(parameter)] = _cast_parameter(parameter, dtype)
+        for buffer in module.buffers(recurse=False):
+            if (cast := _cast(buffer, dtype)) is not buffer:
+                memo[id(buffer)] = cast
         if module._compiled_call_impl is not None:
             raise ValueError(f"{type(module).__name__}.compile() is lost in a copy; pass torch.compile(module)")
         for value in () if isinstance(module, torch.jit.ScriptModule) else vars(module).values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:  # as `nn.utils.weight_norm` leaves
-                memo[id(value)] = value.detach().clone()
+                memo[id(value)] = _cast(value.detach(), dtype).clone()
     with unwarned():
         made = copy.deepcopy(model, memo)
     originals = set(map(id, modules))
@@ -67,17 +85,36 @@ def _copied(model: Any) -> Any:
             _check_functions(value, f"{type(module).__name__}.{name}", memo, theirs)
     for module in modules:
         if isinstance(module, torch.jit.ScriptModule) and id(module) in memo:
-            _share(module, memo[id(module)])
+            _share(module, memo[id(module)], dtype)
     if isinstance(model, torch.jit.ScriptModule):
-        _share(model, made)
+        _share(model, made, dtype)
     return made
 
 
-def _rebuilt(function: types.FunctionType) -> types.FunctionType:
+# By the original's id and the dtype. That the values are the same is looked up: the original may have been written to.
+_casts: "weakref.WeakValueDictionary[tuple[int, torch.dtype], torch.Tensor]" = weakref.WeakValueDictionary()
+
+
+def _cast_parameter(parameter: nn.Parameter, dtype: torch.dtype | None) -> torch.Tensor:
+    """A parameter in a dtype, the same for all copies while its values are the same."""
+    made = _cast(parameter.detach(), dtype)
+    if dtype is None or made.dtype is parameter.dtype:
+        return parameter
+    found = _casts.get((id(parameter), dtype))
+    if found is None or found.shape != made.shape or not torch.equal(found, made):
+        found = _casts[id(parameter), dtype] = nn.Parameter(made, requires_grad=parameter.requires_grad)
+    return found
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor if dtype is None or not tensor.is_floating_point() else tensor.to(dtype)
+
+
+def _rebuilt(function: types.FunctionType, dtype: torch.dtype | None) -> types.FunctionType:
     """A function whose closure has a copy of each module that it holds, and all else as it is."""
     cells = function.__closure__ or ()
     holding = [i for i, cell in enumerate(cells) if next(_modules(_content(cell)), None) is not None]
-    copied = dict(zip(holding, _copied([_content(cells[i]) for i in holding]), strict=True))
+    copied = dict(zip(holding, _copied([_content(cells[i]) for i in holding], dtype), strict=True))
     closure = tuple(types.CellType(copied[i]) if i in copied else cell for i, cell in enumerate(cells))
     code, defaults = function.__code__, function.__defaults__
     made = types.FunctionType(code, function.__globals__, function.__name__, defaults, closure or None)
@@ -95,12 +132,14 @@ def _content(cell: types.CellType) -> Any:
         return None
 
 
-def _share(script: torch.jit.ScriptModule, made: torch.jit.ScriptModule) -> None:
+def _share(script: torch.jit.ScriptModule, made: torch.jit.ScriptModule, dtype: torch.dtype | None) -> None:
     """Have the copy of a ScriptModule, which is made without Python's help, use the parameters of the original."""
     modules = script.named_modules(remove_duplicate=False), made.named_modules(remove_duplicate=False)
     for (_, of), (_, to) in zip(*modules, strict=True):
         for name, parameter in of.named_parameters(recurse=False):
-            to._c.setattr(name, parameter)
+            to._c.setattr(name, _cast_parameter(parameter, dtype))
+        for name, buffer in to.named_buffers(recurse=False) if dtype is not None else ():
+            to._c.setattr(name, _cast(buffer, dtype))
 
 
 def _check_functions(value: Any, where: str, memo: dict[int, Any], theirs: dict[int, Any]) -> None:

@@ -7,13 +7,14 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
 from aneuron.backends import Fault, cpus
-from aneuron.backends.copies import own
+from aneuron.backends.copies import own, own_dtype
 from aneuron.backends.files import check_script
+from aneuron.backends.precision import Precision, arguments_of, is_native, precision_of
 from aneuron.backends.torchscript import load_script
 
 T = TypeVar("T")
@@ -57,7 +58,25 @@ class CpuBackend:
     holds a lock, or a hook whose closure reaches it, or reaches a module by a global name) runs one execution at a
     time, on all cores together; a warning says why. Any other callable is called by several cores at once.
 
-    Where each virtual core has one thread, the rows of a batch do not see how many neighbours they have.
+    `dtype`: compute in `torch.bfloat16`, `float16`, `float32` or `float64`, whatever the model is in. Floating inputs,
+    parameters and buffers are cast; integers and complex numbers stay. There is one cast copy of the parameters for all
+    cores, of what they are when the core loads: for new ones use `swap`. Results come back in the widest floating dtype
+    among the call's inputs, or where there is none (token ids) in that of the parameters given; with `outputs="as
+    computed"` they stay in `dtype`. What the model itself returns in another dtype stays in that.
+
+    The first core executes `example_inputs` both ways before the model is ready, real ones tell most: the log has the
+    cosine of results with those in full precision (of each output as one vector, the smallest) and the largest
+    deviation, and a warning with both times where `dtype` is slower, or the CPU has no instructions for it (AMX and
+    AVX-512 BF16 are some, on Arm BF16). `min_cosine`: below it the start, or a `swap`, ends with a `ValueError`, and so
+    it does without `example_inputs`. A model that cannot run in `dtype` (its `forward` makes float32 tensors, an
+    operation has no kernel) is a `ValueError` that says what to do.
+
+    PyTorch's bfloat16 and float16 kernels on CPUs keep some 0.8 MB for each new number of rows and shape of a layer:
+    bound them with `batch_size` and `buckets`.
+
+    What a row's result depends on beside the row: in float32, where each core has one thread, `batch_size` is given and
+    the row is padded to the same length, nothing, to the last bit. At another length, number of rows or threads the
+    last bits may differ; in bfloat16 and float16 they may with any company.
 
         >>> import torch, asyncio, aneuron
         >>> model = aneuron.AsyncDataParallel(torch.nn.ReLU().eval(), backend=aneuron.CpuBackend(cores=2))
@@ -73,15 +92,25 @@ class CpuBackend:
     loads_scripts = True
     preferred_rows = 32
 
-    def __init__(self, cores: int | None = None, threads_per_core: int | None = None) -> None:
+    def __init__(
+        self,
+        cores: int | None = None,
+        threads_per_core: int | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        outputs: Literal["as called", "as computed"] = "as called",
+        min_cosine: float | None = None,
+    ) -> None:
         for name, value in (("cores", cores), ("threads_per_core", threads_per_core)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r}: expected an int of at least 1, or None to choose")
         self._cores = cores or cpus.available().number
         self._threads_per_core = threads_per_core
+        self.computes_in = precision_of(dtype, outputs, min_cosine, is_native)
 
     def __repr__(self) -> str:
-        return f"CpuBackend(cores={self._cores}, threads_per_core={self._threads_per_core})"
+        more = "".join(f", {name}={value!r}" for name, value in arguments_of(self.computes_in).items())
+        return f"CpuBackend(cores={self._cores}, threads_per_core={self._threads_per_core}{more})"
 
     def cores(self) -> Sequence[int]:
         """As many as were asked for."""
@@ -95,7 +124,7 @@ class CpuBackend:
         """A copy of what is to be loaded, a file once for all cores."""
         with _lock:
             threads = self._threads_per_core or max(1, self._threads() // self._cores)
-        return CpuCore(open_model(model), threads)
+        return CpuCore(open_model(model), threads, self.computes_in)
 
     def _threads(self) -> int:
         """Threads for all cores together: torch counts CPUs, and knows nothing of a quota."""
@@ -112,9 +141,11 @@ class CpuCore:
 
     concurrent = False
 
-    def __init__(self, model: Any, threads: int) -> None:
+    def __init__(self, model: Any, threads: int, precision: Precision | None = None) -> None:
         self._given = model  # of a file: what the next core is to share
-        self._model: Any = own(model)
+        self._model: Any = own(model, None if precision is None else precision.dtype)
+        self._precision = precision
+        self._own_dtype = own_dtype(model) if precision is not None else None
         self._threads = threads
         self._local = threading.local()
 
@@ -124,7 +155,13 @@ class CpuCore:
             self._local.limited = True
             limit_threads(self._threads)
         with torch.inference_mode():
-            return self._model(*args, **kwargs)
+            if self._own_dtype is None or self._precision is None:
+                return self._model(*args, **kwargs)
+            return self._precision.call(self._model, self._own_dtype, args, kwargs)
+
+    def full(self) -> "CpuCore":
+        """The same in the model's own dtype."""
+        return CpuCore(self._given, self._threads)
 
     def close(self) -> None:
         """Let the weights go."""

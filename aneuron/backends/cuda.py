@@ -12,20 +12,22 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from aneuron.backends import Done, Fault
+from aneuron.backends.copies import own_dtype
 from aneuron.backends.cpu import open_model
+from aneuron.backends.precision import Precision, arguments_of, cast, precision_of
 from aneuron.backends.timer import INFINITY, NOTABLE, Timer
 from aneuron.backends.torchscript import load_script
 from aneuron.errors import DeviceError
-from aneuron.tensors.nested import fill, walk
+from aneuron.tensors.nested import mapped
 
 # Codes of cudaError_t, and what CUDA says of them; PyTorch before 2.8 gives the text only. Of these CUDA's manual says
 # that all further work in the process returns the same error, and that the process must be terminated.
@@ -71,6 +73,10 @@ class CudaBackend:
     whether it is done. A `forward` that takes a while, or waits for the device (`.item()`, say), runs in a thread
     beside it. With `submits=False` a thread launches and waits for each batch in flight.
 
+    `dtype` (`torch.float16` or `torch.bfloat16`, mostly), `outputs` and `min_cosine` are as for `CpuBackend`. Modules
+    are cast before they are copied to the device, inputs there; a callable has its weights itself, in `dtype`. While
+    the model is compared with full precision, both are on the device.
+
     `torch.OutOfMemoryError` counts as an input's fault: the batch runs again in halves. After an error that ends CUDA
     for the process, a device-side assert for one, every call fails with `CoreFailed`: restart the process.
     Raises `DeviceError` in a process that was forked from one that had begun to use CUDA.
@@ -85,7 +91,16 @@ class CudaBackend:
     recoverable = True
     loads_scripts = True
 
-    def __init__(self, cores_per_device: int = 1, staging_bytes: int = 1 << 26, submits: bool = True) -> None:
+    def __init__(
+        self,
+        cores_per_device: int = 1,
+        staging_bytes: int = 1 << 26,
+        submits: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+        outputs: Literal["as called", "as computed"] = "as called",
+        min_cosine: float | None = None,
+    ) -> None:
         for name, value, least in (("cores_per_device", cores_per_device, 1), ("staging_bytes", staging_bytes, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"{name}={value!r}: expected an int of at least {least}")
@@ -94,14 +109,17 @@ class CudaBackend:
         self.cores_per_device = cores_per_device
         self.staging_bytes = staging_bytes
         self.submits = submits
+        self.computes_in = precision_of(dtype, outputs, min_cosine)
         self._slots = _Slots(staging_bytes)
 
     def __reduce__(self) -> tuple[Any, ...]:  # pinned memory stays with its process
-        return type(self), (self.cores_per_device, self.staging_bytes, self.submits)
+        given = (self.cores_per_device, self.staging_bytes, self.submits)
+        return partial(type(self), **arguments_of(self.computes_in)), given
 
     def __repr__(self) -> str:
-        submits = "" if self.submits else ", submits=False"
-        return f"CudaBackend(cores_per_device={self.cores_per_device}, staging_bytes={self.staging_bytes}{submits})"
+        more = "" if self.submits else ", submits=False"
+        more += "".join(f", {name}={value!r}" for name, value in arguments_of(self.computes_in).items())
+        return f"CudaBackend(cores_per_device={self.cores_per_device}, staging_bytes={self.staging_bytes}{more})"
 
     def cores(self) -> Sequence[int]:
         """So many of every device that PyTorch sees; touches none of them."""
@@ -129,10 +147,7 @@ class CudaBackend:
         if torch.cuda._is_in_bad_fork():
             raise DeviceError(_FORKED)
         device = torch.device("cuda", core_id // self.cores_per_device)
-        with torch.cuda.device(device):
-            copied = _copy_to(device, model)
-            torch.cuda.current_stream(device).synchronize()  # those that will run it are other ones
-        return (SubmittingCudaCore if self.submits else CudaCore)(copied, device, self._slots)
+        return (SubmittingCudaCore if self.submits else CudaCore)(model, device, self._slots, self.computes_in)
 
     def classify(self, error: BaseException) -> Fault:
         """By the code of CUDA's error, or by its text.
@@ -154,8 +169,12 @@ class CudaCore:
 
     concurrent = True
 
-    def __init__(self, copied: "_Copy", device: torch.device, slots: "_Slots") -> None:
-        self._copy: _Copy | None = copied
+    def __init__(self, model: Any, device: torch.device, slots: "_Slots", precision: Precision | None = None) -> None:
+        with torch.cuda.device(device):
+            self._copy: _Copy | None = _copy_to(device, model, None if precision is None else precision.dtype)
+            torch.cuda.current_stream(device).synchronize()  # those that will run it are other ones
+        self._given = model if precision is not None else None  # to be compared with
+        self._precision = precision
         self._device = device
         self._slots = slots
         self._process = os.getpid()
@@ -185,14 +204,22 @@ class CudaCore:
         assert self._copy is not None
         begin = time.monotonic()
         slot.begin()
-        args, kwargs = _moved((args, kwargs), slot.to_device)
-        output = _moved(self._copy.module(*args, **kwargs), slot.to_host)
+        args, kwargs = mapped((args, kwargs), slot.to_device)
+        if self._precision is None:
+            output = self._copy.module(*args, **kwargs)
+        else:
+            output = self._precision.call(self._copy.module, self._copy.own_dtype, args, kwargs)
+        output = mapped(output, slot.to_host)
         self._launches.append(time.monotonic() - begin)
         return output
 
+    def full(self) -> "CudaCore":
+        """The same in the model's own dtype, on the device beside it."""
+        return CudaCore(self._given, self._device, self._slots)
+
     def close(self) -> None:
         """Let the weights go."""
-        self._copy = None
+        self._copy = self._given = None
 
 
 @dataclass(slots=True)
@@ -226,8 +253,8 @@ class SubmittingCudaCore(CudaCore):
     The model's own Python may take milliseconds, and wait for the device: the event loop does not run it.
     """
 
-    def __init__(self, copied: "_Copy", device: torch.device, slots: "_Slots") -> None:
-        super().__init__(copied, device, slots)
+    def __init__(self, model: Any, device: torch.device, slots: "_Slots", precision: Precision | None = None) -> None:
+        super().__init__(model, device, slots, precision)
         self._context = copy_context()  # that of the load: what the model sees
         self._launcher = _launchers.setdefault(device, Timer(f"aneuron-{device}"))
         self._took: deque[float] = deque(maxlen=8)  # seconds, from the launch to the end
@@ -358,33 +385,30 @@ class _Slots:
         self._free.setdefault(slot.device, []).append(slot)
 
 
-def _moved(value: Any, move: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """A structure with its tensors moved."""
-    leaves: list[Any] = []
-    walk(value, leaves, [], [])
-    return fill(value, iter([move(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]))
-
-
 @dataclass(frozen=True, slots=True, weakref_slot=True)
 class _Copy:
     """A model on a device."""
 
     module: Any
+    own_dtype: torch.dtype = torch.float32  # before it was cast
 
 
 _lock = threading.Lock()  # around the copies
 _copies: "weakref.WeakValueDictionary[tuple[object, ...], _Copy]" = weakref.WeakValueDictionary()
 
 
-def _copy_to(device: torch.device, model: Any) -> _Copy:
+def _copy_to(device: torch.device, model: Any, dtype: torch.dtype | None) -> _Copy:
     """A model on a device: the copy that is there already, if it was made of what the model now is."""
     if not isinstance(model, torch.nn.Module):
-        return _Copy(open_model(model, device))
+        opened = open_model(model, device)
+        if dtype is None or opened is model:  # a callable, which has its weights itself
+            return _Copy(opened)
+        model = opened
     with _lock:
-        key = (device, *_content(model))
+        key = (device, dtype, *_content(model))
         found = _copies.get(key)
         if found is None:
-            found = _copies[key] = _Copy(_copied(model, device))
+            found = _copies[key] = _Copy(_copied(model, device, dtype), own_dtype(model))
         return found
 
 
@@ -417,10 +441,10 @@ class _Digest(io.BytesIO):
         return len(data)
 
 
-def _copied(model: torch.nn.Module, device: torch.device) -> torch.nn.Module:
+def _copied(model: torch.nn.Module, device: torch.device, dtype: torch.dtype | None) -> torch.nn.Module:
     if not isinstance(model, torch.jit.ScriptModule):
-        return copy.deepcopy(model).to(device)
-    return load_script(io.BytesIO(model.save_to_buffer()), map_location=device)
+        return cast(copy.deepcopy(model), dtype).to(device)
+    return cast(load_script(io.BytesIO(model.save_to_buffer()), map_location=device), dtype)
 
 
 _FORKED = (

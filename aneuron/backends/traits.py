@@ -8,9 +8,12 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
+from aneuron.backends.precision import Precision
+
 _A_BOOL = "True or False"
 _A_COUNT = "an int of at least 1"
 _A_METHOD = "a method, or None for none"
+_A_PRECISION = "an aneuron.backends.precision.Precision, or None"
 
 
 def _unknown(model: Any) -> None:
@@ -32,6 +35,8 @@ class Traits:
     preferred_rows: int = 32
     cores_per_device: int | None = None
     """Cores made of one CUDA device; None: the backend has no CUDA devices."""
+    computes_in: Precision | None = None
+    """The dtype that its cores compute in, where that is not the model's own."""
     compiled_rows: Callable[[Any], int | None] = _unknown
     global_id: Callable[[int], int | None] = _same
     workers: Callable[[str], Any] | None = None
@@ -40,6 +45,7 @@ class Traits:
 
 _RULES = dict.fromkeys(("cuts_batches", "loads_scripts", "probes", "inline"), _A_BOOL)
 _RULES |= dict.fromkeys(("preferred_rows", "cores_per_device"), _A_COUNT)
+_RULES |= {"computes_in": _A_PRECISION}
 _RULES |= dict.fromkeys(("compiled_rows", "global_id", "workers"), _A_METHOD)
 
 
@@ -68,6 +74,8 @@ def traits_of(backend: Any) -> Traits:
 def _fits(value: Any, rule: str) -> bool:
     if rule is _A_METHOD:
         return callable(value)
+    if rule is _A_PRECISION:
+        return isinstance(value, Precision)
     if rule is _A_BOOL:
         return isinstance(value, bool)
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1

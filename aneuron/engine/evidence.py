@@ -18,7 +18,7 @@ import torch
 
 from aneuron.errors import InputModified, OutputError
 from aneuron.tensors.marked import Rows, Shared
-from aneuron.tensors.nested import Marks, Sealed, Steps, children, fill, paths, walk
+from aneuron.tensors.nested import Marks, Sealed, Steps, children, fill, mapped, paths, walk
 from aneuron.tensors.outputs import Output
 from aneuron.tensors.verdicts import Need, Seen, Verdict, judge, repeats, row_lists
 
@@ -71,11 +71,12 @@ class Evidence:
     """The verdicts on the outputs of one run of a model. Any thread may ask and take.
 
     declared: what the user says, which is taken for granted. With `check` False the shape of each output decides, as
-    far as it goes.
+    far as it goes. `dtype`: what cores compute in, whatever the outputs are cast to: results round as it does.
     """
 
-    def __init__(self, dim: int, declared: Declared, check: bool) -> None:
+    def __init__(self, dim: int, declared: Declared, check: bool, dtype: torch.dtype | None = None) -> None:
         self.dim = dim
+        self._dtype = dtype
         self.check = check
         # Lone tensors that have rows: whether calls share batches, what was asked, and dimensions.
         self.plain: set[tuple[bool, Hashable, int]] = set()
@@ -157,7 +158,7 @@ class Evidence:
 
     def _take(self, seen: list[Seen], asked: Hashable, packing: bool, trials: Trials) -> Output:
         kind, last = (packing, asked_for(asked)), seen[-1]
-        verdicts = self._judge(seen, asked)
+        verdicts = self._judge(self._as_computed(seen), asked)
         refused: BaseException | None = None
         spent = 0
         while self.check and spent < EXTRA and (rows := self._next(seen, verdicts, trials, refused)):
@@ -167,8 +168,8 @@ class Evidence:
             except Exception as error:
                 refused = error
                 continue
-            verdicts = self._judge(seen, asked)
-        marks = self._find_marks(seen)
+            verdicts = self._judge(self._as_computed(seen), asked)
+        marks = self._find_marks(self._as_computed(seen))
         output = Output(last.value, None, self.dim, asked, marks)
         wrong = self._error(len(last.rows), output, verdicts, packing)
         if not self.check or len(seen) > 1 or refused is not None or wrong is not None or trials.sizes == [1]:
@@ -270,6 +271,17 @@ class Evidence:
             else:
                 verdicts.append(judge(seen, leaves, self.dim, tried))
         return verdicts
+
+    def _as_computed(self, seen: Sequence[Seen]) -> list[Seen]:
+        """The executions with outputs in the dtype that they were computed in: it says how far they are rounded."""
+        dtype = self._dtype
+        if dtype is None:
+            return list(seen)
+
+        def rounded(leaf: torch.Tensor) -> torch.Tensor:
+            return leaf.to(dtype) if leaf.is_floating_point() and leaf.dtype.itemsize > dtype.itemsize else leaf
+
+        return [Seen(each.rows, mapped(each.value, rounded)) for each in seen]
 
     def _next(
         self, seen: Sequence[Seen], verdicts: Sequence[Verdict], trials: Trials, refused: BaseException | None

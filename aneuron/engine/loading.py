@@ -7,12 +7,15 @@ runs when, callers' futures.
 import logging
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from aneuron.backends import Backend, Core, Fault, PolledCore, SubmittingCore
+from aneuron.backends import Backend, Core, Fault, PolledCore, ReducedCore, SubmittingCore
+from aneuron.backends.precision import Precision
+from aneuron.engine.comparing import Executed, compare
 from aneuron.engine.evidence import Evidence, Trials, identities, percent, snapshot
 from aneuron.engine.modes import Within, execute_in_own
 from aneuron.errors import DeviceError, OutputError
@@ -48,6 +51,8 @@ class Load:
     cuts_batches: bool = False  # whether the backend's cores may
     unpad: Unpad | None = None  # which outputs carry the length of their bucket
     context: Callable[[], AbstractContextManager[Any]] | None = None  # around each execution
+    precision: Precision | None = None  # what cores compute in, where it is not the model's own
+    compared: set[int] = field(default_factory=set)  # by id, the models whose results are known in both
 
 
 class Loaded:
@@ -92,6 +97,7 @@ class Loaded:
         self.concurrent = all(core.concurrent for core in loaded.values())
         self.submits = all(isinstance(core, SubmittingCore) for core in loaded.values())
         if load.compiled is not None:
+            self._compare(load, load.compiled)
             self.warming = True
             self._warm_up(load, load.compiled)
             self.warming = False
@@ -100,6 +106,28 @@ class Loaded:
         cuts = {"dynamic_batching": load.dynamic} if load.cuts_batches else {}
         core = self._backend.load(model, self.core_id, size, **cuts)
         return core if load.context is None else Within(core, load.context)
+
+    def _compare(self, load: Load, compiled: Compiled) -> None:
+        """Compare with full precision what computes in another: each model, on the first core that has loaded it."""
+        for shape in load.warm:
+            model = load.models[shape]
+            if load.precision is None or id(model) in load.compared:
+                continue
+            with _naming(*shape, len(load.models)):
+                compare(load.precision, partial(self._timed, compiled, shape), partial(self._in_full, compiled, shape))
+            load.compared.add(id(model))
+
+    def _timed(self, compiled: Compiled, shape: Shape, core: Core | None = None) -> Executed:
+        return warm_up(core or self._cores[shape], compiled, *shape, self._clock, True)[1:]
+
+    def _in_full(self, compiled: Compiled, shape: Shape) -> Executed:
+        core = self._cores[shape]
+        assert isinstance(core, ReducedCore), "a core of a backend with `computes_in` has `full`"
+        full = core.full()
+        try:
+            return self._timed(compiled, shape, full)
+        finally:
+            full.close()
 
     def _warm_up(self, load: Load, compiled: Compiled) -> None:
         clock, asked = self._clock, compiled.structure

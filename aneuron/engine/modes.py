@@ -190,6 +190,10 @@ class Within:
         self.close = core.close
         self._core, self._context = core, context
 
+    def full(self) -> "Within":
+        """The same in the model's own dtype, in the context too."""
+        return Within(self._core.full(), self._context)  # type: ignore[attr-defined]
+
     def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the model in the context. What entering and leaving it raise is like an error of the model."""
         with ExitStack() as stack:

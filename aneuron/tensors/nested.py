@@ -10,7 +10,7 @@ list as leaves. Hence the short walk below. Hugging Face's outputs are dicts.
 import copy
 import sys
 from collections import UserDict, defaultdict, deque
-from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence, Set, ValuesView
+from collections.abc import Callable, Container, Hashable, Iterable, Iterator, Mapping, Sequence, Set, ValuesView
 from dataclasses import fields, is_dataclass
 from types import GeneratorType, SimpleNamespace
 from typing import Any, NamedTuple
@@ -172,6 +172,15 @@ def _remake(template: Any, opened: _Opened, items: list[Any], attributes: list[A
     for (name, _), child in zip(opened.attributes, attributes, strict=True):
         object.__setattr__(twin, name, child)
     return twin
+
+
+def mapped(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """A copy of a structure with each of its tensors changed. Raises `Sealed`."""
+    if type(value) is torch.Tensor:
+        return change(value)
+    leaves: list[Any] = []
+    walk(value, leaves, [], [])
+    return fill(value, iter([change(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]))
 
 
 Steps = tuple[Any, ...]  # indices, keys and attributes on the way to a place in a structure
