@@ -33,7 +33,8 @@ Inputs = dict[str, torch.Tensor]
 
 def work(count: int) -> Work:
     """The same texts and weights for all."""
-    plain, graphs, _ = docsearch.load()
+    plain, _ = docsearch.load()
+    graphs = docsearch.traced(plain)
     tokenize = fast_tokenizer()
     texts = [f"{name}: {text}" for name, text in docsearch.docstrings()]
     fitting = (text for text in texts[:: max(1, len(texts) // (2 * count))] if 3 < _length(tokenize(text)) < LONGEST)
@@ -223,16 +224,8 @@ def _shapes(shared: Shared, rows: Sequence[int], tokens: Sequence[int]) -> Async
 
 
 def _free_lengths(shared: Shared, backend: Any = None) -> AsyncDataParallel:
-    return AsyncDataParallel(
-        shared[0], backend=backend or CpuBackend(), buckets=_any_length(), example_inputs=_example()
-    )
-
-
-def _any_length() -> Buckets:
-    try:
-        return Buckets(dim=1, pad=PAD, max=512)  # type: ignore[call-arg]
-    except TypeError as error:
-        raise Missing(f"this build's Buckets need sizes ({error})") from error
+    buckets = Buckets(dim=1, pad=PAD, max=512)
+    return AsyncDataParallel(shared[0], backend=backend or CpuBackend(), buckets=buckets, example_inputs=_example())
 
 
 def _half(shared: Shared) -> AsyncDataParallel:

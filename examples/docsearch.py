@@ -1,8 +1,8 @@
-"""Search Python's standard library by meaning: a real embedding model, compiled for several shapes.
+"""Search Python's standard library by meaning: a real embedding model, on an ordinary CPU.
 
 The first paragraph of every docstring becomes a vector, and so does a question; the best hits are the nearest ones.
-The vectors come from all-MiniLM-L6-v2, traced for 1 and 8 rows of 32, 64 and 128 tokens, as one compiles a model for an
-accelerator, and served on virtual CPU cores. The program says what these shapes buy against a single one.
+The vectors come from all-MiniLM-L6-v2, served on virtual CPU cores. The program climbs a ladder, and says what each step
+buys: one compiled shape, several, any length, and half precision and OpenVINO where there are such.
 
     python examples/docsearch.py
     python examples/docsearch.py --limit 6000 "remove a directory tree"
@@ -11,6 +11,8 @@ accelerator, and served on virtual CPU cores. The program says what these shapes
 import argparse
 import ast
 import asyncio
+import importlib.util
+import itertools
 import os
 import platform
 import sys
@@ -19,6 +21,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AsyncExitStack
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -28,16 +31,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from aneuron import AsyncDataParallel, Buckets, CpuBackend
+from aneuron import AsyncDataParallel, Backend, Buckets, CpuBackend, OpenVinoBackend
+from aneuron.backends.precision import is_native
 
 try:
     import uvloop as loop
 except ImportError:
     loop = asyncio  # works as well, a little slower
 
-ROWS, TOKENS = (1, 8), (32, 64, 128)  # what the model is traced for, in all combinations
+ROWS, TOKENS = (1, 8), (32, 64, 128)  # what the model is traced for, in all combinations, as for an accelerator
+PAD = {"input_ids": 0, "attention_mask": 0}
 CALLS = 128  # under way at a time: with three buckets, what waits fills a batch of each
-SAMPLE = 256  # docstrings to compare the shapes with
+SAMPLE = 256  # docstrings to compare the steps with
 ASK = ["read a csv file", "parse command line options", "make a temporary directory", "guess the type of a file"]
 VERBS = ("read", "write", "copy", "sort", "compress", "compare", "check", "find")
 THINGS = ("a csv file", "a json document", "an archive", "a directory", "a list", "a date", "a mail", "a web page")
@@ -62,8 +67,8 @@ class Sentence(nn.Module):
         return nn.functional.normalize((vectors * weights).sum(1) / weights.sum(1), dim=1)
 
 
-def load() -> tuple[Sentence, Graphs, Tokenize]:
-    """The plain model, what is traced of it, and the tokenizer, from the files that the package carries."""
+def load() -> tuple[Sentence, Tokenize]:
+    """The model and its tokenizer, from the files that the package carries."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
     from transformers import AutoModel, AutoTokenizer  # here, since it reads the environment when imported
     from transformers.utils.logging import disable_progress_bar
@@ -77,17 +82,18 @@ def load() -> tuple[Sentence, Graphs, Tokenize]:
         row = tokenizer(text, truncation=True, max_length=TOKENS[-1], return_tensors="pt")
         return {"input_ids": row["input_ids"], "attention_mask": row["attention_mask"]}
 
-    plain = Sentence(AutoModel.from_pretrained(path)).eval()
-    with warnings.catch_warnings():
+    return Sentence(AutoModel.from_pretrained(path)).eval(), tokenize
+
+
+def traced(plain: Sentence) -> Graphs:
+    """The model for each of some shapes; all share the weights. The answers are compared later, so tracing need not."""
+    graphs: dict[tuple[int, int], Callable[..., Tensor]] = {}
+    with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tracing is deprecated from torch 2.13 on, and tells what becomes a constant
-        return plain, {(rows, tokens): trace(plain, rows, tokens) for rows in ROWS for tokens in TOKENS}, tokenize
-
-
-def trace(plain: Sentence, rows: int, tokens: int) -> torch.jit.ScriptModule:
-    """The model for one shape; all share the weights. The answers are compared later, so tracing need not."""
-    ones = torch.ones(rows, tokens, dtype=torch.long)
-    with torch.no_grad():
-        return torch.jit.trace(plain, (ones, ones), check_trace=False)
+        for shape in itertools.product(ROWS, TOKENS):
+            ones = torch.ones(shape, dtype=torch.long)
+            graphs[shape] = torch.jit.trace(plain, (ones, ones), check_trace=False)
+    return graphs
 
 
 def docstrings() -> list[Entry]:
@@ -111,28 +117,28 @@ def _entries(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFuncti
 
 
 class Way:
-    """A model compiled for some of the shapes, and what was seen of it."""
+    """A step of the ladder: a model, how it is served, and what was seen of it."""
 
-    def __init__(self, graphs: Graphs, rows: Sequence[int], tokens: Sequence[int], example: Inputs) -> None:
-        self.name = f"{' or '.join(map(str, rows))} rows of {', '.join(map(str, tokens))} tokens"
+    def __init__(self, name: str, model: AsyncDataParallel) -> None:
+        self.name, self.model = name, model
         self.seconds = 0.0  # spent on embedding
-        self.ran: list[int] = []  # the positions (rows x tokens) of each execution
         self.waited: list[float] = []  # seconds for each single question
-        self.model = AsyncDataParallel(
-            {(size, length): self._noting(graphs[size, length]) for size in rows for length in tokens},
-            backend=CpuBackend(),
-            example_inputs=example,
-            buckets=Buckets(dim=1, sizes=tokens, pad={"input_ids": 0, "attention_mask": 0}),
-        )
+        self.cosine = 1.0  # the least, of a vector and the plain model's
 
-    def _noting(self, graph: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        ran = self.ran  # not `self`, which holds the model: each core runs a copy of what this function reaches
+    @classmethod
+    def compiled(cls, graphs: Graphs, rows: Sequence[int], tokens: Sequence[int], example: Inputs) -> "Way":
+        """For some shapes only."""
+        name = f"{' or '.join(map(str, rows))} rows of {', '.join(map(str, tokens))} tokens"
+        models = {(size, length): graphs[size, length] for size in rows for length in tokens}
+        buckets = Buckets(dim=1, sizes=tokens, pad=PAD)
+        return cls(name, AsyncDataParallel(models, backend=CpuBackend(), example_inputs=example, buckets=buckets))
 
-        def run(input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-            ran.append(input_ids.numel())
-            return graph(input_ids, attention_mask)
-
-        return run
+    @classmethod
+    def free(cls, name: str, plain: Sentence, example: Inputs, backend: Backend | None = None) -> "Way":
+        """For any length."""
+        buckets = Buckets(dim=1, max=TOKENS[-1], pad=PAD)
+        backend = backend or CpuBackend()
+        return cls(name, AsyncDataParallel(plain, backend=backend, example_inputs=example, buckets=buckets))
 
     async def embed(self, tokenize: Tokenize, texts: list[str], bar: tqdm) -> Tensor:
         """A vector for each text. `map` reads its source in a thread: tokenizing does not keep the event loop."""
@@ -157,37 +163,54 @@ def progress(what: str, total: int, **rest: Any) -> tqdm:
 def check(plain: Sentence, tokenize: Tokenize, texts: list[str], vectors: Tensor) -> None:
     """Compare a sample of the vectors with the plain model's, which was never traced, padded or packed."""
     sample = range(0, len(texts), -(-len(texts) // 32))
-    with torch.inference_mode():
-        expected = torch.cat([plain(**tokenize(texts[i])) for i in sample])
-    torch.testing.assert_close(vectors[list(sample)], expected)
+    torch.testing.assert_close(vectors[list(sample)], embedded(plain, tokenize, [texts[i] for i in sample]))
     print(f"  checked: {len(sample)} of them equal the plain model's (torch.testing.assert_close)")
 
 
-async def compare(ways: list[Way], tokenize: Tokenize, texts: list[str], questions: list[str]) -> None:
+def embedded(plain: Sentence, tokenize: Tokenize, texts: list[str]) -> Tensor:
+    """What the plain model makes of the texts, one by one."""
+    with torch.inference_mode():
+        return torch.cat([plain(**tokenize(text)) for text in texts])
+
+
+async def compare(
+    ways: list[Way], plain: Sentence, tokenize: Tokenize, texts: list[str], questions: list[str]
+) -> None:
     """Give the same texts and questions to several ways that take turns, and print what each way takes."""
     for way in ways:
         way.seconds = 0.0
-        way.ran.clear()
+    expected = await asyncio.to_thread(embedded, plain, tokenize, texts[:32])
     with progress("taking turns", len(ways) * len(texts), leave=False) as bar:
         for start in range(0, len(texts), CALLS):
-            part = texts[start : start + CALLS]
-            vectors = [await way.embed(tokenize, part, bar) for way in ways]
-            for other in vectors:
-                torch.testing.assert_close(other, vectors[0])
-    tokens = sum(tokenize(text)["input_ids"].numel() for text in texts)
-    padding = [1 - tokens / sum(way.ran) for way in ways]
+            for way in ways:
+                vectors = await way.embed(tokenize, texts[start : start + CALLS], bar)
+                if not start:
+                    way.cosine = float((vectors[:32] * expected).sum(1).min())
     for question in questions:
         for way in ways:
             await way.answer(tokenize(question))
-    print(f"  {'':36}docstrings/s   padding   one question alone: median, slowest")
-    for way, share in zip(ways, padding, strict=True):
-        waits = f"{1e3 * median(way.waited):23,.0f} ms{1e3 * max(way.waited):8,.0f} ms"
-        print(f"  {way.name:36}{len(texts) / way.seconds:12.1f}{share:10.0%}{waits}")
-    single, full = ways[0], ways[-1]
-    faster, sooner = single.seconds / full.seconds, median(single.waited) / median(full.waited)
-    print("\n  All ways gave the same answers. Padding is the share of positions, rows x tokens, that were")
-    print(f"  computed for nothing. Buckets and sizes bought {faster:.1f} times the docstrings a second, and a")
-    print(f"  question alone is answered in 1/{sooner:.0f} of the time.")
+    first = ways[0]
+    print(f"  {'':36}docstrings/s           one question alone   cosine")
+    for way in ways:
+        speed, waits = f"{len(texts) / way.seconds:12.1f}", f"{1e3 * median(way.waited):13,.0f} ms"
+        times = first.seconds / way.seconds, median(first.waited) / median(way.waited)
+        print(f"  {way.name:36}{speed}{times[0]:7.1f}x{waits}{times[1]:7.1f}x{way.cosine:9.4f}")
+    print("\n  The cosine is the least between a vector and the plain model's: 1 is the same direction.")
+
+
+def steps(plain: Sentence, example: Inputs) -> Iterator[Way]:
+    """What this machine has beyond any length; what it lacks is said."""
+    half = is_native(torch.bfloat16)
+    if half:
+        yield Way.free("any length, bfloat16", plain, example, CpuBackend(dtype=torch.bfloat16, min_cosine=0.99))
+    else:
+        print("  left out: bfloat16, for which this CPU has no instructions")
+    if importlib.util.find_spec("openvino") is None:
+        print("  left out: OpenVINO, which is not installed (pip install 'aneuron[openvino]')")
+    else:
+        precision = "bf16" if half else "f32"
+        backend = OpenVinoBackend(precision=precision)
+        yield Way.free(f"any length, OpenVINO in {precision}", plain, example, backend)
 
 
 async def search(model: AsyncDataParallel, tokenize: Tokenize, entries: list[Entry], vectors: Tensor, ask: str) -> None:
@@ -201,23 +224,27 @@ async def search(model: AsyncDataParallel, tokenize: Tokenize, entries: list[Ent
 
 
 async def serve(entries: list[Entry], options: argparse.Namespace) -> None:
-    """The job: embed and check, compare with fewer shapes, search."""
-    plain, graphs, tokenize = load()  # before anybody is served: loading keeps the event loop waiting
+    """The job: embed and check, climb the ladder, search."""
+    plain, tokenize = load()  # before anybody is served: loading keeps the event loop waiting
+    graphs = traced(plain)
     example = tokenize("an example")
     texts = [f"{name}: {text}" for name, text in entries]
-    single = Way(graphs, ROWS[-1:], TOKENS[-1:], example)
-    bucketed = Way(graphs, ROWS[-1:], TOKENS, example)
-    full = Way(graphs, ROWS, TOKENS, example)
-    async with full.model as model:
+    single = Way.compiled(graphs, ROWS[-1:], TOKENS[-1:], example)
+    bucketed = Way.compiled(graphs, ROWS, TOKENS, example)
+    free = Way.free("any length", plain, example)
+    async with free.model as model:
         print(f"\n1. Embed {len(texts):,} docstrings on {len(model.statistics().cores)} virtual cores\n")
         with progress("embedding", len(texts)) as bar:
-            vectors = await full.embed(tokenize, texts, bar)
+            vectors = await free.embed(tokenize, texts, bar)
         await asyncio.to_thread(check, plain, tokenize, texts, vectors)
         sample = texts[:: -(-len(texts) // SAMPLE)]
         questions = [f"{VERBS[i % 8]} {THINGS[i // 8 % 8]}" for i in range(options.questions)]
-        print(f"\n2. What the shapes buy: {len(sample)} of the docstrings and {len(questions)} questions, in turns\n")
-        async with single.model, bucketed.model:
-            await compare([single, bucketed, full], tokenize, sample, questions)
+        print(f"\n2. What the steps buy: {len(sample)} of the docstrings and {len(questions)} questions, in turns\n")
+        async with AsyncExitStack() as stack:
+            more = list(steps(plain, example))
+            for way in (single, bucketed, *more):
+                await stack.enter_async_context(way.model)
+            await compare([single, bucketed, free, *more], plain, tokenize, sample, questions)
         print("\n3. Search\n")
         for ask in options.ask or ASK:
             await search(model, tokenize, entries, vectors, ask)
@@ -234,7 +261,7 @@ def main() -> None:
     print("Search Python's standard library by meaning\n")
     entries = docstrings()
     print(f"  docstrings  {len(entries):,} in Python {platform.python_version()}")
-    print("  model       all-MiniLM-L6-v2, traced for 1 and 8 rows of 32, 64 and 128 tokens")
+    print("  model       all-MiniLM-L6-v2")
     print(f"  event loop  {loop.__name__}")
     loop.run(serve(entries[: options.limit], options))
     print("Next\n")

@@ -13,7 +13,7 @@ from typing import Annotated
 
 import torch
 import uvicorn
-from docsearch import ROWS, TOKENS, Way, docstrings, load, progress
+from docsearch import Way, docstrings, load, progress
 from fastapi import Depends, FastAPI, Query, Request
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel
@@ -77,8 +77,8 @@ class Hit(BaseModel):
 
 def application(limit: int) -> FastAPI:
     """The service, with so many docstrings."""
-    _, graphs, tokenize = load()
-    way = Way(graphs, ROWS, TOKENS, tokenize("an example"))
+    plain, tokenize = load()
+    way = Way.free("any length", plain, tokenize("an example"))
     entries = docstrings()[:limit]
     found: dict[str, Tensor] = {}
 

@@ -109,7 +109,8 @@ async def test_docstrings_at_each_step(benchmarks, monkeypatch):
 
     small = Small().eval()
     graphs = {(rows, length): small for rows in (1, 8) for length in (32, 64, 128)}
-    monkeypatch.setattr(docstrings.docsearch, "load", lambda: (small, graphs, None))
+    monkeypatch.setattr(docstrings.docsearch, "load", lambda: (small, None))
+    monkeypatch.setattr(docstrings.docsearch, "traced", lambda plain: graphs)
     monkeypatch.setattr(docstrings, "is_native", lambda dtype: True)
     work = docstrings.work(5)
     for package in ("sentence-transformers", "infinity"):
