@@ -219,6 +219,7 @@ class Lifecycle:
             settings.packing,
             Evidence(settings.dim, settings.outputs, settings.check_rows and traits.probes),
             traits.cuts_batches,
+            traits.wants_example,
             Unpad(settings.buckets) if settings.buckets is not None else None,
             settings.context,
         )
