@@ -8,6 +8,8 @@ from aneuron.backends import Backend, Core, Fault
 from aneuron.backends.cpu import CpuBackend
 from aneuron.backends.cuda import CudaBackend
 from aneuron.backends.neuron import NeuronBackend
+from aneuron.backends.onnx import OnnxBackend
+from aneuron.backends.openvino import OpenVinoBackend
 from aneuron.backends.simulated import SimulatedBackend
 from aneuron.errors import (
     AneuronError,
@@ -60,6 +62,8 @@ __all__ = [
     "NeuronBackend",
     "NoHealthyCores",
     "Observer",
+    "OnnxBackend",
+    "OpenVinoBackend",
     "OutputError",
     "Pool",
     "PoolStatistics",

@@ -229,6 +229,7 @@ class Lifecycle:
                 None if traits.computes_in is None else traits.computes_in.dtype,
             ),
             traits.cuts_batches,
+            traits.wants_example,
             Unpad(settings.buckets) if settings.buckets is not None else None,
             settings.context,
             traits.computes_in,

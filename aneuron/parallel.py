@@ -25,7 +25,7 @@ from aneuron.sched.room import Work
 from aneuron.stats import Statistics, Timing
 from aneuron.tensors.buckets import Buckets
 
-Model = Any  # nn.Module | ScriptModule | callable | path of a TorchScript file
+Model = Any  # nn.Module | ScriptModule | callable | path of a file
 
 
 class AsyncDataParallel:
@@ -53,16 +53,18 @@ class AsyncDataParallel:
     Parameters (the first four as in `torch_neuronx.DataParallel`,
     https://awsdocs-neuron.readthedocs-hosted.com/en/latest/frameworks/torch/torch-neuronx/api-reference-guide/inference/api-torch-neuronx-data-parallel.html):
 
-    model: an `nn.Module`, a `ScriptModule`, a callable, or the path of a TorchScript file. Or a mapping from batch
-        sizes to such models, `{1: net1, 8: net8}`, or from batch sizes and buckets, `{(8, 64): net}`: rows run on the
-        set of executions that takes the least time, as measured. Excludes `batch_size`.
+    model: an `nn.Module`, a `ScriptModule`, a callable, or the path of a TorchScript, ONNX or OpenVINO file. Or a
+        mapping from batch sizes to such models, `{1: net1, 8: net8}`, or from batch sizes and buckets,
+        `{(8, 64): net}`: rows run on the set of executions that takes the least time, as measured. Excludes
+        `batch_size`.
     device_ids: ints or "nc:#", zero-based in the cores that this process sees ("cuda:#" for CUDA devices); None for all
         of them.
     dim: the batch dimension. Dynamic batching works for 0 only.
     set_dynamic_batching: whether inputs are cut, packed and padded to the compiled rows. When off, a call's inputs are
         cut over the cores and `rows / cores` must equal the compiled rows, if those are known.
-    backend: "neuron", "cuda", "cpu", or an object with the methods of `aneuron.Backend`. "auto" is, at start, neuron if
-        this process has NeuronCores, else cuda if it has a device, else cpu; and cpu for a plain callable.
+    backend: "neuron", "cuda", "cpu", "openvino", "onnx", or an object with the methods of `aneuron.Backend`. "auto" is,
+        at start, neuron if this process has NeuronCores, else cuda if it has a device, else cpu; cpu for a plain
+        callable; onnx for an ONNX file, openvino for one of OpenVINO's.
     batch_size: rows in one execution, as compiled; every batch is padded to it. None: any number of rows.
     example_inputs: what the model was traced with: a tensor, a tuple of positional or a dict of keyword inputs. It is
         run twice on each core before the model is ready. For a ScriptModule, or with `batch_size`, it also fixes

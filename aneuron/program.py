@@ -16,6 +16,7 @@ import torch
 
 from aneuron.arguments import count, seconds, weight
 from aneuron.backends import Backend, check_models
+from aneuron.backends.files import graph_in
 from aneuron.backends.traits import Traits
 from aneuron.engine.evidence import check_declared
 from aneuron.errors import ShapeError
@@ -32,7 +33,7 @@ def check_model(model: Any) -> None:
     """Raise for what cannot be a model; warn of one in training mode."""
     if not callable(model) and not isinstance(model, (str, os.PathLike)):
         raise TypeError(
-            f"model={model!r:.80}: expected a module, a callable, the path of a TorchScript file, or a mapping "
+            f"model={model!r:.80}: expected a module, a callable, the path of a file, or a mapping "
             "from batch sizes, or (batch size, bucket), to these"
         )
     if isinstance(model, type) and issubclass(model, torch.nn.Module):
@@ -56,7 +57,7 @@ def _exported(model: torch.nn.Module) -> bool:
 def is_compiled(model: Any, scripts: bool) -> bool:
     """Whether a model is a compiled graph, with the shapes of its example; `scripts`: and so is what a path names."""
     if isinstance(model, (str, os.PathLike)):
-        return scripts
+        return scripts and graph_in(model) is None
     return isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction))
 
 

@@ -23,6 +23,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -293,8 +294,10 @@ def check_backend(backend: Backend, model: Any = None, example_inputs: tuple[tor
     assert isinstance(backend.classify(ValueError("of the model")), Fault), "classify() returns a Fault for any error"
     assert isinstance(backend.classify(KeyboardInterrupt()), Fault), "classify() takes a BaseException too"
     inline = traits_of(backend).inline
+    told: dict[str, Any] = {"example": (example_inputs, {})} if traits_of(backend).wants_example else {}
+    load = partial(backend.load, **told)
     for _ in range(2):  # loaded, closed and loaded again
-        loaded = [_elsewhere(backend.load, model, core, example_inputs[0].shape[0]) for core in ids]
+        loaded = [_elsewhere(load, model, core, example_inputs[0].shape[0]) for core in ids]
         answers = [_check_core(core, example_inputs) for core in loaded]
         for answer in answers:
             torch.testing.assert_close(answer, answers[0], msg="every core gives the same answer")

@@ -1,8 +1,8 @@
 """Search Python's standard library by meaning: a real embedding model, on an ordinary CPU.
 
 The first paragraph of every docstring becomes a vector, and so does a question; the best hits are the nearest ones.
-The vectors come from all-MiniLM-L6-v2, served on virtual CPU cores. The program climbs a ladder, and says what each step
-buys: one compiled shape, several, any length, and half precision and OpenVINO where there are such.
+The vectors come from all-MiniLM-L6-v2, served on virtual CPU cores. The program climbs a ladder, and says what each
+step buys: one compiled shape, several, any length, and half precision and OpenVINO where there are such.
 
     python examples/docsearch.py
     python examples/docsearch.py --limit 6000 "remove a directory tree"
@@ -173,9 +173,7 @@ def embedded(plain: Sentence, tokenize: Tokenize, texts: list[str]) -> Tensor:
         return torch.cat([plain(**tokenize(text)) for text in texts])
 
 
-async def compare(
-    ways: list[Way], plain: Sentence, tokenize: Tokenize, texts: list[str], questions: list[str]
-) -> None:
+async def compare(ways: list[Way], plain: Sentence, tokenize: Tokenize, texts: list[str], questions: list[str]) -> None:
     """Give the same texts and questions to several ways that take turns, and print what each way takes."""
     for way in ways:
         way.seconds = 0.0

@@ -876,7 +876,7 @@ OTHER_FILES = {
     "safetensors": (
         lambda path: path.write_bytes((2).to_bytes(8, "little") + b'{"x": {}}'), "safetensors.*load_state_dict"
     ),
-    "an ONNX model": (lambda path: path.write_bytes(b"\x08\x08\x12\x07pytorch"), "ONNX.*runtime"),
+    "an ONNX model": (lambda path: path.write_bytes(b"\x08\x08\x12\x07pytorch"), "ONNX.*backend='onnx' or 'openvino'"),
     "a pointer to a file": (lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"), "lfs pull"),
     "a shared library": (lambda path: path.write_bytes(b"\x7fELF" + bytes(99)), "shared library"),
     "nothing": (lambda path: path.touch(), "empty"),

@@ -9,6 +9,7 @@ import torch
 from fake_cuda import FakeCuda
 from puppets import check_sum, named, row, scenario
 
+import aneuron
 from aneuron import (
     AsyncDataParallel,
     CpuBackend,
@@ -19,7 +20,7 @@ from aneuron import (
     ShapeError,
     SimulatedBackend,
 )
-from aneuron.backends import automatic, choose_cores, parse_device_ids
+from aneuron.backends import automatic, choose_cores, graphs, parse_device_ids
 from aneuron.backends.neuron import cores, machine
 from aneuron.cli import info
 from aneuron.testing import PuppetBackend, PuppetCore
@@ -114,7 +115,7 @@ async def test_what_auto_takes_is_decided_at_start_and_kept():
     assert model._pool.backend is None
 
 
-@pytest.mark.parametrize("name", ["neuron", "cuda", "cpu"])
+@pytest.mark.parametrize("name", ["neuron", "cuda", "cpu", "openvino", "onnx"])
 def test_a_backend_by_name(name):
     assert AsyncDataParallel(NET, backend=name)._pool.backend.name == name
 
@@ -128,12 +129,67 @@ def test_info_says_what_auto_takes(monkeypatch, found):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in found)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int("cuda" in found))
     said = info.automatic(
-        {name: info.report(kind) for name, kind in (("neuron", NeuronBackend), ("cuda", CudaBackend))}
+        {name: info.report(getattr(aneuron, f"{title}Backend")) for name, title in info.CLASSES.items()}
     )
     assert said["callable"] == automatic([torch.neg]).name == "cpu"
     chosen = automatic([NET]).name
     assert said["module"] == (None if chosen == "neuron" and package == "trace" else chosen)
     assert said["neuron"] == ("neuron" if package == "trace" else None)
+
+
+# Graphs: ONNX and OpenVINO's own.
+
+ONNX = b"\x08\x08\x12\x07pytorch"
+IR = b'<?xml version="1.0"?>\n<net name="Model0" version="11">'
+
+
+@pytest.fixture
+def installed(monkeypatch):
+    """Decide which packages there are."""
+    return lambda *packages: monkeypatch.setattr(graphs, "is_installed", lambda package: package in packages)
+
+
+def written(path, data):
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("packages", "chosen"),
+    [(("onnxruntime",), "onnx"), (("openvino",), "openvino"), (("onnxruntime", "openvino"), "onnx")],
+)
+def test_an_onnx_file_is_found_by_suffix_and_by_content(packages, chosen, installed, tmp_path, neuron_machine):
+    installed(*packages)
+    for model in (written(tmp_path / "model", ONNX), written(tmp_path / "a.ONNX", b"?"), "not/there.onnx"):
+        assert automatic([model]).name == automatic([str(model)] * 2).name == chosen
+        assert not AsyncDataParallel(model, example_inputs=X)._life.program.compiled  # it takes any number of rows
+
+
+def test_an_openvino_file_is_found_by_suffix_and_by_content(installed, tmp_path):
+    installed("onnxruntime", "openvino")
+    for model in (written(tmp_path / "model", IR), written(tmp_path / "a.xml", b"<net>"), "not/there.xml"):
+        assert automatic([model]).name == automatic([model, "m.onnx"]).name == "openvino"
+        assert not AsyncDataParallel(model, example_inputs=X)._life.program.compiled
+
+
+def test_a_script_stays_one_whatever_its_name(tmp_path):
+    torch.jit.trace(NET, X).save(tmp_path / "net.onnx")
+    assert automatic([tmp_path / "net.onnx"]).name not in ("onnx", "openvino")
+
+
+@pytest.mark.parametrize(
+    ("backend", "model", "words"),
+    [
+        ("onnx", "m.onnx", r"backend='onnx' needs ONNX Runtime: pip install 'aneuron\[onnx\]'"),
+        ("openvino", NET, r"backend='openvino' needs OpenVINO: pip install 'aneuron\[openvino\]'"),
+        ("auto", "m.xml", r"backend='openvino' needs OpenVINO: pip install 'aneuron\[openvino\]'"),
+        ("auto", "m.onnx", r"neither ONNX Runtime nor OpenVINO.*'aneuron\[onnx\]' or 'aneuron\[openvino\]'"),
+    ],
+)
+async def test_a_package_that_is_missing_is_said_with_the_extra(backend, model, words, installed):
+    installed()
+    with pytest.raises(ModuleNotFoundError, match=words):
+        await AsyncDataParallel(model, backend=backend, example_inputs=X).start()
 
 
 # device_ids.

@@ -43,14 +43,16 @@ ERRORS = {
 ORDER = [
     "_native.sources", "_native", "ownership", "errors", "names", "arguments", "sched", "sched.call", "sched.flows",
     "sched.fair_queue", "sched.room", "sched.filling", "sched.slots", "sched.batch_delay", "sched.sizes",
-    "sched.grouping", "sched.scheduler", "sched.shares", "engine.health", "engine.failures", "tensors", "tensors.buckets",
+    "sched.grouping", "sched.scheduler", "sched.shares", "engine.health", "engine.failures", "tensors",
+    "tensors.buckets",
     "tensors.marked", "tensors.nested", "tensors.quantized", "tensors.lengths", "tensors.copying",
     "tensors.outputs", "tensors.verdicts", "tensors.likeness", "engine.evidence", "tensors.rows",
     "tensors.signature", "backends.precision", "backends.traits", "backends", "engine.comparing", "engine.modes",
     "backends.timer", "backends.files", "backends.unwarned", "backends.torchscript", "backends.cpus",
     "backends.copies", "backends.cpu", "backends.simulated", "backends.neuron.faults", "backends.neuron.machine",
     "backends.neuron.cores", "backends.neuron.placement", "backends.neuron.native", "backends.neuron",
-    "backends.cuda", "stats", "program", "observing", "engine", "engine.loading", "engine.execution",
+    "backends.cuda", "backends.graphs", "backends.onnx", "backends.converting", "backends.openvino", "stats",
+    "program", "observing", "engine", "engine.loading", "engine.execution",
     "engine.threads", "engine.board", "engine.lane", "engine.onloop", "engine.dispatcher", "engine.futures",
     "engine.recovery", "engine.admission", "engine.settling", "engine.cores", "engine.run", "map", "map.sources",
     "map.window", "options", "pool", "lifecycle", "calls", "parallel", "testing", "web", "cli", "__main__",
@@ -102,6 +104,8 @@ def test_what_the_design_promises_is_exported():
         "CoreStatistics",
         "Histogram",
         "Map",
+        "OnnxBackend",
+        "OpenVinoBackend",
         "Pool",
         "PoolStatistics",
         "Rows",
@@ -372,8 +376,10 @@ def test_a_file_keeps_out_what_must_not_be_there(name, forbidden):
 
 def test_the_package_needs_torch_and_anyio_only():
     allowed = set(sys.stdlib_module_names) | {"aneuron", "torch", "anyio"}
+    others = {"neuron", "cuda", "onnx", "openvino", "converting"}  # import what they are for, when it is needed
+    others = {f"backends.{name}" for name in others} | {"_native.build"}
     for name, path in modules().items():
-        if name.partition(".")[0] in ("web", "cli") or name in ("backends.neuron", "backends.cuda", "_native.build"):
+        if name.partition(".")[0] in ("web", "cli") or name in others:
             continue
         assert {module.partition(".")[0] for module in every_import(path)} <= allowed
 

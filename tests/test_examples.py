@@ -116,7 +116,9 @@ def test_search_embeds_checks_compares_and_finds() -> None:
     assert "32/32" in output
     assert "checked: 32 of them equal the plain model's" in output
     table = output.split("2. What the steps buy: 32 of the docstrings and 2 questions")[1].split("3. Search\n\n")[0]
-    cosines = {line.strip().partition("   ")[0]: float(line.split()[-1]) for line in table.splitlines() if " ms" in line}
+    cosines = {
+        line.strip().partition("   ")[0]: float(line.split()[-1]) for line in table.splitlines() if " ms" in line
+    }
     assert list(cosines)[:3] == ["8 rows of 128 tokens", "1 or 8 rows of 32, 64, 128 tokens", "any length"]
     assert min(list(cosines.values())[:3]) == pytest.approx(1.0, abs=1e-4)
     for step in ("bfloat16", "OpenVINO"):

@@ -8,6 +8,7 @@ import torch
 from fake_cuda import FakeCuda
 
 import aneuron
+from aneuron.backends import cpus, graphs
 from aneuron.cli import main
 
 
@@ -52,25 +53,35 @@ def asked(monkeypatch, capsys):
 def test_every_backend_has_a_line(asked, monkeypatch):
     FakeCuda(monkeypatch, devices=2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(graphs, "is_installed", {"openvino": True, "onnxruntime": False}.__getitem__)
+    monkeypatch.setattr(graphs, "_version", lambda package: " 2026.4.1")
+    monkeypatch.setattr(cpus, "available", lambda: cpus.Cpus(3, "three CPUs", False))
     lines = asked(neuron=NeuronBackend).splitlines()
     assert lines[0] == f"PyTorch {torch.__version__}, Python {sys.version.split()[0]}"
     assert lines[2] == "backend    found  cores"
     assert lines[3] == "neuron     yes       12  6 chips"
     assert lines[4] == f"cuda       yes        2  2 devices, PyTorch {torch.__version__}"
-    assert lines[5].startswith(f"cpu        yes  {len(aneuron.CpuBackend().cores()):>7}  this process may use ")
-    assert lines[6].startswith("simulated  yes        4  timing and faults")
-    assert lines[8:] == [
+    assert lines[5] == "cpu        yes        3  three CPUs"
+    assert lines[6:8] == [
+        "openvino   yes        3  OpenVINO 2026.4.1; three CPUs",
+        "onnx       no         0  ONNX Runtime is not installed",
+    ]
+    assert lines[8] == "                         lacks: ONNX Runtime: pip install 'aneuron[onnx]'"
+    assert lines[9].startswith("simulated  yes        4  timing and faults")
+    assert lines[11:] == [
         'backend="auto" takes for',
         "  a callable: cpu",
         "  an nn.Module: an error: trace it for NeuronCores, or say backend='cpu'",
         "  a model traced for Neuron: neuron",
+        "  an ONNX file: openvino",
+        "  an OpenVINO file: openvino",
     ]
 
 
 @pytest.mark.parametrize("neuron", [None, NeuronBackend, Broken, Poor, Silent])
 def test_json_says_the_same(asked, neuron):
     answer = json.loads(asked("--json", neuron=neuron))
-    assert list(answer["backends"]) == ["neuron", "cuda", "cpu", "simulated"]
+    assert list(answer["backends"]) == ["neuron", "cuda", "cpu", "openvino", "onnx", "simulated"]
     for backend in answer["backends"].values():
         assert {name: type(value) for name, value in backend.items() if name != "takes"} == {
             "found": bool, "cores": int, "why": str, "lacks": list,

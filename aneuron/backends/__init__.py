@@ -177,6 +177,9 @@ class Backend(Protocol):
       cores may do so;
     - `loads_scripts = True`: a path names a TorchScript file, compiled for the rows of `example_inputs`; else it may
       name anything, and takes any number of rows unless `batch_size` or `compiled_rows` says otherwise;
+    - `wants_example = True`: it makes something of a model for which inputs are needed, and `load` is told by a keyword
+      `example` what they are: the positional and keyword arguments of an execution, None where there are no
+      `example_inputs`;
     - `probes = False`: its cores execute callers' rows only; which outputs have rows is then taken from their shapes,
       as with `check_rows=False`;
     - `inline = True`: its cores take microseconds, and callers' batches may be executed on the thread of the event loop
@@ -330,22 +333,28 @@ def choose_backend(backend: str | Backend) -> Backend | None:
     """The backend that `backend=` means; None for "auto", which is chosen at start."""
     if backend == "auto":
         return None
-    if backend in ("neuron", "cuda", "cpu"):
+    if backend in _NAMES:
         return _named(backend)
     if isinstance(backend, (str, type)) or not isinstance(backend, Backend):
         raise ValueError(
-            f"backend={backend!r}: expected 'auto', 'neuron', 'cuda', 'cpu', or an object with the methods of "
+            f"backend={backend!r}: expected 'auto', {', '.join(map(repr, _NAMES))}, or an object with the methods of "
             "aneuron.Backend"
         )
     return backend
+
+
+_NAMES = "neuron", "cuda", "cpu", "openvino", "onnx"
 
 
 def _named(name: str) -> Backend:
     from aneuron.backends.cpu import CpuBackend
     from aneuron.backends.cuda import CudaBackend
     from aneuron.backends.neuron import NeuronBackend
+    from aneuron.backends.onnx import OnnxBackend
+    from aneuron.backends.openvino import OpenVinoBackend
 
-    backend: Backend = {"neuron": NeuronBackend, "cuda": CudaBackend, "cpu": CpuBackend}[name]()
+    classes = NeuronBackend, CudaBackend, CpuBackend, OpenVinoBackend, OnnxBackend
+    backend: Backend = dict(zip(_NAMES, classes, strict=True))[name]()
     return backend
 
 
@@ -353,7 +362,7 @@ def check_models(backend: Backend, models: Iterable[Any]) -> None:
     """Raise `DeviceError` for models traced for NeuronCores where they are to run elsewhere."""
     from aneuron.backends.neuron.placement import is_neuron
 
-    if backend.name in ("cpu", "cuda") and any(is_neuron(model) for model in models):
+    if backend.name in ("cpu", "cuda", "openvino") and any(is_neuron(model) for model in models):
         raise DeviceError(
             f"the model was traced for NeuronCores, and the {backend.name} backend cannot run it; pass "
             "backend='neuron' on a machine that has some, or the module that was traced"
@@ -364,13 +373,17 @@ def automatic(models: Iterable[Any]) -> Backend:
     """The backend that "auto" means for these models on this machine: neuron if this process has NeuronCores, else
     cuda if there is a device, else cpu. Claims none of them; may block.
 
+    An OpenVINO file runs on openvino, an ONNX file on onnx, or on openvino if only that is installed.
     A plain callable runs on cpu: it may do anything. A module that was traced for NeuronCores runs nowhere else, and
     one that was not is not quietly run elsewhere where there are NeuronCores: their backend says what to do.
     """
+    from aneuron.backends.files import graph_in
     from aneuron.backends.neuron import NeuronBackend
     from aneuron.backends.neuron.placement import is_neuron
 
     given = list(models)
+    if graphs := {graph_in(model) for model in given} - {None}:
+        return _named(_runtime_of(graphs))
     found = NeuronBackend().found()
     if any(is_neuron(model) for model in given):
         if not found.cores:
@@ -384,3 +397,18 @@ def automatic(models: Iterable[Any]) -> Backend:
     if found.cores:
         return _named("neuron")
     return _named("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _runtime_of(graphs: set[str | None]) -> str:
+    """What runs files of these kinds."""
+    from aneuron.backends.graphs import is_installed
+
+    if "openvino" in graphs:
+        return "openvino"
+    for name, package in (("onnx", "onnxruntime"), ("openvino", "openvino")):
+        if is_installed(package):
+            return name
+    raise ModuleNotFoundError(
+        "the model is an ONNX file, and neither ONNX Runtime nor OpenVINO is installed: pip install 'aneuron[onnx]' or "
+        "'aneuron[openvino]'"
+    )

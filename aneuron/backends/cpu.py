@@ -122,14 +122,15 @@ class CpuBackend:
 
     def load(self, model: Any, core_id: int, batch_size: int | None) -> "CpuCore":
         """A copy of what is to be loaded, a file once for all cores."""
-        with _lock:
-            threads = self._threads_per_core or max(1, self._threads() // self._cores)
-        return CpuCore(open_model(model), threads, self.computes_in)
+        return CpuCore(open_model(model), self.threads(), self.computes_in)
 
-    def _threads(self) -> int:
-        """Threads for all cores together: torch counts CPUs, and knows nothing of a quota."""
-        threads, here = _in_a_new_thread(torch.get_num_threads), cpus.available()
-        return min(threads, here.number) if here.limited else threads
+    def threads(self) -> int:
+        """Threads within an operation of each core: torch counts CPUs, and knows nothing of a quota."""
+        if self._threads_per_core is not None:
+            return self._threads_per_core
+        with _lock:
+            threads, here = _in_a_new_thread(torch.get_num_threads), cpus.available()
+        return max(1, (min(threads, here.number) if here.limited else threads) // self._cores)
 
     def classify(self, error: BaseException) -> Fault:
         """A CPU does not fail alone: whatever the model raises is about its input."""

@@ -1,4 +1,4 @@
-"""What the file at a path is, where it is not what `torch.jit.load` takes.
+"""What the file at a path is: a graph for a runtime of its own, or not what `torch.jit.load` takes.
 
 Lives here: the listing of an archive, magic numbers, the first opcodes of a pickle. Must not be here: loading,
 unpickling, anything that reads the weights.
@@ -8,8 +8,11 @@ import itertools
 import os
 import pickletools
 import zipfile
-from typing import IO
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import IO, Any
 
+_ZIP = b"PK\3\4"
 _LEGACY = 0x1950A86A20F9469CFC6C  # the first of four pickles that torch.save wrote before it wrote archives
 _UNPICKLE = (
     "load it yourself (torch.load(path, weights_only=False), which runs the file's code: only if you trust it), and "
@@ -28,7 +31,7 @@ _MAGIC = {  # by offset and first bytes
         0,
         b"\x7fELF",
     ): "a shared library; load it (torch._inductor.aoti_load_package, or what made it), pass the callable",
-    (0, b"<?xml"): "an XML file (OpenVINO?); compile it with its own runtime, and pass a callable that runs it",
+    (0, b"<?xml"): "an XML file; if it is OpenVINO's pass backend='openvino' (pip install 'aneuron[openvino]')",
     (4, b"ET"): "an ExecuTorch program; load it with its own runtime, and pass a callable that runs it",
     (8, b'{"'): "a safetensors file, " + _WEIGHTS.format("", "safetensors.torch.load_file(path)"),
 }
@@ -39,14 +42,75 @@ def check_script(path: str | os.PathLike[str]) -> None:
 
     Told by content, not by name. What is not known is left to torch. Raises `FileNotFoundError` for no file at all.
     """
-    what = "a directory; pass a file in it, or load the model from it and pass that" if os.path.isdir(path) else None
-    if what is None:
-        with open(path, "rb") as file:
-            head = file.read(32)
-            file.seek(0)
-            what = _archived(file) if head.startswith(b"PK\3\4") else _known(head, file)
+    what = _known_at(path)
     if what is not None:
         raise ValueError(f"model={os.fspath(path)!r} is {what}")
+
+
+def graph_in(model: Any) -> str | None:
+    """Whether a path names an "onnx" or an "openvino" graph: by what is in the file, or else by its suffix.
+
+    >>> graph_in("a/model.onnx"), graph_in("model.xml"), graph_in("model.pt")
+    ('onnx', 'openvino', None)
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        return None
+    head = b""
+    with suppress(OSError):
+        head = _head(model)
+    return _graph_by_content(head) or (None if head.startswith(_ZIP) else _graph_by_suffix(model))
+
+
+def check_graph(model: Any, kinds: Sequence[str], takes: str) -> None:
+    """Raise `ValueError` for a path of what is known to be no graph of these kinds, and for what is no path.
+
+    What is not known is left to the runtime. Raises `FileNotFoundError` for no file at all.
+    """
+    if not isinstance(model, (str, os.PathLike)):
+        raise ValueError(f"model={model!r:.80}: {takes}")
+    what = _known_at(model)
+    kind = None if os.path.isdir(model) else _graph_by_content(_head(model))
+    if kind not in kinds and (what is not None or graph_in(model) not in kinds):
+        raise ValueError(f"model={os.fspath(model)!r} is {what or 'of another kind'}; {takes}")
+
+
+BESIDE = " (its weights lie in a file of their own, which must stand beside it, whole)"
+
+
+def has_external_data(path: str | os.PathLike[str]) -> bool:
+    """Whether an ONNX file names other files for its weights. It is read whole: for when it has not loaded."""
+    with open(path, "rb") as file:
+        return b"\n\x08location\x12" in file.read()  # the key of an entry, and the field that follows
+
+
+def _head(path: str | os.PathLike[str]) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(512)
+
+
+def _graph_by_content(head: bytes) -> str | None:
+    if _is_onnx(head):
+        return "onnx"
+    return "openvino" if head.startswith(b"<?xml") and b"<net " in head else None
+
+
+def _graph_by_suffix(path: str | os.PathLike[str]) -> str | None:
+    return {".onnx": "onnx", ".xml": "openvino"}.get(os.path.splitext(os.fspath(path))[1].lower())
+
+
+def _known_at(path: str | os.PathLike[str]) -> str | None:
+    """What the file at a path is, and what to do; None for TorchScript, and for what is not known."""
+    if os.path.isdir(path):
+        return "a directory; pass a file in it, or load the model from it and pass that"
+    with open(path, "rb") as file:
+        head = file.read(32)
+        file.seek(0)
+        return _archived(file) if head.startswith(_ZIP) else _known(head, file)
+
+
+def _is_onnx(head: bytes) -> bool:
+    """Whether it begins as protobuf does with ir_version, then a text or the graph."""
+    return len(head) > 2 and head[0] == 0x08 and 0 < head[1] < 32 and head[2] in b'\x12\x1a"*2:B'
 
 
 def _known(head: bytes, file: IO[bytes]) -> str | None:
@@ -54,8 +118,8 @@ def _known(head: bytes, file: IO[bytes]) -> str | None:
         return "an empty file"
     if head[0] == 0x80 and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return _pickled(file)
-    if head[0] == 0x08 and 0 < head[1] < 32 and head[2] in b'\x12\x1a"*2:B':  # protobuf: ir_version, then text or graph
-        return "an ONNX model; run it with its own runtime (onnxruntime), and pass a callable that does"
+    if _is_onnx(head):
+        return "an ONNX model; pass backend='onnx' or 'openvino' (pip install 'aneuron[onnx]' or 'aneuron[openvino]')"
     return next((what for (at, magic), what in _MAGIC.items() if head.startswith(magic, at)), None)
 
 

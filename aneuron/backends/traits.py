@@ -32,6 +32,7 @@ class Traits:
     loads_scripts: bool = False
     probes: bool = True
     inline: bool = False
+    wants_example: bool = False
     preferred_rows: int = 32
     cores_per_device: int | None = None
     """Cores made of one CUDA device; None: the backend has no CUDA devices."""
@@ -43,7 +44,7 @@ class Traits:
     """What a lane uses in place of threads, by the name that they would have; None: threads."""
 
 
-_RULES = dict.fromkeys(("cuts_batches", "loads_scripts", "probes", "inline"), _A_BOOL)
+_RULES = dict.fromkeys(("cuts_batches", "loads_scripts", "probes", "inline", "wants_example"), _A_BOOL)
 _RULES |= dict.fromkeys(("preferred_rows", "cores_per_device"), _A_COUNT)
 _RULES |= {"computes_in": _A_PRECISION}
 _RULES |= dict.fromkeys(("compiled_rows", "global_id", "workers"), _A_METHOD)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 # TorchScript's end is said to users when they make a file; the other, of torch 2.13, is about its own code.
-_OURS = r"`torch\.jit\.(load|save)` is |`isinstance\(treespec, LeafSpec\)` is deprecated"
+_OURS = r"`torch\.jit\.(load|save|trace|trace_method)` is |`isinstance\(treespec, LeafSpec\)` is deprecated"
 
 _thread = threading.local()
 

@@ -24,6 +24,9 @@ and which one backend="auto" takes for a model. Nothing is loaded, and no core i
 
 With the address of a running service's console: which of its models share which cores."""
 
+CLASSES = {
+    "neuron": "Neuron", "cuda": "Cuda", "cpu": "Cpu", "openvino": "OpenVino", "onnx": "Onnx", "simulated": "Simulated"
+}  # fmt: skip
 ABSENT = {"found": False, "cores": 0, "why": "not in this version of aneuron", "lacks": []}
 WHOLE_WORDS: Mapping[str, Any] = {"break_long_words": False, "break_on_hyphens": False}  # addresses are copied
 Report = Mapping[str, Any]
@@ -49,9 +52,7 @@ def run(args: argparse.Namespace) -> int:
             return 1
         print(json.dumps(models, indent=2) if args.json else "\n".join(pools(models)))
         return 0
-    classes = {
-        name: getattr(aneuron, f"{name.title()}Backend", None) for name in ("neuron", "cuda", "cpu", "simulated")
-    }
+    classes = {name: getattr(aneuron, f"{title}Backend", None) for name, title in CLASSES.items()}
     backends = {name: report(backend) for name, backend in classes.items()}
     versions = {"torch": torch.__version__, "python": platform.python_version()}
     auto = automatic(backends)
@@ -110,6 +111,8 @@ def automatic(backends: Mapping[str, Report]) -> dict[str, str | None]:
         "callable": "cpu",
         "module": elsewhere if neuron is None else "neuron" if neuron == "modules" else None,
         "neuron": "neuron" if neuron == "traced models" else None,
+        "onnx": next((name for name in ("onnx", "openvino") if backends[name]["found"]), None),
+        "openvino": "openvino" if backends["openvino"]["found"] else None,
     }
 
 
@@ -129,7 +132,15 @@ def table(backends: Mapping[str, Report]) -> str:
 
 def choices(auto: Mapping[str, str | None]) -> str:
     """What is chosen, in words."""
-    kinds = {"callable": "a callable", "module": "an nn.Module", "neuron": "a model traced for Neuron"}
-    errors = {"module": "an error: trace it for NeuronCores, or say backend='cpu'", "neuron": "an error: no NeuronCore"}
+    kinds = {
+        "callable": "a callable", "module": "an nn.Module", "neuron": "a model traced for Neuron",
+        "onnx": "an ONNX file", "openvino": "an OpenVINO file",
+    }  # fmt: skip
+    errors = {
+        "module": "an error: trace it for NeuronCores, or say backend='cpu'",
+        "neuron": "an error: no NeuronCore",
+        "onnx": "an error: install 'aneuron[onnx]' or 'aneuron[openvino]'",
+        "openvino": "an error: install 'aneuron[openvino]'",
+    }
     said = [f"  {kinds[kind]}: {name or errors[kind]}" for kind, name in auto.items()]
     return "\n".join(['backend="auto" takes for', *said])

@@ -49,6 +49,7 @@ class Load:
     dynamic: bool  # whether cores may cut batches, where that is what they do
     evidence: Evidence  # what of the outputs has rows
     cuts_batches: bool = False  # whether the backend's cores may
+    wants_example: bool = False  # whether the backend has to see the example
     unpad: Unpad | None = None  # which outputs carry the length of their bucket
     context: Callable[[], AbstractContextManager[Any]] | None = None  # around each execution
     precision: Precision | None = None  # what cores compute in, where it is not the model's own
@@ -92,7 +93,7 @@ class Loaded:
         for (size, bucket), model in load.models.items():
             with _naming(size, bucket, len(load.models)):
                 key = (id(model), size)
-                core = loaded.get(key) or self._load_one(model, size, load)
+                core = loaded.get(key) or self._load_one(model, size, bucket, load)
                 loaded[key] = self._cores[size, bucket] = core
         self.concurrent = all(core.concurrent for core in loaded.values())
         self.submits = all(isinstance(core, SubmittingCore) for core in loaded.values())
@@ -102,9 +103,11 @@ class Loaded:
             self._warm_up(load, load.compiled)
             self.warming = False
 
-    def _load_one(self, model: Any, size: int | None, load: Load) -> Core:
-        cuts = {"dynamic_batching": load.dynamic} if load.cuts_batches else {}
-        core = self._backend.load(model, self.core_id, size, **cuts)
+    def _load_one(self, model: Any, size: int | None, bucket: int, load: Load) -> Core:
+        told: dict[str, Any] = {"dynamic_batching": load.dynamic} if load.cuts_batches else {}
+        if load.wants_example:
+            told["example"] = load.compiled and load.compiled.example(size, bucket)
+        core = self._backend.load(model, self.core_id, size, **told)
         return core if load.context is None else Within(core, load.context)
 
     def _compare(self, load: Load, compiled: Compiled) -> None:
