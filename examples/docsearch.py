@@ -206,6 +206,7 @@ def steps(plain: Sentence, example: Inputs) -> Iterator[Way]:
     if importlib.util.find_spec("openvino") is None:
         print("  left out: OpenVINO, which is not installed (pip install 'aneuron[openvino]')")
     else:
+        warnings.filterwarnings("ignore", module="transformers")  # it is traced: what becomes a constant is compared
         precision = "bf16" if half else "f32"
         backend = OpenVinoBackend(precision=precision)
         yield Way.free(f"any length, OpenVINO in {precision}", plain, example, backend)
