@@ -33,6 +33,7 @@ class Traits:
     cores_per_device: int | None = None
     """Cores made of one CUDA device; None: the backend has no CUDA devices."""
     compiled_rows: Callable[[Any], int | None] = _unknown
+    inputs_of: Callable[[Any], Any] = _unknown
     global_id: Callable[[int], int | None] = _same
     workers: Callable[[str], Any] | None = None
     """What a lane uses in place of threads, by the name that they would have; None: threads."""
@@ -40,7 +41,7 @@ class Traits:
 
 _RULES = dict.fromkeys(("cuts_batches", "loads_scripts", "probes", "inline"), _A_BOOL)
 _RULES |= dict.fromkeys(("preferred_rows", "cores_per_device"), _A_COUNT)
-_RULES |= dict.fromkeys(("compiled_rows", "global_id", "workers"), _A_METHOD)
+_RULES |= dict.fromkeys(("compiled_rows", "inputs_of", "global_id", "workers"), _A_METHOD)
 
 
 def traits_of(backend: Any) -> Traits:

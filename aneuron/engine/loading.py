@@ -17,6 +17,7 @@ from aneuron.errors import DeviceError, OutputError
 from aneuron.ownership import Owned
 from aneuron.program import Shape
 from aneuron.sched.scheduler import rounded
+from aneuron.sched.sizes import ANY, Range
 from aneuron.stats import CoreCounters, ServiceTimes
 from aneuron.tensors.outputs import Output, Unpad, kind
 from aneuron.tensors.signature import Compiled
@@ -38,6 +39,7 @@ class Load:
     cuts_batches: bool = False  # whether the backend's cores may
     unpad: Unpad | None = None  # which outputs carry the length of their bucket
     context: Callable[[], AbstractContextManager[Any]] | None = None  # around each execution
+    takes: Range = ANY  # rows of an execution that was not compiled for so many
 
 
 class Loaded:
@@ -100,8 +102,8 @@ class Loaded:
         numbers = identities(compiled.columns(bucket), load.dim) if wanted else []
         for shape in load.models:
             with _naming(*shape, len(load.models)):
-                first, value, seconds = warm_up(self._cores[shape], compiled, *shape, clock, wanted)
-                rows = shape[0] or compiled.rows
+                rows = shape[0] or load.takes.clip(compiled.rows)
+                first, value, seconds = warm_up(self._cores[shape], compiled, rows, shape[1], clock, wanted)
                 self.times.learn((shape[0] or rounded(rows), shape[1]), seconds, clock())
                 values[shape] = value
                 if wanted and shape[1] == bucket:
@@ -119,14 +121,15 @@ class Loaded:
             core = self._cores[count if compiled_sizes else None, bucket]
             return execute_in_own(core, *compiled.arguments(columns))
 
-        return Trials(compiled.columns(bucket), load.dim, compiled_sizes or None, execute)
+        return Trials(compiled.columns(bucket), load.dim, compiled_sizes or load.takes.trials(), execute)
 
     def _learn(self, load: Load, compiled: Compiled, values: Mapping[Shape, Any]) -> None:
         """Note what the outputs are like, and what in them carries the length."""
         outputs: dict[int | None, tuple[Output, int]] = {}  # by size, that of the first bucket
         for (size, bucket), value in values.items():
             with _naming(size, bucket, len(load.models)):
-                output = load.evidence.marked(value, compiled.structure, size or compiled.rows, load.packing)
+                rows = size or load.takes.clip(compiled.rows)
+                output = load.evidence.marked(value, compiled.structure, rows, load.packing)
                 output.asked = compiled.base
                 self.kinds[size, bucket] = kind(output)
                 if not load.packing:
@@ -195,9 +198,9 @@ def is_hopeless(backend: Backend, error: Exception) -> bool:
 
 
 def warm_up(
-    core: Core, compiled: Compiled, size: int | None, bucket: int, clock: Callable[[], float], keep: bool
+    core: Core, compiled: Compiled, size: int, bucket: int, clock: Callable[[], float], keep: bool
 ) -> tuple[Any, Any, float]:
-    """Run the example twice, padded to `size` rows and to `bucket`: throughput climbs over the first runs, and a fault
+    """Run the example twice, brought to `size` rows and to `bucket`: throughput climbs over the first runs, and a fault
     of a compiled model can show in the second. Both outputs, in memory of their own if they are to be kept, and the
     seconds that the second run took.
     """

@@ -7,12 +7,44 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from math import nan
+from typing import NamedTuple
 
 from aneuron.ownership import Owned
 
 SAMPLES = 15  # times of a size of which the median counts: a hiccup or two do not move it
 MOVED = 0.05  # share by which a median must move before covers are chosen anew
 PATIENCE = 8, 100  # times its own time that others must run before a size is tried again: at first, and at most
+
+
+class Range(NamedTuple):
+    """The numbers of rows that a model takes in one execution, where it was not compiled for one.
+
+    >>> Range(2, 64).clip(1), Range(2, 64).clip(100), Range().clip(100), 65 in map(Range(2, 64).clip, range(100))
+    (2, 64, 100, False)
+    """
+
+    least: int = 1
+    most: int | None = None  # None: no bound
+
+    def holds(self, rows: int) -> bool:
+        """Whether it takes so many."""
+        return self.clip(rows) == rows
+
+    def clip(self, rows: int) -> int:
+        """The nearest number that it takes."""
+        return max(self.least, rows if self.most is None else min(rows, self.most))
+
+    def trials(self) -> list[int] | None:
+        """Some of them, of which another than the usual can be tried; None: whatever one likes to try from 3 on."""
+        return None if self.holds(3) and self.holds(4) else sorted({self.clip(self.least + 1), self.clip(self.least)})
+
+    def __str__(self) -> str:
+        if self.least == self.most:
+            return f"exactly {self.least}"
+        return f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
+
+
+ANY = Range()
 
 
 class Cover:
