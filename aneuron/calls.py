@@ -56,6 +56,8 @@ class Calls:
                 run = await life.started()
             else:
                 run, timeout = await life.started_within(timeout)
+        if life.program.inputs is not None:
+            life.program.check(call.signature, inputs, kwargs)
         rules = run.scheduler.rules
         if rules.batch_size is None or rules.split_size is not None or not rules.packing:
             call.cut = self._cut(call, rules)
@@ -108,6 +110,12 @@ class Calls:
                     f"{call.rows} rows / {rules.cores} cores != {compiled} compiled rows: with dynamic batching off "
                     f"the rows of a call, divided by the cores, must be those that the model was compiled for"
                     + (f" (split_size={rules.split_size})" if rules.split_size else "")
+                )
+            most = min(call.rows, cut.piece + bool(cut.longer))
+            if not sizes[-1] and not program.takes.holds(most):
+                raise ShapeError(
+                    f"{call.rows} rows / {rules.cores} cores = {most}: with dynamic batching off that must be what the "
+                    f"model was exported for, {program.takes} rows"
                 )
         if pieces % rules.cores and (rules.split_size is not None or not self._settings.packing):
             warnings.warn(

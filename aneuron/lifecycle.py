@@ -21,6 +21,7 @@ from aneuron.pool import Pool
 from aneuron.program import Program, Settings
 from aneuron.sched.call import Limit, Rest
 from aneuron.sched.scheduler import Rules
+from aneuron.sched.sizes import ANY
 from aneuron.stats import Counters
 from aneuron.tensors.outputs import Unpad
 
@@ -187,19 +188,20 @@ class Lifecycle:
             )
         if self.settings.example is None and dispatcher.traits.computes_in is not None:
             without_example(dispatcher.traits.computes_in)
-        await self._ask(dispatcher, self.program)
+        opened = await self._ask(dispatcher, self.program)
         ids, min_cores = dispatcher.core_ids, self.settings.min_cores
         if min_cores is not None and min_cores > len(ids):
             raise DeviceError(f"min_cores={min_cores}, and there are {len(ids)} cores to start on: {list(ids)}")
         run = self._make_run(dispatcher, self.program)
         await run.start(min_cores or len(ids))
+        del opened
         return run
 
-    async def _ask(self, dispatcher: Dispatcher, program: Program) -> None:
-        """Have the backend say what it knows of a program; raises if it cannot run it."""
+    async def _ask(self, dispatcher: Dispatcher, program: Program) -> list[Any]:
+        """Have the backend say what it knows of a program; raises if it cannot run it. See `Program.ask`."""
         example, backend, traits = self.settings.example, dispatcher.backend, dispatcher.traits
         rows = example.rows if example is not None else None
-        await in_a_thread(lambda: program.ask(backend, traits, rows), traits.workers)
+        return await in_a_thread(lambda: program.ask(backend, traits, rows), traits.workers)
 
     def _make_run(self, dispatcher: Dispatcher, program: Program, beside: bool = False) -> Run:
         settings, traits = self.settings, dispatcher.traits
@@ -208,12 +210,13 @@ class Lifecycle:
         rules = Rules(
             cores=len(dispatcher.core_ids),
             batch_size=program.batch_size,
-            preferred=traits.preferred_rows,
+            preferred=program.takes.clip(traits.preferred_rows),
             split_size=settings.split_size,
             packing=packing,
             max_pending=settings.room,
             max_delay=settings.max_delay,
             by_positions=settings.by_positions,
+            most=program.takes.most,
         )
         load = Load(
             program.by_shape(settings.dim),
@@ -233,6 +236,7 @@ class Lifecycle:
             Unpad(settings.buckets) if settings.buckets is not None else None,
             settings.context,
             traits.computes_in,
+            ANY if program.batch_size is not None else program.takes,
         )
         sizes = program.sizes(settings.dim) or (program.steps(rules.preferred) if packing else {})
         return Run(
@@ -306,7 +310,7 @@ class Lifecycle:
 
     async def _load_beside(self, old: Run, program: Program) -> Run:
         """A run of another program on the same cores; raises if a core that serves has not loaded it."""
-        await self._ask(old.dispatcher, program)
+        opened = await self._ask(old.dispatcher, program)
         dim = self.settings.dim
         if set(program.by_shape(dim)) != set(self.program.by_shape(dim)):
             raise ShapeError(
@@ -316,6 +320,7 @@ class Lifecycle:
         new = old.context.copy().run(self._make_run, old.dispatcher, program, beside=True)
         try:
             await new.start(max(1, old.recovery.in_service))
+            del opened
         except Exception as error:
             if any(loaded.warming for loaded in new.loaded):
                 raise ShapeError(f"the new model does not take example_inputs as the old one does: {error}") from error

@@ -25,7 +25,7 @@ from aneuron.sched.room import Work
 from aneuron.stats import Statistics, Timing
 from aneuron.tensors.buckets import Buckets
 
-Model = Any  # nn.Module | ScriptModule | callable | path of a file
+Model = Any  # nn.Module | ScriptModule | ExportedProgram | callable | path of a file
 
 
 class AsyncDataParallel:
@@ -53,10 +53,12 @@ class AsyncDataParallel:
     Parameters (the first four as in `torch_neuronx.DataParallel`,
     https://awsdocs-neuron.readthedocs-hosted.com/en/latest/frameworks/torch/torch-neuronx/api-reference-guide/inference/api-torch-neuronx-data-parallel.html):
 
-    model: an `nn.Module`, a `ScriptModule`, a callable, or the path of a TorchScript, ONNX or OpenVINO file. Or a
-        mapping from batch sizes to such models, `{1: net1, 8: net8}`, or from batch sizes and buckets,
-        `{(8, 64): net}`: rows run on the set of executions that takes the least time, as measured. Excludes
-        `batch_size`.
+    model: an `nn.Module`, a `ScriptModule`, an `ExportedProgram`, a callable, or the path of a file: a `.pt2` that
+        `torch.export.save` wrote, TorchScript, ONNX or OpenVINO. An exported program says itself what it takes: batches
+        are cut, or padded, to its numbers of rows along `dim`, a `batch_size` that is none of them is a `ValueError` at
+        start, and inputs of other shapes or dtypes are a `ShapeError`. Or a mapping from batch sizes to such models,
+        `{1: net1, 8: net8}`, or from batch sizes and buckets, `{(8, 64): net}`: rows run on the set of executions that
+        takes the least time, as measured. Excludes `batch_size`.
     device_ids: ints or "nc:#", zero-based in the cores that this process sees ("cuda:#" for CUDA devices); None for all
         of them.
     dim: the batch dimension. Dynamic batching works for 0 only.
@@ -168,7 +170,7 @@ class AsyncDataParallel:
         self._attributes = frozenset(vars(self)) - others | {"_attributes", "_asked_for_batching"}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """See the class. Attributes of a subclass go along; a traced model goes as `torch.jit.save` writes it."""
+        """See the class. Attributes of a subclass go along; a model goes as torch saves such: scripts, programs."""
         now = self._settings
         settings = self._given | {
             "set_dynamic_batching": now.packing or (now.dim != 0 and not self._asked_for_batching),

@@ -5,27 +5,28 @@ Lives here: checks that need no device, and what is to be loaded for which shape
 """
 
 import os
-import sys
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from aneuron.arguments import count, seconds, weight
 from aneuron.backends import Backend, check_models
-from aneuron.backends.files import graph_in
+from aneuron.backends.exported import Inputs, Size, is_module
+from aneuron.backends.files import COMPILED, graph_in, is_program
 from aneuron.backends.traits import Traits
 from aneuron.engine.evidence import check_declared
 from aneuron.errors import ShapeError
 from aneuron.sched.room import Work
-from aneuron.sched.sizes import Cover, Steps
+from aneuron.sched.sizes import ANY, Cover, Range, Steps
 from aneuron.stats import ServiceTimes
 from aneuron.tensors.buckets import Buckets
 from aneuron.tensors.signature import Compiled
 
+_MOST = 1000  # signatures that are remembered: a length of its own makes a new one
 Shape = tuple[int | None, int]  # rows (None = any number) and bucket (0 = none) of an execution
 
 
@@ -33,14 +34,13 @@ def check_model(model: Any) -> None:
     """Raise for what cannot be a model; warn of one in training mode."""
     if not callable(model) and not isinstance(model, (str, os.PathLike)):
         raise TypeError(
-            f"model={model!r:.80}: expected a module, a callable, the path of a file, or a mapping "
-            "from batch sizes, or (batch size, bucket), to these"
+            f"model={model!r:.80}: expected a module, a callable, an exported program, the path of a file, or a "
+            "mapping from batch sizes, or (batch size, bucket), to these"
         )
     if isinstance(model, type) and issubclass(model, torch.nn.Module):
         raise TypeError(f"model={model.__name__} is a class; pass a module, as {model.__name__}(...).eval()")
-    export = sys.modules.get("torch.export")
-    if export is not None and isinstance(model, export.ExportedProgram):
-        raise TypeError("model is an ExportedProgram, which cannot be called; pass what its module() returns")
+    if type(model).__name__ == "AOTICompiledModel" and type(model).__module__.startswith("torch."):
+        raise ValueError(f"model is {COMPILED}")
     if isinstance(model, torch.nn.Module) and getattr(model, "training", False) and not _exported(model):
         warnings.warn(  # (a frozen graph cannot say whether it trains)
             "the model is in training mode: dropout would be active, and batch statistics would mix callers; "
@@ -51,13 +51,13 @@ def check_model(model: Any) -> None:
 
 def _exported(model: torch.nn.Module) -> bool:
     """Whether there is a module of an exported program in it: the mode was fixed then, and `eval()` raises."""
-    return any("train" in vars(part) for part in model.modules())
+    return any(map(is_module, model.modules()))
 
 
 def is_compiled(model: Any, scripts: bool) -> bool:
     """Whether a model is a compiled graph, with the shapes of its example; `scripts`: and so is what a path names."""
     if isinstance(model, (str, os.PathLike)):
-        return scripts and graph_in(model) is None
+        return scripts and not is_program(model) and graph_in(model) is None
     return isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction))
 
 
@@ -145,7 +145,10 @@ class Program:
             raise ValueError(f"dim={dim!r}: expected an int, the dimension that counts rows")
         if buckets is not None and not isinstance(buckets, Buckets):
             raise TypeError(f"buckets={buckets!r}: expected aneuron.Buckets(dim=..., sizes=(...), pad=...), or None")
-        self.batch_size = self._said = batch_size
+        self.batch_size = self._said = batch_size  # what is loaded; what the user has said, or an example
+        self.takes: Range = ANY  # where there is no batch size
+        self.inputs: Inputs | None = None  # what each call is held to, where the model itself says it
+        self._fitting: set[Hashable] = set()  # signatures of calls that were found to fit
         self.source = given  # as the user gave it
         self.times: dict[int, ServiceTimes] = {}  # by core id; they outlive a restart
         self._scripts = scripts
@@ -165,6 +168,7 @@ class Program:
             self.batch_size = self._said = max(size for size, _ in self._given)
         for model in self._given.values() if self._by_size else (given,):
             check_model(model)
+        self._is_compiled = is_compiled(self._given, scripts)  # which may look into a file
 
     def like(self, given: Any) -> "Program":
         """Another model, for the same rows and buckets."""
@@ -176,31 +180,49 @@ class Program:
 
     @property
     def compiled(self) -> bool:
-        """Whether calls are held to the example's shapes."""
-        return self.batch_size is not None or is_compiled(self._given, self._scripts)
+        """Whether calls are held to the example's shapes: not if the model says itself what it takes."""
+        return self.inputs is None and (self.batch_size is not None or self._is_compiled)
 
     @property
     def given(self) -> list[Any]:
         """What the user gave, without the shapes."""
         return list(self._given.values()) if self._by_size else [self._given]
 
-    def ask(self, backend: Backend, traits: Traits, example_rows: int | None) -> None:
+    def ask(self, backend: Backend, traits: Traits, example_rows: int | None) -> list[Any]:
         """Find out how many rows the model was compiled for, if nobody has said it and the backend knows.
 
         Where every model is compiled, whatever its type, that is what the example has. May take long. Raises for models
-        that the backend cannot run.
+        that the backend cannot run, and `ValueError` for rows that an exported program does not take. Returns what was
+        opened for it: to be held until it is loaded, which then need not be opened again.
         """
         check_models(backend, self.given)
         if self._by_size:
-            return
+            found = [(size, traits.inputs_of(model)) for (size, _), model in self._given.items()]
+            for size, inputs in found:
+                _rows_taken(inputs, self._dim, size)
+            return [inputs.of for _, inputs in found if inputs is not None]
+        inputs = traits.inputs_of(self._given)
+        taken = _rows_taken(inputs, self._dim, self._said)
         rows = traits.compiled_rows(self._given)
         if rows is None and traits.cuts_batches:
             rows = example_rows
-        self.batch_size = self._said or rows
+        if taken.least == taken.most:
+            rows = taken.least
+        self.batch_size, self.takes = self._said or rows, taken
+        self.inputs = replace(inputs, of=None) if inputs is not None and self._buckets is None else None
+        return [] if inputs is None else [inputs.of]
+
+    def check(self, signature: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Raise `ShapeError` for a call that the model does not take, as far as it says so itself."""
+        if signature not in self._fitting and self.inputs is not None:
+            self.inputs.check(args, kwargs, self._dim)
+            if len(self._fitting) >= _MOST:
+                self._fitting.clear()
+            self._fitting.add(signature)
 
     def take_size(self, rows: int) -> None:
         """A compiled graph without a batch size has that of its example."""
-        if self.batch_size is None and is_compiled(self._given, self._scripts):
+        if self.batch_size is None and self._is_compiled:
             self.batch_size = self._said = rows
 
     def by_shape(self, dim: int) -> dict[Shape, Any]:
@@ -222,7 +244,7 @@ class Program:
         """The rows that executions of each bucket have, where a model takes any number, of any length."""
         if self.batch_size is not None or self._buckets is None or not self._buckets.free:
             return {}
-        return dict.fromkeys(self._lengths, Steps(preferred))
+        return dict.fromkeys(self._lengths, Steps(preferred, self.takes.least))
 
     def sizes(self, dim: int) -> dict[int, Cover]:
         """The compiled batch sizes of each bucket; none where any number of rows will do."""
@@ -231,6 +253,25 @@ class Program:
             if size is not None:
                 by_bucket.setdefault(bucket, []).append(size)
         return {bucket: Cover(sizes) for bucket, sizes in by_bucket.items()}
+
+
+def _rows_taken(inputs: Inputs | None, dim: int, said: int | None) -> Range:
+    """The rows that an execution may have. Raises `ValueError` if they cannot be those that were `said`."""
+    found: Size | None = inputs.rows(dim) if inputs is not None else None
+    if found is None:
+        return ANY
+    if said is None and found.derived:
+        raise ValueError(
+            f"the program was exported for {found.name} rows, and not every number from {found.range} is that: say "
+            "which is, by batch_size="
+        )
+    if said is not None and not found.range.holds(said):
+        wider = f"torch.export.Dim('batch', min={min(said, found.range.least)}, max={said})"
+        raise ValueError(
+            f"batch_size={said}, and the program was exported for {found.range} rows (dim {dim}): pass one that it "
+            f"takes, or none, or export it with dynamic_shapes that say {wider}"
+        )
+    return found.range
 
 
 def _read_example(given: Any, program: Program, dim: int, buckets: Buckets | None) -> Compiled | None:

@@ -13,6 +13,7 @@ from collections import namedtuple
 
 import doubles.compiled  # noqa: F401  # it keeps the real torch.jit.load, which is patched here
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
 Kernel = namedtuple("Kernel", "device stream thread")
@@ -226,6 +227,10 @@ class Watch(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = dict(kwargs or {})
         name, first = getattr(func, "__name__", ""), args[0] if args else None
+        if name == "to" and isinstance(first, FakeTensor):
+            return first  # what torch knows of a tensor that is not there
+        if name == "to" and isinstance(args[1], str) and args[1].startswith("cuda"):
+            args = (first, torch.device(args[1]), *args[2:])  # as torch's pass for exported programs says it
         if name == "to" and any(isinstance(x, torch.device) and x.type == "cuda" for x in args):
             device = next(x for x in args if isinstance(x, torch.device))
             blocks = not (kwargs.get("non_blocking") or any(x is True for x in args))

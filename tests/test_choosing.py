@@ -78,6 +78,17 @@ async def test_a_module_that_was_not_traced_is_not_quietly_run_elsewhere_where_t
     assert not model.ready
 
 
+async def test_neither_is_an_exported_program(neuron_machine, tmp_path):
+    program = torch.export.export(NET, (X,))
+    torch.export.save(program, tmp_path / "net.pt2")
+    for model, words in (
+        (program, "trace it first"), (program.module(), "trace it first"),
+        (tmp_path / "net.pt2", r"exported program, which this backend does not run.*backend='cpu'"),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            await AsyncDataParallel(model).start()
+
+
 async def test_auto_serves_a_traced_model_on_every_core(neuron_machine):
     async with AsyncDataParallel(traced(), batch_size=2) as model:
         torch.testing.assert_close(await model(X.repeat(3, 1)), NET(X.repeat(3, 1)).detach())

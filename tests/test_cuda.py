@@ -669,6 +669,56 @@ def test_compiled_models_are_loaded_on_the_device_once(cuda, saved, kind):
     assert all(torch.equal(outcome(core, X), net()(X)) for core in cores)
 
 
+@pytest.fixture(scope="module")
+def program():
+    """An exported program with a constant that is neither parameter nor buffer."""
+    model = net()
+    model.shift = torch.nn.Buffer(torch.ones(2), persistent=False)
+    model.layer.scale = torch.ones(1)
+    model.forward = types.MethodType(lambda self, x: self.layer(x) * self.layer.scale + self.shift, model)
+    rows = torch.export.Dim("rows", min=1, max=8)
+    return torch.export.export(model, (X,), dynamic_shapes=({0: rows},))
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.parametrize("kind", ["object", "file"])
+async def test_an_exported_program_is_brought_to_each_device_once_and_whole(cuda, program, kind, tmp_path):
+    model = program
+    if kind == "file":
+        model = tmp_path / "net.pt2"
+        torch.export.save(program, model)
+    before = program.state_dict["layer.weight"]
+    backend = CudaBackend(cores_per_device=2)
+    cores = [backend.load(model, core, None) for core in range(4)]
+    first, second, *others = (core._copy.module._module for core in cores)
+    assert first is second
+    assert others == [others[0]] * 2
+    assert others[0] is not first
+    for index, core in enumerate(cores):
+        output = outcome(core, X)
+        torch.testing.assert_close(output, net()(X).detach())
+        module = core._copy.module._module
+        there = [*module.parameters(), *module.buffers(), module.layer.scale]
+        assert {type(each) for each in there} <= {On[index // 2], torch.nn.Parameter}
+        assert all(each.is_cuda for each in there)
+    assert program.state_dict["layer.weight"] is before
+    assert not before.is_cuda
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+async def test_an_exported_program_s_batches_have_rows_of_its_range(cuda, program):
+    results = await serve(program, (X,), (X.repeat(10, 1),), backend=CudaBackend())
+    torch.testing.assert_close(results[1], net()(X.repeat(10, 1)).detach())
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+def test_an_exported_program_s_module_that_cannot_be_moved_whole_is_refused(cuda, program):
+    with pytest.raises(ValueError, match=r"keeps scale where.*pass the ExportedProgram itself.*brought to cuda:0"):
+        CudaBackend().load(program.module(), 0, None)
+    plain = torch.export.export(net(), (X,)).module()
+    torch.testing.assert_close(outcome(CudaBackend().load(plain, 0, None), X), net()(X).detach())
+
+
 def test_a_callable_is_left_where_it_is(cuda):
     model = net()
     core = CudaBackend().load(model.forward, 0, None)

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 
+from aneuron.backends.exported import is_program
 from aneuron.backends.traits import traits_of
 from aneuron.errors import DeviceError
 
@@ -172,6 +173,7 @@ class Backend(Protocol):
 
     - `preferred_rows`: the rows that calls are packed up to where the model takes any number (32 where there is none);
     - `compiled_rows(model)`: the rows that a model was compiled for, None if it cannot tell;
+    - `inputs_of(model)`: what an exported program takes (`aneuron.backends.exported.Inputs`), None for other models;
     - `cuts_batches = True`: every model is compiled for a number of rows, and where nobody knows which, its cores cut
       and pad what they are given. Calls are not packed then, and `load` is told by a keyword `dynamic_batching` whether
       cores may do so;
@@ -392,7 +394,7 @@ def automatic(models: Iterable[Any]) -> Backend:
                 + "".join(f"; {each}" for each in found.lacks)
             )
         return _named("neuron")
-    if not all(isinstance(model, (torch.nn.Module, str, os.PathLike)) for model in given):
+    if not all(isinstance(model, (torch.nn.Module, str, os.PathLike)) or is_program(model) for model in given):
         return _named("cpu")
     if found.cores:
         return _named("neuron")

@@ -13,7 +13,9 @@ import torch
 
 from aneuron.backends import Fault, cpus
 from aneuron.backends.copies import own, own_dtype
-from aneuron.backends.files import check_script
+from aneuron.backends.exported import Inputs, explained, inputs_of, is_module, load_program, module_on
+from aneuron.backends.exported import is_program as is_exported
+from aneuron.backends.files import check_script, is_program
 from aneuron.backends.precision import Precision, arguments_of, is_native, precision_of
 from aneuron.backends.torchscript import load_script
 
@@ -24,7 +26,11 @@ _loaded: "weakref.WeakValueDictionary[tuple[object, ...], torch.nn.Module]" = we
 
 
 def open_model(model: Any, device: torch.device | str = "cpu") -> Any:
-    """What to call: the model itself, or what the TorchScript file at this path holds, once for all cores."""
+    """What to call: the model itself, what an exported program computes, or what the file at this path holds, once for
+    all cores: TorchScript or an exported program.
+    """
+    if is_exported(model):
+        return module_on(model, device)
     if not isinstance(model, (str, os.PathLike)):
         return model
     path = os.path.abspath(os.fspath(model))
@@ -33,9 +39,23 @@ def open_model(model: Any, device: torch.device | str = "cpu") -> Any:
     with _lock:
         module = _loaded.get(key)
         if module is None:
-            check_script(path)
-            module = _loaded[key] = load_script(path, map_location=device).eval()
+            module = _loaded[key] = _read(path, device)
         return module
+
+
+def _read(path: str, device: torch.device | str) -> torch.nn.Module:
+    if is_program(path):
+        return module_on(load_program(path), device)
+    check_script(path)
+    return load_script(path, map_location=device).eval()
+
+
+def inputs_taken(model: Any) -> Inputs | None:
+    """What an exported program takes, which is loaded for that if it is a file; None for all else."""
+    path = isinstance(model, (str, os.PathLike))
+    if is_exported(model) or is_module(model) or (path and is_program(model)):
+        return inputs_of(open_model(model))
+    return None
 
 
 class CpuBackend:
@@ -57,6 +77,9 @@ class CpuBackend:
     A bound method, a partial, an object and a closure that hold a module are copied like one. What cannot be copied (it
     holds a lock, or a hook whose closure reaches it, or reaches a module by a global name) runs one execution at a
     time, on all cores together; a warning says why. Any other callable is called by several cores at once.
+
+    An exported program is read once for all cores, in evaluation or training mode as it was exported, with buffers and
+    constants for each. No two are read at once in a process: `torch.export.load` cannot.
 
     `dtype`: compute in `torch.bfloat16`, `float16`, `float32` or `float64`, whatever the model is in. Floating inputs,
     parameters and buffers are cast; integers and complex numbers stay. There is one cast copy of the parameters for all
@@ -132,6 +155,10 @@ class CpuBackend:
             threads, here = _in_a_new_thread(torch.get_num_threads), cpus.available()
         return max(1, (min(threads, here.number) if here.limited else threads) // self._cores)
 
+    def inputs_of(self, model: Any) -> Inputs | None:
+        """What an exported program takes."""
+        return inputs_taken(model)
+
     def classify(self, error: BaseException) -> Fault:
         """A CPU does not fail alone: whatever the model raises is about its input."""
         return Fault.INPUT
@@ -144,7 +171,7 @@ class CpuCore:
 
     def __init__(self, model: Any, threads: int, precision: Precision | None = None) -> None:
         self._given = model  # of a file: what the next core is to share
-        self._model: Any = own(model, None if precision is None else precision.dtype)
+        self._model: Any = explained(own(model, None if precision is None else precision.dtype), model)
         self._precision = precision
         self._own_dtype = own_dtype(model) if precision is not None else None
         self._threads = threads

@@ -22,10 +22,13 @@ import torch
 
 from aneuron.backends import Done, Fault
 from aneuron.backends.copies import own_dtype
-from aneuron.backends.cpu import open_model
+from aneuron.backends.cpu import inputs_taken, open_model
+from aneuron.backends.exported import Inputs, check_movable, explained, module_on
+from aneuron.backends.exported import is_program as is_exported
 from aneuron.backends.precision import Precision, arguments_of, cast, precision_of
 from aneuron.backends.timer import INFINITY, NOTABLE, Timer
 from aneuron.backends.torchscript import load_script
+from aneuron.backends.unwarned import unwarned
 from aneuron.errors import DeviceError
 from aneuron.tensors.nested import mapped
 
@@ -63,9 +66,10 @@ class CudaBackend:
 
     A module is copied to the device as it is when it is loaded, and left alone itself. Cores of one device share a copy
     while the module is the same in all that `torch.save` would save; one that it cannot save (for a lambda in it, say)
-    is copied for each core, and each length of `buckets`. A ScriptModule is saved and
-    loaded there, with the constants that `torch.jit.trace` has put into it. (A graph that makes tensors on a device of
-    its own must have been traced on a GPU.) Any other callable is called with tensors on the device, which is the
+    is copied for each core, and each length of `buckets`. A ScriptModule is saved and loaded there, with the constants
+    that `torch.jit.trace` has put into it. (A graph that makes tensors on a device of its own must have been traced on
+    a GPU.) An exported program is brought there by PyTorch's pass for that (`move_to_device_pass`, from 2.7 on),
+    constants and devices in its graph included. Any other callable is called with tensors on the device, which is the
     current one, and must have its weights there itself. The model runs under `torch.inference_mode()`, on a stream for
     each batch in flight; several may run at once, so its `forward` must not write to itself.
 
@@ -148,6 +152,10 @@ class CudaBackend:
             raise DeviceError(_FORKED)
         device = torch.device("cuda", core_id // self.cores_per_device)
         return (SubmittingCudaCore if self.submits else CudaCore)(model, device, self._slots, self.computes_in)
+
+    def inputs_of(self, model: Any) -> Inputs | None:
+        """What an exported program takes."""
+        return inputs_taken(model)
 
     def classify(self, error: BaseException) -> Fault:
         """By the code of CUDA's error, or by its text.
@@ -399,21 +407,21 @@ _copies: "weakref.WeakValueDictionary[tuple[object, ...], _Copy]" = weakref.Weak
 
 def _copy_to(device: torch.device, model: Any, dtype: torch.dtype | None) -> _Copy:
     """A model on a device: the copy that is there already, if it was made of what the model now is."""
-    if not isinstance(model, torch.nn.Module):
+    if not isinstance(model, torch.nn.Module) and not is_exported(model):
         opened = open_model(model, device)
         if dtype is None or opened is model:  # a callable, which has its weights itself
-            return _Copy(opened)
+            return _Copy(explained(opened))
         model = opened
     with _lock:
         key = (device, dtype, *_content(model))
         found = _copies.get(key)
         if found is None:
-            found = _copies[key] = _Copy(_copied(model, device, dtype), own_dtype(model))
+            found = _copies[key] = _Copy(explained(_copied(model, device, dtype), model), own_dtype(model))
         return found
 
 
-def _content(model: torch.nn.Module) -> tuple[object, ...]:
-    """Equal for modules that are the same in all that can be saved, down to the last weight and attribute.
+def _content(model: Any) -> tuple[object, ...]:
+    """Equal for modules, and exported programs, that are the same in all that can be saved, down to the last weight.
 
     Nothing less will do: a write to `.data`, or to an attribute, leaves no trace but itself. What cannot be saved is
     like nothing else.
@@ -426,7 +434,8 @@ def _content(model: torch.nn.Module) -> tuple[object, ...]:
             torch.save(model, digest)
     except Exception:
         return (object(),)
-    return (digest.hash.digest(), *map(type, model.modules()))  # a class may have been written anew, under its name
+    parts = model.modules() if isinstance(model, torch.nn.Module) else ()
+    return (digest.hash.digest(), *map(type, parts))  # a class may have been written anew, under its name
 
 
 class _Digest(io.BytesIO):
@@ -441,9 +450,13 @@ class _Digest(io.BytesIO):
         return len(data)
 
 
-def _copied(model: torch.nn.Module, device: torch.device, dtype: torch.dtype | None) -> torch.nn.Module:
+def _copied(model: Any, device: torch.device, dtype: torch.dtype | None) -> torch.nn.Module:
+    if is_exported(model):
+        return cast(module_on(model, device), dtype)
     if not isinstance(model, torch.jit.ScriptModule):
-        return cast(copy.deepcopy(model), dtype).to(device)
+        check_movable(model, device)
+        with unwarned():
+            return cast(copy.deepcopy(model), dtype).to(device)
     return cast(load_script(io.BytesIO(model.save_to_buffer()), map_location=device), dtype)
 
 

@@ -37,6 +37,24 @@ _MAGIC = {  # by offset and first bytes
 }
 
 
+# Why AOTInductor's packages are refused, as files and loaded.
+COMPILED = (
+    "an AOTInductor package, which aneuron does not run yet: its Python loader holds the interpreter for a whole run, "
+    "in which the event loop stands still, and inputs that it was not compiled for can end the process instead of "
+    "raising. Pass the exported program that it was compiled from (an ExportedProgram, or the .pt2 file that "
+    "torch.export.save writes), or the module"
+)
+
+
+def is_program(path: str | os.PathLike[str]) -> bool:
+    """Whether there is an exported program in a file, by its content; False where there is no file."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"PK\3\4" and _is_program(_names(file))
+    except (OSError, zipfile.BadZipFile):
+        return False
+
+
 def check_script(path: str | os.PathLike[str]) -> None:
     """Raise `ValueError` for a file that is known to be no TorchScript, with what it is and what to do.
 
@@ -126,15 +144,15 @@ def _known(head: bytes, file: IO[bytes]) -> str | None:
 def _archived(file: IO[bytes]) -> str | None:
     """What a zip archive is, by the names in it."""
     try:
+        names = _names(file)
         with zipfile.ZipFile(file) as archive:
-            names = archive.namelist()
             inner = {name.partition("/")[2]: name for name in names}
             if "constants.pkl" in inner:
                 return None  # TorchScript
-            if any(name.startswith("data/aotinductor/") for name in inner):
-                return "an AOTInductor package; pass what torch._inductor.aoti_load_package(path) returns"
-            if "archive_format" in inner or "serialized_exported_program.json" in names:
-                return "an exported program; pass torch.export.load(path).module()"
+            if _is_compiled(names):
+                return COMPILED
+            if _is_program(names):
+                return "an exported program, which this backend does not run; pass what it is to run, or backend='cpu'"
             if "data.pkl" in inner:
                 with archive.open(inner["data.pkl"]) as pickled:
                     return _pickled(pickled)
@@ -143,6 +161,24 @@ def _archived(file: IO[bytes]) -> str | None:
     except zipfile.BadZipFile:
         return "a damaged or incomplete archive"
     return "a zip archive without TorchScript in it; pass the path of what torch.jit.save writes"
+
+
+def _names(file: IO[bytes]) -> list[str]:
+    """The names in an archive. Raises `BadZipFile` for one that is none, or the rest of one that has others in it."""
+    with zipfile.ZipFile(file) as archive:
+        if min((each.header_offset for each in archive.infolist()), default=0):
+            raise zipfile.BadZipFile  # cut off, and what was found is the end of an archive within it
+        return archive.namelist()
+
+
+def _is_compiled(names: list[str]) -> bool:
+    return any(name.partition("/")[2].startswith("data/aotinductor/") for name in names)
+
+
+def _is_program(names: list[str]) -> bool:
+    """By the names in an archive; the second is what PyTorch before 2.8 wrote."""
+    inner = {name.partition("/")[2] for name in names}
+    return ("archive_format" in inner or "serialized_exported_program.json" in names) and not _is_compiled(names)
 
 
 def _pickled(file: IO[bytes]) -> str | None:

@@ -17,7 +17,8 @@ import torch
 
 from aneuron.backends import Done, Fault
 from aneuron.backends.copies import own
-from aneuron.backends.cpu import open_model
+from aneuron.backends.cpu import inputs_taken, open_model
+from aneuron.backends.exported import Inputs, explained
 from aneuron.backends.timer import INFINITY, NOTABLE, Timer
 from aneuron.tensors.nested import Sealed, fill, walk
 
@@ -136,6 +137,10 @@ class SimulatedBackend:
         kind = SubmittingSimulatedCore if takes_time and self.submits else SimulatedCore
         return kind(self, open_model(model), core_id, batch_size, chance)
 
+    def inputs_of(self, model: Any) -> Inputs | None:
+        """What an exported program takes."""
+        return inputs_taken(model)
+
     def classify(self, error: BaseException) -> Fault:
         """What the plan said; anything else is the model's."""
         return error.fault if isinstance(error, SimulatedFault) else Fault.INPUT
@@ -150,7 +155,7 @@ class SimulatedCore:
         self.concurrent = backend.copy_time + backend.service_time + backend.per_row > 0  # else there is no queue
         self._backend = backend
         self._given = model  # of a file: what the next core is to share
-        self._model: Any = own(model)
+        self._model: Any = explained(own(model), model)
         self._core_id = core_id
         self._batch_size = batch_size
         self._device = threading.Lock()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from aneuron.backends.exported import Saved, is_program
 from aneuron.backends.unwarned import unwarned
 
 CLASSES = "torch_neuronx", "torch_neuron"  # packages without which torch.jit.load does not know what they have traced
@@ -28,15 +29,15 @@ class Script:
     """Holds a script, which can be copied but not pickled: it is pickled as `torch.jit.save` writes it."""
 
     def __init__(self, script: Any) -> None:
-        self.script = script
+        self.held = script
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Script":
-        return Script(copy.deepcopy(self.script, memo))
+        return Script(copy.deepcopy(self.held, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
         file = io.BytesIO()
         with unwarned():
-            torch.jit.save(self.script, file)
+            torch.jit.save(self.held, file)
         return _read, (file.getvalue(), [name for name in CLASSES if name in sys.modules])
 
 
@@ -47,9 +48,11 @@ def _read(saved: bytes, packages: list[str]) -> Script:
 
 
 def held(model: Any) -> Any:
-    """What the user gave as the model, with its scripts held for pickle."""
+    """What the user gave as the model, with its scripts and exported programs held for pickle."""
     if isinstance(model, Mapping):
         return {key: held(each) for key, each in model.items()}
+    if is_program(model):
+        return Saved(model)
     return Script(model) if isinstance(model, (torch.jit.ScriptModule, torch.jit.ScriptFunction)) else model
 
 
@@ -57,4 +60,4 @@ def released(model: Any) -> Any:
     """The opposite of `held`."""
     if isinstance(model, Mapping):
         return {key: released(each) for key, each in model.items()}
-    return model.script if isinstance(model, Script) else model
+    return model.held if isinstance(model, (Script, Saved)) else model

@@ -39,6 +39,7 @@ class Traits:
     computes_in: Precision | None = None
     """The dtype that its cores compute in, where that is not the model's own."""
     compiled_rows: Callable[[Any], int | None] = _unknown
+    inputs_of: Callable[[Any], Any] = _unknown
     global_id: Callable[[int], int | None] = _same
     workers: Callable[[str], Any] | None = None
     """What a lane uses in place of threads, by the name that they would have; None: threads."""
@@ -47,7 +48,7 @@ class Traits:
 _RULES = dict.fromkeys(("cuts_batches", "loads_scripts", "probes", "inline", "wants_example"), _A_BOOL)
 _RULES |= dict.fromkeys(("preferred_rows", "cores_per_device"), _A_COUNT)
 _RULES |= {"computes_in": _A_PRECISION}
-_RULES |= dict.fromkeys(("compiled_rows", "global_id", "workers"), _A_METHOD)
+_RULES |= dict.fromkeys(("compiled_rows", "inputs_of", "global_id", "workers"), _A_METHOD)
 
 
 def traits_of(backend: Any) -> Traits:

@@ -11,6 +11,7 @@ import re
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +28,7 @@ class Written:
 
 
 def model(text: str) -> Written:
-    """A TorchScript file by its path, or `module:attribute`: a model, or what makes one without arguments."""
+    """A TorchScript or `.pt2` file by its path, or `module:attribute`: a model, or what makes one without arguments."""
     if os.path.exists(text):
         return Written(os.path.abspath(text), repr(text))
     name, colon, path = text.partition(":")
@@ -55,7 +56,8 @@ def model(text: str) -> Written:
     if not callable(value):
         raise ArgumentTypeError(f"{text!r} is {value!r:.80}: expected a model, or what makes one")
     if isinstance(value, torch.nn.Module) and value.training:
-        value, written = value.eval(), f"{written}.eval()"
+        with suppress(NotImplementedError):  # an exported program's module cannot be told: its mode was fixed
+            value, written = value.eval(), f"{written}.eval()"
     return Written(value, written, f"from {name} import {path.partition('.')[0]}")
 
 

@@ -35,8 +35,8 @@ def add(subparsers: Any) -> None:
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     option = parser.add_argument
-    option("model", metavar="MODEL", type=reading.model, help="path of a TorchScript file, or module:attribute: an "
-           "nn.Module, a callable, or a function without arguments that makes one")  # fmt: skip
+    option("model", metavar="MODEL", type=reading.model, help="path of a TorchScript or .pt2 file, or "
+           "module:attribute: an nn.Module, a callable, or a function without arguments that makes one")  # fmt: skip
     option("--inputs", nargs="+", required=True, type=reading.inputs, metavar="INPUT", help="a .pt file with a tensor, "
            "a tuple or a dict; or the shape of each tensor, its rows first, dtype and range if need be: "
            "1x3x224x224, 1x128:int64:0-30000")  # fmt: skip

@@ -6,8 +6,8 @@ from aneuron.sched.filling cimport Batch
 
 
 cdef class Common:
-    cdef public object backend, unpad, evidence, sizes, guard, post, context
-    cdef public long dim
+    cdef public object backend, unpad, evidence, sizes, guard, post, context, trials
+    cdef public long dim, least
 
 
 cdef class Execution:

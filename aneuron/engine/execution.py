@@ -19,6 +19,7 @@ from aneuron.engine.modes import OwnContext, execute_in_own, put_back
 from aneuron.ownership import Owned
 from aneuron.sched.call import Chunk
 from aneuron.sched.filling import Batch
+from aneuron.sched.sizes import ANY, Range
 from aneuron.tensors import rows
 from aneuron.tensors.outputs import Carried, Output, Unpad
 from aneuron.tensors.rows import Finished
@@ -34,7 +35,7 @@ LARGE = 1 << 18  # bytes of a batch from which on its copies are not made on the
 class Common:
     """What all executions of a run of a model have in common. Written to by nobody."""
 
-    __slots__ = ("backend", "context", "dim", "evidence", "guard", "post", "sizes", "unpad")
+    __slots__ = ("backend", "context", "dim", "evidence", "guard", "least", "post", "sizes", "trials", "unpad")
 
     def __init__(
         self,
@@ -46,6 +47,7 @@ class Common:
         guard: AbstractContextManager[Any],
         post: "Callable[[Execution], None]",
         context: OwnContext | None = None,
+        takes: Range = ANY,
     ) -> None:
         self.backend = backend
         self.dim = dim
@@ -55,6 +57,8 @@ class Common:
         self.guard = guard  # held while two workers agree about one call
         self.post = post  # to the loop
         self.context = context  # to execute in, where it is not that of the threads
+        self.least = takes.least  # rows, where it is not compiled for so many: fewer are padded
+        self.trials = takes.trials()
 
 
 class Execution:
@@ -69,7 +73,8 @@ class Execution:
         set_with_lock=("abandoned", "lane", "loaded", "may_be_stolen"),
         free=(
             "chunks", "rows", "prepared", "output", "begun", "over", "failed", "watch", "started", "ended", "posted",
-            "since", "preparing", "copied", "error", "fault", "finished", "submitted", "_cut", "_inputs", "_template",
+            "since", "preparing", "copied", "error", "fault", "finished", "submitted", "size", "_cut", "_inputs",
+            "_template",
         ),
         via="batch.scheduler",
     )  # fmt: skip
@@ -140,6 +145,8 @@ class Execution:
         if not self._inputs:
             return None
         self.rows = sum([stop - start for _, start, stop in self.chunks])
+        if self.rows < self.common.least and self.size is None and self.chunks[0][0].cut.shared:
+            self.size = self.common.least
         size, dim = self.size or self.rows, self.common.dim
         try:
             return rows.collate(self.chunks, self._inputs, self._template, size, dim, self.batch.bucket)
@@ -268,7 +275,7 @@ class Execution:
             self.since = clock()
 
         seen = Seen((*numbers, *numbers[-1:] * (size - self.rows)), snapshot(self.output))
-        return seen, Trials(inputs, common.dim, sizes, execute, go_on, lambda: self.abandoned)
+        return seen, Trials(inputs, common.dim, sizes or common.trials, execute, go_on, lambda: self.abandoned)
 
     def _carried(self, unpad: Unpad, output: Output) -> Carried:
         """What of the output is to be cut back, which nobody knows: one more run in another bucket tells."""

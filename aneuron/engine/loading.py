@@ -22,6 +22,7 @@ from aneuron.errors import DeviceError, OutputError
 from aneuron.ownership import Owned
 from aneuron.program import Shape
 from aneuron.sched.scheduler import rounded
+from aneuron.sched.sizes import ANY, Range
 from aneuron.stats import CoreCounters, ServiceTimes
 from aneuron.tensors.outputs import Carried, Output, Unpad, kind
 from aneuron.tensors.signature import Compiled
@@ -53,6 +54,7 @@ class Load:
     unpad: Unpad | None = None  # which outputs carry the length of their bucket
     context: Callable[[], AbstractContextManager[Any]] | None = None  # around each execution
     precision: Precision | None = None  # what cores compute in, where it is not the model's own
+    takes: Range = ANY  # rows of an execution that was not compiled for so many
     compared: set[int] = field(default_factory=set)  # by id, the models whose results are known in both
 
 
@@ -117,18 +119,20 @@ class Loaded:
             if load.precision is None or id(model) in load.compared:
                 continue
             with _naming(*shape, len(load.models)):
-                compare(load.precision, partial(self._timed, compiled, shape), partial(self._in_full, compiled, shape))
+                shown = load, compiled, shape
+                compare(load.precision, partial(self._timed, *shown), partial(self._in_full, *shown))
             load.compared.add(id(model))
 
-    def _timed(self, compiled: Compiled, shape: Shape, core: Core | None = None) -> Executed:
-        return warm_up(core or self._cores[shape], compiled, *shape, self._clock, True)[1:]
+    def _timed(self, load: Load, compiled: Compiled, shape: Shape, core: Core | None = None) -> Executed:
+        rows = shape[0] or load.takes.clip(compiled.rows)
+        return warm_up(core or self._cores[shape], compiled, rows, shape[1], self._clock, True)[1:]
 
-    def _in_full(self, compiled: Compiled, shape: Shape) -> Executed:
+    def _in_full(self, load: Load, compiled: Compiled, shape: Shape) -> Executed:
         core = self._cores[shape]
         assert isinstance(core, ReducedCore), "a core of a backend with `computes_in` has `full`"
         full = core.full()
         try:
-            return self._timed(compiled, shape, full)
+            return self._timed(load, compiled, shape, full)
         finally:
             full.close()
 
@@ -141,8 +145,8 @@ class Loaded:
         numbers = identities(compiled.columns(bucket), load.dim) if wanted else []
         for shape in load.warm:
             with _naming(*shape, len(load.models)):
-                first, value, seconds = warm_up(self._cores[shape], compiled, *shape, clock, wanted)
-                rows = shape[0] or compiled.rows
+                rows = shape[0] or load.takes.clip(compiled.rows)
+                first, value, seconds = warm_up(self._cores[shape], compiled, rows, shape[1], clock, wanted)
                 self.times.learn((shape[0] or rounded(rows), shape[1]), seconds, clock())
                 values[shape] = value
                 if wanted and shape[1] == bucket:
@@ -160,14 +164,15 @@ class Loaded:
             core = self._cores[count if compiled_sizes else None, bucket]
             return execute_in_own(core, *compiled.arguments(columns))
 
-        return Trials(compiled.columns(bucket), load.dim, compiled_sizes or None, execute)
+        return Trials(compiled.columns(bucket), load.dim, compiled_sizes or load.takes.trials(), execute)
 
     def _learn(self, load: Load, compiled: Compiled, values: Mapping[Shape, Any], compare: bool) -> None:
         """Note what the outputs are like, and what in them carries the length; compare what padding makes of it."""
         outputs: dict[int | None, tuple[Output, int]] = {}  # by size, that of the first bucket
         for (size, bucket), value in values.items():
             with _naming(size, bucket, len(load.models)):
-                output = load.evidence.marked(value, compiled.structure, size or compiled.rows, load.packing)
+                rows = size or load.takes.clip(compiled.rows)
+                output = load.evidence.marked(value, compiled.structure, rows, load.packing)
                 output.asked = compiled.base
                 self.kinds[size, bucket] = kind(output)
                 if not load.packing:
@@ -257,9 +262,9 @@ def is_hopeless(backend: Backend, error: Exception) -> bool:
 
 
 def warm_up(
-    core: Core, compiled: Compiled, size: int | None, bucket: int, clock: Callable[[], float], keep: bool
+    core: Core, compiled: Compiled, size: int, bucket: int, clock: Callable[[], float], keep: bool
 ) -> tuple[Any, Any, float]:
-    """Run the example twice, padded to `size` rows and to `bucket`: throughput climbs over the first runs, and a fault
+    """Run the example twice, brought to `size` rows and to `bucket`: throughput climbs over the first runs, and a fault
     of a compiled model can show in the second. Both outputs, in memory of their own if they are to be kept, and the
     seconds that the second run took.
     """

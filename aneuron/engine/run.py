@@ -74,7 +74,9 @@ class Run:
         backend, context = dispatcher.backend, copy_context()
         by_bucket = {bucket: each.sizes for bucket, each in sizes.items() if not isinstance(each, Steps)}
         own = None if same(context, dispatcher.context) else OwnContext(context)
-        self._common = Common(backend, load.dim, load.unpad, load.evidence, by_bucket, Lock(), dispatcher.post, own)
+        self._common = Common(
+            backend, load.dim, load.unpad, load.evidence, by_bucket, Lock(), dispatcher.post, own, load.takes
+        )
         self.context = context
         self.cores = Cores(dispatcher, load, counters, times, context, self)
         self.loaded = self.cores.loaded

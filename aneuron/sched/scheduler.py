@@ -42,6 +42,7 @@ class Rules:
     max_pending: int | None
     max_delay: float | None = 0.0  # seconds; None = learned
     by_positions: bool = False  # whether `max_pending` counts these, and not rows
+    most: int | None = None  # rows that an execution may have where any number will do up to it
 
     def cut(self, rows: int, limit: int | None = None) -> Cut:
         """The pieces of a call of `rows` rows (design: `split_size`, else `max(1, rows // cores)` a piece).
@@ -49,7 +50,7 @@ class Rules:
         A batch holds `limit` rows, None: `batch_size`.
         """
         if self.split_size is not None:
-            piece = min(self.split_size, limit or self.batch_size or self.split_size)
+            piece = min(self.split_size, limit or self.batch_size or self.most or self.split_size)
             return Cut(piece, shared=self.packing)
         if self.batch_size is not None and self.packing:
             return ANYWHERE

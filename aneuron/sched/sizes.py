@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Iterable, Mapping
 from math import nan
+from typing import NamedTuple
 
 from aneuron.ownership import Owned
 
@@ -23,10 +24,11 @@ class Steps:
         ([1, 2, 3, 4, 6, 8, 12, 16, 24, 32], 20)
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, least: int = 1) -> None:
         self.limit = limit
         powers = [1 << power for power in range(limit.bit_length())]
-        self.sizes = sorted({limit, *(size for one in powers for size in (one, one * 3 // 2) if size < limit)})
+        steps = (size for one in powers for size in (one, one * 3 // 2) if least <= size < limit)
+        self.sizes = sorted({least, limit, *steps})
 
     def pick(self, rows: int, at_once: bool = False) -> int:
         """As many as may be executed at once, while it is not known which: there is room for others."""
@@ -38,6 +40,37 @@ class Steps:
 
     def learn(self, size: int, seconds: float) -> None:
         """Nothing is chosen here."""
+
+
+class Range(NamedTuple):
+    """The numbers of rows that a model takes in one execution, where it was not compiled for one.
+
+    >>> Range(2, 64).clip(1), Range(2, 64).clip(100), Range().clip(100), 65 in map(Range(2, 64).clip, range(100))
+    (2, 64, 100, False)
+    """
+
+    least: int = 1
+    most: int | None = None  # None: no bound
+
+    def holds(self, rows: int) -> bool:
+        """Whether it takes so many."""
+        return self.clip(rows) == rows
+
+    def clip(self, rows: int) -> int:
+        """The nearest number that it takes."""
+        return max(self.least, rows if self.most is None else min(rows, self.most))
+
+    def trials(self) -> list[int] | None:
+        """Some of them, of which another than the usual can be tried; None: whatever one likes to try from 3 on."""
+        return None if self.holds(3) and self.holds(4) else sorted({self.clip(self.least + 1), self.clip(self.least)})
+
+    def __str__(self) -> str:
+        if self.least == self.most:
+            return f"exactly {self.least}"
+        return f"{self.least} or more" if self.most is None else f"{self.least} to {self.most}"
+
+
+ANY = Range()
 
 
 class Cover:
