@@ -103,7 +103,8 @@ class Loaded:
             if load.precision is None or id(model) in load.compared:
                 continue
             with _naming(*shape, len(load.models)):
-                compare(load.precision, partial(self._timed, compiled, shape), partial(self._in_full, compiled, shape))
+                reduced, full = partial(self._timed, compiled, shape), partial(self._in_full, compiled, shape)
+                compare(load.precision, reduced, full, self._backend.classify)
             load.compared.add(id(model))
 
     def _timed(self, compiled: Compiled, shape: Shape, core: Core | None = None) -> Executed:
