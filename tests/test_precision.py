@@ -14,7 +14,7 @@ from test_own_modules import MODULES
 from torch import nn
 
 import aneuron
-from aneuron import AsyncDataParallel, Buckets, CpuBackend, CudaBackend, OutputError
+from aneuron import AsyncDataParallel, Buckets, CpuBackend, CudaBackend, Fault, OutputError
 from aneuron.backends import cpu, precision
 from aneuron.backends.copies import own
 from aneuron.backends.precision import Precision, is_native, precision_of
@@ -373,12 +373,33 @@ async def test_without_an_example_nothing_can_be_compared(logged):
 def test_a_cpu_that_gains_nothing_by_it_is_told_with_the_measured_times(logged, native, times, warned):
     half, full = times
     asked = Precision(torch.bfloat16, native=native)
-    comparing.compare(asked, lambda: (torch.ones(1), half), lambda: (torch.ones(1), full))
+    outcomes = (lambda: (torch.ones(1), half)), (lambda: (torch.ones(1), full))
+    comparing.compare(asked, *outcomes, CpuBackend(1).classify)
     warnings_ = said(logged, logging.WARNING)
     assert len(warnings_) == (warned is not None)
     if warned:
         assert warned in warnings_[0]
+        assert ("Leave dtype= out" in warnings_[0]) == (half >= full)
         assert f"bfloat16 takes {1e3 * half:.3g} ms for example_inputs, full precision {1e3 * full:.3g}" in warnings_[0]
+
+
+@pytest.mark.parametrize("way", ["half", "full"])
+@pytest.mark.parametrize("min_cosine", [None, 0.9])
+def test_what_the_core_is_to_blame_for_is_not_blamed_on_the_dtype(way, min_cosine):
+    class Fails(Exception):
+        pass
+
+    def fails():
+        raise Fails
+
+    outcomes = {name: fails if name == way else lambda: (torch.ones(1), 0.1) for name in ("half", "full")}
+    with pytest.raises(Fails):
+        comparing.compare(
+            Precision(torch.float16, min_cosine=min_cosine),
+            outcomes["half"],
+            outcomes["full"],
+            lambda error: Fault.CORE,
+        )
 
 
 async def test_this_cpu_is_asked(logged, monkeypatch):

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+from aneuron.backends import Fault
 from aneuron.backends.precision import Precision
 from aneuron.tensors.likeness import Likeness, likeness
 
@@ -16,14 +17,22 @@ logger = logging.getLogger("aneuron")
 Executed = tuple[Any, float]  # the output, in memory of its own, and the seconds that it took
 
 
-def compare(precision: Precision, reduced: Callable[[], Executed], full: Callable[[], Executed]) -> None:
+def compare(
+    precision: Precision,
+    reduced: Callable[[], Executed],
+    full: Callable[[], Executed],
+    classify: Callable[[BaseException], Fault],
+) -> None:
     """Execute the example both ways, and say how far apart they are and what each takes.
 
-    Raises `ValueError` for a model that cannot run in the dtype, and for results below `min_cosine`. Where it runs
-    neither way nothing is said: the warm-up will.
+    Raises `ValueError` for a model that cannot run in the dtype, and for results below `min_cosine`; what the core is
+    to blame for as it is. Where the model runs neither way nothing is said: the warm-up will.
     """
     expected, failed = _attempt(full)
     found, refused = _attempt(reduced)
+    for error in (failed, refused):
+        if error is not None and classify(error) is not Fault.INPUT:
+            raise error
     if refused is not None:
         if failed is None:
             raise ValueError(_CANNOT_RUN.format(precision.name, _text(refused))) from refused
@@ -118,7 +127,8 @@ def _say(precision: Precision, seen: Likeness, took: float, full: float) -> None
     )  # fmt: skip
     if precision.native is False or took >= full:
         why = "this CPU has no instructions for it" if precision.native is False else "it saves no time"
+        advice = ". Leave dtype= out unless it is for memory" if took >= full else ""
         logger.warning(
-            "%s takes %.3g ms for example_inputs, full precision %.3g: %s. Leave dtype= out unless it is for memory",
-            precision.name, 1e3 * took, 1e3 * full, why,
+            "%s takes %.3g ms for example_inputs, full precision %.3g: %s%s",
+            precision.name, 1e3 * took, 1e3 * full, why, advice,
         )  # fmt: skip

@@ -120,7 +120,8 @@ class Loaded:
                 continue
             with _naming(*shape, len(load.models)):
                 shown = load, compiled, shape
-                compare(load.precision, partial(self._timed, *shown), partial(self._in_full, *shown))
+                reduced, full = partial(self._timed, *shown), partial(self._in_full, *shown)
+                compare(load.precision, reduced, full, self._backend.classify)
             load.compared.add(id(model))
 
     def _timed(self, load: Load, compiled: Compiled, shape: Shape, core: Core | None = None) -> Executed:
