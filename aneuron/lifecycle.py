@@ -263,6 +263,8 @@ class Lifecycle:
             ("1 row" if rows == 1 else f"{rows or 'any number of'} rows") + (f" of length {bucket}" if bucket else "")
             for rows, bucket in self.program.by_shape(self.settings.dim)
         ]
+        if self.settings.buckets is not None and self.settings.buckets.free:
+            shapes = [shapes[-1].replace("of length", "of any length up to")]
         logger.info(
             "%s on %d core%s of the %s backend (%s): %s; %.2f s%s",
             what, len(ids), "s" * (len(ids) != 1), run.dispatcher.backend.name, ", ".join(map(str, ids)),

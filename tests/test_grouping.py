@@ -2,6 +2,10 @@
 
 import asyncio
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from puppets import release_all, scenario
 
+import aneuron
 from aneuron import AsyncDataParallel, Buckets, CpuBackend, QueueFull, ShapeError, SimulatedBackend, Work
 from aneuron.sched.call import Call, Cut
 from aneuron.sched.grouping import FORESIGHT, ahead, cheapest
@@ -337,3 +342,45 @@ def test_work_needs_lengths():
         AsyncDataParallel(torch.neg, max_pending=Work(positions=5))
     with pytest.raises(ValueError, match="it was constructed to count rows"):
         AsyncDataParallel(torch.neg, buckets=Buckets()).max_pending = Work(positions=5)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_two_thousand_lengths_keep_a_bounded_memory(dtype):
+    """Kernels and allocators keep something for each shape, and there are few."""
+    program = f"""
+import asyncio, os, random, torch
+import aneuron
+from aneuron import AsyncDataParallel, Buckets, CpuBackend
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+async def main():
+    shapes = set()
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(8, 16), torch.nn.Linear(16, 8)
+        def forward(self, x):
+            shapes.add(tuple(x.shape))
+            return self.down(torch.nn.functional.gelu(self.up(x)))
+    backend = CpuBackend(cores=1, threads_per_core=1, dtype=torch.{dtype})
+    async with AsyncDataParallel(Net().eval(), backend=backend, buckets=Buckets(max=2000)) as model:
+        lengths = random.Random(0).sample(range(1, 2001), 2000)
+        xs = [torch.rand(1, length, 8) for length in lengths]
+        await model(torch.rand(1, 2000, 8))
+        before = resident()
+        for at in range(0, 2000, 8):
+            await asyncio.gather(*map(model, xs[at : at + 8]))
+        print(len(shapes), resident() - before)
+
+asyncio.run(main())
+"""
+    environment = os.environ | {"PYTHONPATH": str(Path(aneuron.__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
+    shapes, grown = map(float, done.stdout.split())
+    assert shapes <= len(steps(2000)) * len(Steps(32).sizes)
+    assert grown < 250
