@@ -203,7 +203,7 @@ def lengths(draw):
         length = draw(st.integers(1, 6))
         start = draw(st.integers(0, rows - 1))
         call = Call(rows, None, bucket=6)
-        call.pads = SimpleNamespace(length=length)
+        call.pads = SimpleNamespace(length=length, left=False)
         chunks.append((call, start, rows))
         inputs.append((filled((rows, *row[: at - 1], length, *row[at:]), dtype, seed),))
     size = sum(stop - start for _, start, stop in chunks) + draw(st.integers(0, 2))

@@ -46,7 +46,7 @@ ORDER = [
     "sched.grouping", "sched.scheduler", "sched.shares", "engine.health", "engine.failures", "tensors",
     "tensors.buckets",
     "tensors.marked", "tensors.nested", "tensors.quantized", "tensors.lengths", "tensors.copying",
-    "tensors.outputs", "tensors.verdicts", "tensors.likeness", "engine.evidence", "tensors.rows",
+    "tensors.outputs", "tensors.varied", "tensors.verdicts", "tensors.likeness", "engine.evidence", "tensors.rows",
     "tensors.signature", "backends.precision", "backends.traits", "backends.unwarned", "backends.exported",
     "backends", "engine.comparing", "engine.modes", "backends.timer", "backends.files", "backends.torchscript",
     "backends.cpus", "backends.copies", "backends.cpu", "backends.simulated", "backends.neuron.faults",

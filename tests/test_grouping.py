@@ -23,6 +23,8 @@ from aneuron.stats import ServiceTimes
 from aneuron.tensors.buckets import steps
 from aneuron.testing import PuppetBackend, settle
 
+pytestmark = pytest.mark.core
+
 LIMIT = 8
 STEPS = Steps(LIMIT)
 
@@ -344,7 +346,7 @@ def test_work_needs_lengths():
         AsyncDataParallel(torch.neg, buckets=Buckets()).max_pending = Work(positions=5)
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc")
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm") or "ANEURON_PURE" in os.environ, reason="once is enough")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_two_thousand_lengths_keep_a_bounded_memory(dtype):
     """Kernels and allocators keep something for each shape, and there are few."""

@@ -75,7 +75,8 @@ def test_a_backend_that_says_nothing_has_the_defaults():
 
 def test_what_a_backend_says_is_read():
     assert traits_of(CudaBackend(cores_per_device=3)).cores_per_device == 3
-    assert traits_of(CpuBackend(cores=1)) == Traits(loads_scripts=True)
+    cpu = CpuBackend(cores=1)
+    assert traits_of(cpu) == Traits(loads_scripts=True, inputs_of=cpu.inputs_of)
     assert traits_of(SimulatedBackend(service_time=0.0, inline=True)).inline
     neuron = NeuronBackend()
     assert traits_of(neuron).global_id == neuron.global_id

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from aneuron.backends import Backend, Core, Done, Fault
-from aneuron.engine.evidence import Evidence, Trials, identities, snapshot, varies
+from aneuron.engine.evidence import Evidence, Trials, snapshot
 from aneuron.engine.loading import Loaded
 from aneuron.engine.modes import OwnContext, execute_in_own, put_back
 from aneuron.ownership import Owned
@@ -23,6 +23,7 @@ from aneuron.sched.sizes import ANY, Range
 from aneuron.tensors import rows
 from aneuron.tensors.outputs import Carried, Output, Unpad
 from aneuron.tensors.rows import Finished
+from aneuron.tensors.varied import identities, varies
 from aneuron.tensors.verdicts import Seen
 
 logger = logging.getLogger("aneuron")

@@ -16,7 +16,7 @@ import torch
 from aneuron.backends import Backend, Core, Fault, PolledCore, ReducedCore, SubmittingCore
 from aneuron.backends.precision import Precision
 from aneuron.engine.comparing import Executed, compare
-from aneuron.engine.evidence import Evidence, Trials, identities, percent, snapshot
+from aneuron.engine.evidence import Evidence, Trials, percent, snapshot
 from aneuron.engine.modes import Within, execute_in_own
 from aneuron.errors import DeviceError, OutputError
 from aneuron.ownership import Owned
@@ -26,6 +26,7 @@ from aneuron.sched.sizes import ANY, Range
 from aneuron.stats import CoreCounters, ServiceTimes
 from aneuron.tensors.outputs import Carried, Output, Unpad, kind
 from aneuron.tensors.signature import Compiled
+from aneuron.tensors.varied import identities
 from aneuron.tensors.verdicts import Seen, apart
 
 logger = logging.getLogger("aneuron")

@@ -30,7 +30,7 @@ class Length(NamedTuple):
     dim: int
     length: int
     pad: float
-    left: bool  # whether padding comes first
+    left: bool = False  # whether padding comes first
 
 
 def join(
