@@ -684,6 +684,34 @@ class Held:
         pass
 
 
+async def test_what_a_model_that_was_aborted_has_hung_on_a_core_is_given_up_for_the_others():
+    """Found by chaos, seed 600014: the core's only slot was free again, and nobody was told."""
+    made = []
+
+    def make(model):
+        made.append(Held(model))
+        made[-1].concurrent = False
+        return made[-1]
+
+    pool = aneuron.Pool(backend=OneKind(make), device_ids=[0], num_workers=1)
+    hung = AsyncDataParallel(torch.neg, pool=pool, batch_size=1, exec_timeout=0.05, check_rows=False)
+    other = AsyncDataParallel(torch.neg, pool=pool, batch_size=1, check_rows=False)
+    async with hung, other:
+        lost = asyncio.ensure_future(hung(torch.ones(1, 2)))
+        while not made[0].handed:
+            await asyncio.sleep(0)
+        waiting = asyncio.ensure_future(other(torch.ones(1, 2)))
+        await asyncio.sleep(0)
+        await hung.abort()
+        while not made[1].handed:
+            await asyncio.sleep(0.001)
+        args, done = made[1].handed.pop()
+        done(args[0].neg(), None)
+        assert torch.equal(await waiting, -torch.ones(1, 2))
+        with pytest.raises(aneuron.AneuronError):
+            await lost
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 async def test_what_is_left_to_threads_is_done_without_where_they_have_ended(rows):
     made = []

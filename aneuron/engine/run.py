@@ -312,6 +312,7 @@ class Run:
             given_up = self._board.give_up(loaded.index, execution, self.clock())
         if given_up and execution.submitted:
             self.close_what_is_out()
+            self.dispatcher.dispatch_soon()  # its slot may be another model's
         elif given_up:
             loaded.hung = True
             self.dispatcher.replace(execution.lane)

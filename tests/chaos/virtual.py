@@ -433,7 +433,8 @@ def replay(seed, verbose=False):
 
     async def main():
         schedules.append(Schedule(seed, verbose))
-        await schedules[0].run()
+        async with asyncio.timeout(1000.0):  # of virtual time: what waits for ever is found, too
+            await schedules[0].run()
 
     try:
         with warnings.catch_warnings():
