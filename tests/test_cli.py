@@ -226,7 +226,9 @@ def test_several_inputs_rows_and_split_sizes(capsys):
 
 def test_inputs_from_a_file_are_written_as_the_file(capsys):
     torch.save({"x": torch.zeros(2, 16), "y": torch.ones(2, 16)}, "example.pt")
-    status, out, _ = tune(capsys, "nets:Pair", "--inputs", "example.pt", "--batch-sizes", "2", *QUICK)
+    status, out, _ = tune(
+        capsys, "nets:Pair", "--inputs", "example.pt", "--backend", "cpu", "--batch-sizes", "2", *QUICK
+    )
     assert status == 0
     assert "example_inputs=torch.load('example.pt', weights_only=True)," in program(out)
 

@@ -15,7 +15,6 @@ from functools import reduce
 from itertools import islice
 from typing import Any
 
-import numpy
 import torch
 
 from aneuron.cli import reading
@@ -163,12 +162,12 @@ def _of_python(text: str) -> Written:
         except Exception as error:
             raise ArgumentTypeError(f"{text!r} yields nothing: {_told(error)}") from error
     read: list[tuple[str, Any]] = []
-    kind: type = type(None)
+    wrapped = "{}"
     if hasattr(value, "__aiter__") or not _iterable(value):
         raise ArgumentTypeError(f"{text!r} makes a {type(value).__name__}: expected a plain generator, or an iterable")
     try:
         for number, each in enumerate(islice(value, MOST), 1):
-            kind = kind if read else type(each)
+            wrapped = wrapped if read else _wrapped(each)
             read.append((f"{text}, call {number}", _owned(_taken(each, f"{text}, call {number}"))))
     except ArgumentTypeError:
         raise
@@ -176,11 +175,20 @@ def _of_python(text: str) -> Written:
         raise ArgumentTypeError(f"{text!r} failed after {len(read)} calls: {_told(error)}") from error
     if not read:
         raise ArgumentTypeError(f"{text!r} yields nothing: expected calls")
-    wrapped = {list: "tuple({})", numpy.ndarray: "torch.as_tensor({})"}.get(kind, "{}")
-    if issubclass(kind, Mapping) and not issubclass(kind, dict):
-        wrapped = "dict({})"
     calls = _alike(read)
     return Written(calls[0], wrapped.format(f"next(iter({written}))"), f"import {name}", calls)
+
+
+def _wrapped(call: Any) -> str:
+    """What makes an example of a call, in Python."""
+    if isinstance(call, Mapping) and not isinstance(call, dict):
+        return "dict({})"
+    return "tuple({})" if isinstance(call, list) else "torch.as_tensor({})" if _is_array(call) else "{}"
+
+
+def _is_array(value: Any) -> bool:
+    """Whether it is NumPy's, which need not be there."""
+    return hasattr(value, "__array_interface__") and bool(value.shape)
 
 
 def _iterable(value: Any) -> bool:
@@ -189,18 +197,18 @@ def _iterable(value: Any) -> bool:
 
 def _taken(call: Any, where: str) -> Any:
     """What a call takes, as a tensor, a tuple or a dict."""
-    if isinstance(call, (torch.Tensor, numpy.ndarray, tuple)):
+    if isinstance(call, (torch.Tensor, tuple)) or _is_array(call):
         return call
     if isinstance(call, Mapping):
         return dict(call)
-    if isinstance(call, list) and call and all(isinstance(each, (torch.Tensor, numpy.ndarray)) for each in call):
+    if isinstance(call, list) and call and all(isinstance(each, torch.Tensor) or _is_array(each) for each in call):
         return tuple(call)  # as a `DataLoader` makes them
     raise ArgumentTypeError(f"{where} is {call!r:.60}, a {type(call).__name__}; {_TAKES}")
 
 
 def _owned(value: Any) -> Any:
     """The same in memory of its own: a generator may write over what it has yielded."""
-    if isinstance(value, (torch.Tensor, numpy.ndarray)):
+    if isinstance(value, torch.Tensor) or _is_array(value):
         return torch.as_tensor(value).detach().clone()
     if isinstance(value, dict):
         return {name: _owned(each) for name, each in value.items()}
