@@ -355,6 +355,11 @@ def test_what_auto_means_leaves_a_choice_on_cpus_only(monkeypatch):
     assert ways.first("auto", "model.onnx", None) == Way("onnx", 4, 1)
     assert ways.first("auto", net, None) == Way("auto")
     assert ways.first("auto", torch.neg, None).backend == "cpu"
+    found.discard("neuron")
+    found.add("cuda")
+    on_gpu = ways.first("auto", net, 1)
+    assert [each.dtype for each in ways.by_engine(on_gpu, net, "auto", None)[0]] == [None, "bfloat16", "float16"]
+    assert on_gpu.written()[1] == "device_ids=range(0, 1)"
     assert ways.first("neuron", net, 2).written() == ["backend='neuron'", "device_ids=range(0, 2)"]
 
 
@@ -375,9 +380,10 @@ def test_the_chosen_way_is_the_fastest_whose_answers_are_alike():
     assert survey.chosen(seen, 0.001, 0.99).design.way in (plain, half)  # none keeps the bound: the nearest
     assert survey.chosen(Survey([of(wrong, 1)], alike), None, 0.99) is None
     said = report.ways(seen, half, 0.99).splitlines()
-    assert [line.split("are  ")[1].split()[0] for line in said[1:]] == ["900", "200", "100"]
-    assert said[1].endswith("answers differ")
-    assert said[2].endswith("0.99500        0.1  <- best")
+    assert [line.split("are  ")[1].split()[0] for line in said[2:]] == ["900", "200", "100"]
+    assert said[0] == "ways, with 8 callers:"
+    assert said[2].endswith("answers differ")
+    assert said[3].endswith("0.99500        0.1  <- best")
 
 
 @pytest.mark.parametrize(
@@ -450,6 +456,9 @@ async def test_trials_make_the_calls_in_turn():
 # The whole.
 
 
+FEW = ["--num-workers", "1", "--callers", "4"]  # trials
+
+
 @pytest.fixture
 def one_cpu(monkeypatch):
     """So that there are few ways."""
@@ -459,11 +468,13 @@ def one_cpu(monkeypatch):
 
 def test_ways_are_shown_side_by_side_and_the_call_runs_as_printed(capsys, one_cpu):
     lines(*(json.dumps({"input_ids": [1] * n, "attention_mask": [1] * n}) for n in (3, 9, 5, 17, 12)))
-    status, out, _ = tune(capsys, "long:Masked", "--inputs", "data.jsonl", "--backend", "cpu", "--dtypes", "bfloat16")
+    status, out, _ = tune(
+        capsys, "long:Masked", "--inputs", "data.jsonl", "--backend", "cpu", "--dtypes", "bfloat16", *FEW
+    )
     assert status == 0
     assert "inputs: 5 calls in turn, 3 to 17 long along dim 1" in out
     assert "and the inputs in turn; the most" in out
-    begin = out.index("\n\n") + 2
+    begin = out.index("\n", out.index("ways, with ")) + 1
     shown = out[begin : out.index("\n\n", begin)].splitlines()
     assert "cores x threads dtype lengths rows/s p50 ms p99 ms cosine deviation" in " ".join(shown[0].split())
     assert sum("<- best" in line for line in shown) == 1
@@ -484,7 +495,7 @@ print(asyncio.run(model(**next(iter(long.requests())))).shape)"""
 
 
 def test_a_way_whose_answers_differ_is_shown_and_not_recommended(capsys, one_cpu):
-    status, out, _ = tune(capsys, "long:Padded", "--inputs", "long:ids", "--backend", "cpu", "--json")
+    status, out, _ = tune(capsys, "long:Padded", "--inputs", "long:ids", "--backend", "cpu", "--json", *FEW)
     assert status == 0
     said = json.loads(out)
     assert said["inputs"] == {"calls": 5, "real": True, "lengths": {"dim": 1, "shortest": 3, "longest": 17}}
@@ -503,6 +514,23 @@ def test_where_no_answers_are_alike_nothing_is_recommended(capsys, one_cpu):
     assert status == 1
     assert "No way answers as the model alone does, with a cosine of 0.99 at least" in out
     assert "import aneuron" not in out
+
+
+def test_a_file_that_takes_any_length_is_given_no_example_that_would_fix_it(capsys, one_cpu):
+    from long import Padded
+
+    lines(*("[" + ", ".join("1" * n) + "]" for n in (3, 9, 5)))
+    torch.jit.trace(Padded().eval(), torch.ones(2, 7, dtype=torch.int64)).save("padded.pt")
+    status, out, _ = tune(capsys, "padded.pt", "--inputs", "data.jsonl", "--min-cosine", "0.9999", *FEW)
+    assert status == 0
+    assert "does not run" not in out
+    assert "example_inputs" not in out
+    status, out, _ = tune(
+        capsys, "long:Padded", "--inputs", "data.jsonl", "--backend", "cpu", "--batch-sizes", "4", *FEW
+    )
+    assert status == 0
+    assert "batch_size=4," in out
+    assert "example_inputs" not in out
 
 
 @pytest.mark.parametrize(

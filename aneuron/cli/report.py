@@ -62,7 +62,9 @@ def ways(survey: Survey, best: Way | None, least: float) -> str:
     said = {"does not run": survey.failed, "not tried": survey.untried}
     lines += [(*_columns(way), f"{what}: {why:.100}") for what, ways in said.items() for way, why in ways.items()]
     note = f"Answers could not be compared: the model alone does not run, one call at a time: {survey.why}"
-    return "\n".join([*_aligned(lines, 9), *([note] if survey.why else [])])
+    callers = {result.design.callers for result in survey.results}
+    title = [f"ways, with {_many(callers.pop(), 'caller')}:"] if callers else []
+    return "\n".join([*title, *_aligned(lines, 9), *([note] if survey.why else [])])
 
 
 def no_way(least: float) -> str:
@@ -105,15 +107,15 @@ def _aligned(lines: Sequence[tuple[str, ...]], columns: int) -> list[str]:
     return ["  ".join([*map(str.rjust, line[:-1], widths), line[-1]]).rstrip() for line in lines]
 
 
-def constructor(design: Design, model: Written, example: Written, where: Sequence[str]) -> str:
+def constructor(design: Design, model: Written, example: Written | None, where: Sequence[str]) -> str:
     """A program that makes the model of a design."""
-    torch_ = {"import torch"} if any("torch." in each for each in where) else set()
-    needs = [*sorted({"import aneuron", example.needs, *torch_} - {""}), *([model.needs] if model.needs else [])]
+    needed = {"import aneuron", example.needs if example else "", "import torch" * any("torch." in x for x in where)}
+    needs = [*sorted(needed - {""}), *([model.needs] if model.needs else [])]
     arguments = [
         model.text,
         *where,
         *([f"batch_size={design.batch_size}"] if design.batch_size else []),
-        f"example_inputs={example.text}",
+        *([f"example_inputs={example.text}"] if example else []),
         f"num_workers={design.num_workers}",
         *([f"split_size={design.split_size}"] if design.split_size else []),
     ]

@@ -74,10 +74,11 @@ class Choices:
     split_sizes: Sequence[int | None] | None
     callers: Sequence[int] | None
     rows: int
+    machine: int = 0  # cores that callers are to fill, where these are more than those of the model
 
     def designs(self, cores: int, bounded: bool) -> Iterator[Design]:
         """Every combination that differs from the others."""
-        full = self.full(cores)
+        full = self.full(max(cores, self.machine))
         callers = self.callers or sorted({max(1, full // 4**step) for step in range(5 if bounded else 1)})
         workers = dict.fromkeys(slots or 2 * cores for slots in self.num_workers or (cores, 2 * cores))
         for batch_size in self.batch_sizes:

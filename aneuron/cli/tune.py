@@ -113,8 +113,10 @@ def _answer(
     """Print it; the exit status."""
     best = trials.best(study.results, args.p99)
     where = [f"device_ids=range({args.cores or 4})"] if args.backend == "simulated" else way.written() if way else []
-    call = report.constructor(best.design, args.model, args.example, where) if best else None
-    setting = f"{args.model.text}, {study.cores} core{'s' * (study.cores != 1)}, backend {args.backend}"
+    example = args.example if best is None or way is None or _has_example(args, best.design.batch_size, way) else None
+    call = report.constructor(best.design, args.model, example, where) if best else None
+    cores = f"{study.cores} core{'s' * (study.cores != 1)}, " if way else ""
+    setting = f"{args.model.text}, {cores}backend {args.backend}"
     if args.json:
         facts = {"backend": args.backend, "rows": args.rows, "p99_bound": args.p99, "service_times": curve}
         facts["inputs"] = _described(args)
@@ -205,7 +207,7 @@ async def _tried(
     any_number = not sizes or (seen.results and not args.batch_sizes)
     choices = trials.Choices(
         [*([None] if any_number else []), *sorted(sizes)],
-        args.num_workers, args.split_sizes, args.callers, args.rows,
+        args.num_workers, args.split_sizes, args.callers, args.rows, ways.cpus() if seen.results else 0,
     )  # fmt: skip
     study = await trials.study(make, choices, args.calls, args.seconds, args.p99 is not None, _say)
     return seen, best, study, curve
@@ -233,8 +235,14 @@ async def _surveyed(args: argparse.Namespace, way: Way) -> survey.Survey:
 
 
 def _model(args: argparse.Namespace, batch_size: int | None, way: Way) -> aneuron.AsyncDataParallel:
-    example = args.example.value
+    example = args.example.value if _has_example(args, batch_size, way) else None
     return aneuron.AsyncDataParallel(args.model.value, batch_size=batch_size, example_inputs=example, **way.settings())
+
+
+def _has_example(args: argparse.Namespace, batch_size: int | None, way: Way) -> bool:
+    """Whether a model is given its example, which fixes the shapes of a file, and of batches of a size."""
+    lengths_are_free = args.lengths and way.buckets is None and way.backend != "openvino"
+    return not (lengths_are_free and (batch_size or not ways.is_module(args.model.value)))
 
 
 def _say(progress: str) -> None:

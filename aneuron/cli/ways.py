@@ -84,6 +84,11 @@ def first(backend: str, model: Any, cores: int | None) -> Way:
     return Way(backend, cpus(), 1, dtype)
 
 
+def is_module(model: Any) -> bool:
+    """Whether it is one that can be looked into, in Python."""
+    return isinstance(model, torch.nn.Module) and not isinstance(model, torch.jit.ScriptModule)
+
+
 def plain(way: Way, model: Any) -> Way:
     """What answers are compared with: the model on one core, in its own dtype, where it came from."""
     converted = way.backend == "openvino" and isinstance(model, torch.nn.Module)
