@@ -61,6 +61,7 @@ def nets(tmp_path, monkeypatch):
     """A folder to be in, with a module of models."""
     (tmp_path / "nets.py").write_text(NETS)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trials, "gc", types.SimpleNamespace(collect=int))  # which takes long beside pytest's objects
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     sys.modules.pop("nets", None)

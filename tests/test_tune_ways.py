@@ -4,6 +4,7 @@ import json
 import math
 import subprocess
 import sys
+import types
 from argparse import ArgumentTypeError
 from pathlib import Path
 
@@ -121,6 +122,7 @@ def nets(tmp_path, monkeypatch):
     """A folder to be in, with a module of models and inputs."""
     (tmp_path / "long.py").write_text(LONG)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trials, "gc", types.SimpleNamespace(collect=int))  # which takes long beside pytest's objects
     monkeypatch.syspath_prepend(tmp_path)
     yield tmp_path
     sys.modules.pop("long", None)
