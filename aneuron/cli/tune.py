@@ -41,7 +41,7 @@ def add(subparsers: Any) -> None:
         epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     option = parser.add_argument
-    option("model", metavar="MODEL", type=reading.model, help="path of a TorchScript or .pt2 file, or "
+    option("model", metavar="MODEL", type=reading.model, help="path of a TorchScript, .pt2, ONNX or OpenVINO file, or "
            "module:attribute: an nn.Module, a callable, or a function without arguments that makes one")  # fmt: skip
     option(
         "--inputs",
