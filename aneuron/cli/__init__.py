@@ -2,7 +2,7 @@
 
 Lives here: the list of its subcommands, each a file of this folder with `add(subparsers)`, which gives its parser a
 default `run(args)` that returns the exit status. Must not be here, nor in those files: anything of aneuron that the
-front door does not export.
+front door does not export, but the judgement of how far outputs are apart (tensors/likeness.py).
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What the user names on the command line: a model, its inputs, lists of numbers.
 
-Lives here: how it is read, and how it is written in Python again. Must not be here: anything that runs a model.
-What cannot be read is an `argparse.ArgumentTypeError`, which argparse turns into a message and exit status 2.
+Lives here: how it is read, and how it is written in Python again. Must not be here: real inputs (calls.py), what runs a
+model. What cannot be read is an `argparse.ArgumentTypeError`, which argparse turns into a message and exit status 2.
 """
 
 import importlib
@@ -10,9 +10,9 @@ import os
 import re
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,33 +20,25 @@ import torch
 
 @dataclass(frozen=True)
 class Written:
-    """A value, the Python expression that makes it, and the import that the expression needs."""
+    """A value, the Python expression that makes it, and the import that the expression needs. `calls`: of real inputs
+    all, of which the value is the first.
+    """
 
     value: Any
     text: str
     needs: str = ""
+    calls: Sequence[Any] = field(default=(), repr=False)
 
 
 def model(text: str) -> Written:
     """A TorchScript or `.pt2` file by its path, or `module:attribute`: a model, or what makes one without arguments."""
     if os.path.exists(text):
         return Written(os.path.abspath(text), repr(text))
-    name, colon, path = text.partition(":")
-    if not colon or not name or not path:
+    if not is_name(text):
         raise ArgumentTypeError(
             f"{text!r} is neither a file nor of the form module:attribute, as nets:encoder is for `encoder` in nets.py"
         )
-    sys.path.insert(0, os.getcwd())
-    try:
-        value: Any = importlib.import_module(name)
-    except Exception as error:
-        raise ArgumentTypeError(f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.pop(0)
-    for attribute in path.split("."):
-        if not hasattr(value, attribute):
-            raise ArgumentTypeError(f"{text!r}: there is no {attribute!r} in {name!r}")
-        value = getattr(value, attribute)
+    value, name, path = attribute(text)
     written = path
     if _makes_a_model(value):
         try:
@@ -59,6 +51,29 @@ def model(text: str) -> Written:
         with suppress(NotImplementedError):  # an exported program's module cannot be told: its mode was fixed
             value, written = value.eval(), f"{written}.eval()"
     return Written(value, written, f"from {name} import {path.partition('.')[0]}")
+
+
+def is_name(text: str) -> bool:
+    """Whether it is of the form `module:attribute`."""
+    name, _, path = text.partition(":")
+    return bool(path) and all(part.isidentifier() for part in name.split("."))
+
+
+def attribute(text: str) -> tuple[Any, str, str]:
+    """What `module:attribute` names, the module, and the attribute."""
+    name, _, path = text.partition(":")
+    sys.path.insert(0, os.getcwd())
+    try:
+        value: Any = importlib.import_module(name)
+    except Exception as error:
+        raise ArgumentTypeError(f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.pop(0)
+    for each in path.split("."):
+        if not hasattr(value, each):
+            raise ArgumentTypeError(f"{text!r}: there is no {each!r} in {name!r}")
+        value = getattr(value, each)
+    return value, name, path
 
 
 def _makes_a_model(value: Any) -> bool:
@@ -104,7 +119,8 @@ def inputs(text: str) -> Written:
 def _file(text: str) -> Written:
     if not os.path.exists(text):
         raise ArgumentTypeError(
-            f"{text!r} is neither a file nor a shape such as 1x3x224x224, 1x128:int64 or 1x128:int64:0-30000"
+            f"{text!r} is neither a file nor a shape such as 1x3x224x224, 1x128:int64 or 1x128:int64:0-30000, nor of "
+            "the form module:attribute"
         )
     try:
         value = torch.load(text, weights_only=True)
@@ -122,6 +138,8 @@ def together(given: list[Written]) -> Written:
     """Several inputs as one example: a tuple."""
     if len(given) == 1:
         return given[0]
+    if any(each.calls for each in given):
+        raise ArgumentTypeError("real inputs are whole calls, and stand alone: give one file, or one module:attribute")
     if not all(isinstance(each.value, torch.Tensor) for each in given):
         raise ArgumentTypeError("several inputs must be a tensor each; put a tuple or dict into one file")
     return Written(tuple(each.value for each in given), f"({', '.join(each.text for each in given)})", given[0].needs)
@@ -138,6 +156,26 @@ def numbers(choice: str = "") -> Callable[[str], list[int | None]]:
         return list(dict.fromkeys(None if item == choice else int(item) for item in items))
 
     return read
+
+
+def dtypes(text: str) -> list[str]:
+    """Names of floating dtypes: bfloat16,float16."""
+    names = [name.strip() for name in text.split(",")]
+    known = ("bfloat16", "float16", "float32", "float64")
+    if unknown := [name for name in names if name not in known]:
+        raise ArgumentTypeError(f"{text!r}: {unknown[0]!r} is none of {', '.join(known)}")
+    return list(dict.fromkeys(names))
+
+
+def cosine(text: str) -> float:
+    """A number up to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 2.0
+    if not -1.0 <= value <= 1.0:
+        raise ArgumentTypeError(f"{text!r}: expected a number up to 1, such as 0.99")
+    return value
 
 
 def count(text: str) -> int:

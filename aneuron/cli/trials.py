@@ -1,6 +1,7 @@
 """Measuring: how many rows a second a design gives, and how long its calls take.
 
-Lives here: designs, their trials in turns, which of them is best. Must not be here: arguments, printing.
+Lives here: designs, their trials in turns, which of them is best. Must not be here: ways to serve a model (survey.py),
+arguments, printing.
 """
 
 import asyncio
@@ -8,28 +9,38 @@ import gc
 import math
 import time
 import warnings
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import cycle
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import aneuron
+from aneuron.cli import calls as calls_
+from aneuron.cli.ways import Way
+
+K = TypeVar("K", bound=Hashable)
+Say = Callable[[str], None]
+Make = Callable[[], Awaitable[Any]]
 
 TURNS = 3  # of each design; all others come between them, so that a slow minute of the machine strikes all alike
 NOISE = 0.03  # rates that differ by less are equal
+LARGEST = 16  # rows that a batch of any number of rows is thought to have, to say how many callers fill a machine
 
 
 @dataclass(frozen=True)
 class Design:
     """One choice of what can be chosen, and the callers that it is put to."""
 
-    batch_size: int
+    batch_size: int | None  # None: any number of rows
     num_workers: int
     split_size: int | None
     callers: int
+    way: Way | None = None  # None: the same for all
 
 
 @dataclass(frozen=True)
@@ -45,11 +56,11 @@ class Result:
 
 @dataclass(frozen=True)
 class Study:
-    """All that was measured. `failed` says by batch size why it does not run."""
+    """All that was measured of sizes and slots. `failed` says by batch size why it does not run."""
 
     cores: int
     results: list[Result]
-    failed: dict[int, str]
+    failed: dict[int | None, str]
 
 
 @dataclass(frozen=True)
@@ -58,23 +69,28 @@ class Choices:
     machine; and with a bound on latency fewer callers, too, for a full machine need not keep it.
     """
 
-    batch_sizes: Sequence[int]
+    batch_sizes: Sequence[int | None]
     num_workers: Sequence[int | None] | None
     split_sizes: Sequence[int | None] | None
     callers: Sequence[int] | None
     rows: int
+    machine: int = 0  # cores that callers are to fill, where these are more than those of the model
 
     def designs(self, cores: int, bounded: bool) -> Iterator[Design]:
         """Every combination that differs from the others."""
-        full = math.ceil(2 * cores * max(self.batch_sizes) / self.rows)
+        full = self.full(max(cores, self.machine))
         callers = self.callers or sorted({max(1, full // 4**step) for step in range(5 if bounded else 1)})
         workers = dict.fromkeys(slots or 2 * cores for slots in self.num_workers or (cores, 2 * cores))
         for batch_size in self.batch_sizes:
             for num_workers in workers:
                 for split_size in self.split_sizes or (None, max(1, self.rows // cores)):
-                    if split_size is None or split_size < min(batch_size, self.rows):
+                    if split_size is None or split_size < min(batch_size or self.rows, self.rows):
                         for count in callers:
                             yield Design(batch_size, num_workers, split_size, count)
+
+    def full(self, cores: int) -> int:
+        """Callers that are twice what fills all cores."""
+        return math.ceil(2 * cores * max(size or LARGEST for size in self.batch_sizes) / self.rows)
 
 
 def resized(example: Any, rows: int) -> Any:
@@ -107,59 +123,84 @@ async def service_time(model: Any, example: Any, batch_size: int, seconds: float
 
 
 async def study(
-    make: Callable[[int], Awaitable[Any]],
+    make: Callable[[int | None], Awaitable[Any]],
     choices: Choices,
-    example: Any,
+    calls: Sequence[Any],
     seconds: float,
     bounded: bool,
-    say: Callable[[str], None],
+    say: Say,
 ) -> Study:
     """Measure every design; `make` gives the model for a batch size; what it or the model raises is a failure."""
-    inputs = resized(example, choices.rows)
-    models: dict[int, Any] = {}
-    failed: dict[int, str] = {}
-    turns: dict[Design, list[tuple[float, list[float]]]] = {}
-    async with AsyncExitStack() as stack:
-        for batch_size in choices.batch_sizes:
-            say(f"batch size {batch_size}: loading")
-            try:
-                models[batch_size] = await stack.enter_async_context(await make(batch_size))
-            except aneuron.DeviceError:
-                raise
-            except Exception as error:
-                failed[batch_size] = _one_line(error)
+    cores = 0
+
+    def designs(models: Mapping[int | None, Any]) -> Iterator[tuple[int | None, Design]]:
+        nonlocal cores
         cores = max((len(model.statistics().cores) for model in models.values()), default=0)
-        designs = [d for d in choices.designs(cores or 1, bounded) if d.batch_size not in failed]
-        for turn in range(TURNS):
-            for number, design in enumerate(designs[:: -1 if turn % 2 else 1], turn * len(designs) + 1):
-                say(f"trial {number} of {TURNS * len(designs)}")
-                if design.batch_size not in failed:
-                    try:
-                        turns.setdefault(design, []).append(
-                            await _trial(models[design.batch_size], design, inputs, choices.rows, seconds)
-                        )
-                    except Exception as error:
-                        failed[design.batch_size] = _one_line(error)
-    results = [_result(design, turns[design]) for design in designs if design.batch_size not in failed]
+        return ((design.batch_size, design) for design in choices.designs(cores or 1, bounded))
+
+    makers = {size: partial(make, size) for size in choices.batch_sizes}
+    names = {size: f"batch size {size or 'any'}" for size in makers}
+    results, failed = await heats(makers, names, designs, calls, seconds, say)
     return Study(cores, results, failed)
 
 
-async def _trial(model: Any, design: Design, inputs: Any, rows: int, seconds: float) -> tuple[float, list[float]]:
-    """Rows a second and the latencies of the calls, once it is in full swing."""
+async def heats(
+    makers: Mapping[K, Make],
+    names: Mapping[K, str],
+    designs: Callable[[Mapping[K, Any]], Iterable[tuple[K, Design]]],
+    calls: Sequence[Any],
+    seconds: float,
+    say: Say,
+    look: Callable[[K, Any], Awaitable[None]] | None = None,
+) -> tuple[list[Result], dict[K, str]]:
+    """Load models, and measure designs of them in turns: the results, and why others do not run. `look`: at each that
+    is loaded.
+    """
+    models: dict[K, Any] = {}
+    failed: dict[K, str] = {}
+    turns: dict[Design, list[tuple[float, list[float]]]] = {}
+    async with AsyncExitStack() as stack:
+        for key, make in makers.items():
+            say(f"{names[key]}: loading")
+            try:
+                model = await stack.enter_async_context(await make())
+                if look is not None:
+                    await look(key, model)
+                models[key] = model
+            except aneuron.DeviceError:
+                raise
+            except Exception as error:
+                failed[key] = one_line(error)
+        tried = [(key, design) for key, design in designs(models) if key not in failed]
+        for turn in range(TURNS):
+            for number, (key, design) in enumerate(tried[:: -1 if turn % 2 else 1], turn * len(tried) + 1):
+                say(f"trial {number} of {TURNS * len(tried)}")
+                if key not in failed:
+                    try:
+                        turns.setdefault(design, []).append(await _trial(models[key], design, calls, seconds))
+                    except Exception as error:
+                        failed[key] = one_line(error)
+    return [_result(design, turns[design]) for key, design in tried if key not in failed], failed
+
+
+async def _trial(model: Any, design: Design, calls: Sequence[Any], seconds: float) -> tuple[float, list[float]]:
+    """Rows a second and the latencies of the calls, which callers make in turn, once it is in full swing."""
     model.num_workers, model.split_size = design.num_workers, design.split_size
     gc.collect()  # no design pays for what another has left
     clock = time.perf_counter
-    ended: list[tuple[float, float]] = []
+    ended: list[tuple[float, float, int]] = []
+    turn = cycle([(inputs, calls_.rows(inputs)) for inputs in calls])
     begin = clock()
     stop = begin + seconds
 
     async def caller() -> None:
         now = begin
         while now < stop:
+            inputs, rows = next(turn)
             called = clock()
             await call(model, inputs)
             now = clock()
-            ended.append((now, now - called))
+            ended.append((now, now - called, rows))
 
     try:
         with warnings.catch_warnings():
@@ -170,10 +211,10 @@ async def _trial(model: Any, design: Design, inputs: Any, rows: int, seconds: fl
     except ExceptionGroup as errors:
         raise errors.exceptions[0] from None
     swing = begin + seconds / 5
-    latencies = [latency for at, latency in ended if swing <= at <= stop]
-    if not latencies:  # one call takes longer than the trial
-        return rows * len(ended) / (ended[-1][0] - begin), [latency for _, latency in ended]
-    return rows * len(latencies) / (stop - swing), latencies
+    counted = [each for each in ended if swing <= each[0] <= stop]
+    if not counted:  # one call takes longer than the trial
+        counted, swing, stop = ended, begin, ended[-1][0]
+    return sum(rows for _, _, rows in counted) / (stop - swing), [latency for _, latency, _ in counted]
 
 
 def _result(design: Design, turns: list[tuple[float, list[float]]]) -> Result:
@@ -184,7 +225,8 @@ def _result(design: Design, turns: list[tuple[float, list[float]]]) -> Result:
     return Result(design, median(rate for rate, _ in turns), quantile(0.5), quantile(0.99), calls)
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error in a line."""
     kind = type(error).__name__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{kind}: {lines[-1].removeprefix(f'{kind}: ') if lines else ''}"  # TorchScript's reason comes last
