@@ -53,14 +53,12 @@ class AsyncDataParallel:
     Parameters (the first four as in `torch_neuronx.DataParallel`,
     https://awsdocs-neuron.readthedocs-hosted.com/en/latest/frameworks/torch/torch-neuronx/api-reference-guide/inference/api-torch-neuronx-data-parallel.html):
 
-    model: an `nn.Module`, a `ScriptModule`, an `ExportedProgram`, a callable, or the path of a file: a `.pt2` that
-        `torch.export.save` wrote, TorchScript, ONNX or OpenVINO. An exported program says itself what it takes: batches
-        are cut, or padded, to its numbers of rows along `dim`, a `batch_size` that is none of them is a `ValueError` at
-        start, and inputs of other shapes or dtypes are a `ShapeError`. Or a mapping from batch sizes to such models,
-        `{1: net1, 8: net8}`, or from batch sizes and buckets, `{(8, 64): net}`: rows run on the set of executions that
-        takes the least time, as measured. Excludes `batch_size`.
-    device_ids: ints or "nc:#", zero-based in the cores that this process sees ("cuda:#" for CUDA devices); None for all
-        of them.
+    model: an `nn.Module`, `ScriptModule` or `ExportedProgram`, a callable, or the path of a `.pt2`, TorchScript, ONNX
+        or OpenVINO file. An exported program says what it takes: batches have its numbers of rows, a `batch_size`
+        that is none of them is a `ValueError` at start, inputs of other shapes or dtypes are a `ShapeError`. Or a mapping
+        from batch sizes to models, `{1: net1, 8: net8}`, or from these and buckets, `{(8, 64): net}`: rows run on the
+        executions that take the least time, as measured. Excludes `batch_size`.
+    device_ids: ints or "nc:#", zero-based in what this process sees ("cuda:#" for CUDA devices); None for all of them.
     dim: the batch dimension. Dynamic batching works for 0 only.
     set_dynamic_batching: whether inputs are cut, packed and padded to the compiled rows. When off, a call's inputs are
         cut over the cores and `rows / cores` must equal the compiled rows, if those are known.
@@ -74,10 +72,9 @@ class AsyncDataParallel:
     num_workers: batches that may be in flight, on all cores together; None: two a core. Settable at any time.
     split_size: rows of the pieces that a call is cut into; None: up to `batch_size`, or `max(1, rows // cores)` where
         any number will do. Settable at any time.
-    max_pending: rows that may wait before calls are refused with `QueueFull`; None: no bound. A call takes room for the
-        rows of its next batch; what large calls have beyond that has as much room again, and one call larger than this
-        may wait beside. Where there is none, `QueueFull` says who is refused, and `map` waits. `Work(positions=n)`
-        bounds what waits by length. Settable at any time, in the same unit.
+    max_pending: rows that may wait before calls are refused with `QueueFull`, or their lengths, `Work(positions=n)`;
+        None: no bound. A call takes room for its next batch; what large calls have beyond that has as much room again,
+        and one larger than this may wait beside. Without room `map` waits. Settable at any time, in the same unit.
     max_delay: seconds that a batch which is not full may be held back for company, from its oldest row on, and only
         while another core works. None: one core's share of the service time, where so many rows come that it pays.
     buckets: the lengths that the model was compiled for, see `Buckets`; calls of any length are padded to the smallest
@@ -87,16 +84,14 @@ class AsyncDataParallel:
     min_cores: how many of the cores must load the model to start; None: all. Below it the start fails, with the error
         of the first, and what was loaded is freed; else those that failed stay out, with a warning in the log. `ready`
         asks for as many, or for one where it is None.
-    outputs: what is known of the outputs, by name, position among the tensors, or path as errors print it:
-        `{"prototypes": "whole"}` for what does not have the batch's rows, of which each caller gets a copy of its own;
-        `"rows"` for what has them, without evidence.
+    outputs: what is known of outputs, by name, position among the tensors, or path as errors print it: `{"prototypes":
+        "whole"}` for what lacks the batch's rows, of which each caller gets a copy; `"rows"` for what has them.
     check_rows: whether it is found out which outputs have a row for each row of the batch, rather than guessed from
         equal numbers: by at most two executions more of other rows, at warm-up from `example_inputs`, else with the
         first calls whose rows differ or can be varied; if the model refuses them shapes decide, and a warning says so.
         It also warns, in the log, of rows that influence one another. False: shapes decide.
-    context: a function that makes a context manager, which is entered around each execution, those of the warm-up too,
-        in the thread that executes: `lambda: torch.autocast("cpu")`, `lambda: sdpa_kernel(SDPBackend.MATH)`. What it
-        raises is like an error of the model.
+    context: a function that makes a context manager, which is entered around each execution, in the thread that
+        executes: `lambda: torch.autocast("cpu")`. What it raises is like an error of the model.
     pool: the `Pool` whose cores the model shares with others; excludes `device_ids`, `backend` and `num_workers`, which
         are the pool's. None: a pool of its own.
     weight: its share of the pool's time while others have rows waiting too, beside their weights; above 0.

@@ -58,6 +58,11 @@ class Load:
     takes: Range = ANY  # rows of an execution that was not compiled for so many
     compared: set[int] = field(default_factory=set)  # by id, the models whose results are known in both
 
+    @property
+    def buckets(self) -> set[int]:
+        """Those that there are models for."""
+        return {bucket for _, bucket in self.models}
+
 
 class Loaded:
     """A program on one lane. What is free is set by the thread that loads or closes it, while nothing else uses it."""

@@ -65,9 +65,8 @@ class Run:
         self.counters = counters
         self._board = dispatcher.board
         with self._board.lock:  # others may be served there
-            buckets = {bucket for _, bucket in load.models}
-            slots = self._board.slots
-            self.scheduler = Scheduler(rules, sizes, self._estimate, slots, self, self._cost, buckets)
+            cost = lambda lane, *shape: self.loaded[lane].times.cost(*shape)  # noqa: E731
+            self.scheduler = Scheduler(rules, sizes, self._estimate, self._board.slots, self, cost, load.buckets)
         self._load = load
         self._times = times  # of the model, by core id: it may have run before
         self._beside = beside  # another run of the model serves on these cores until `take_over`
@@ -79,9 +78,8 @@ class Run:
         )
         self.context = context
         self.cores = Cores(dispatcher, load, counters, times, context, self)
-        self.loaded = self.cores.loaded
-        proven = load.compiled is not None
-        self.recovery = Recovery(self, len(self.loaded), backend.recoverable, proven, exec_timeout)
+        self.loaded: list[Loaded] = self.cores.loaded
+        self.recovery = Recovery(self, len(self.loaded), backend.recoverable, bool(load.compiled), exec_timeout)
         self.futures = Futures(self.loop, self.clock, counters, self.discard, dispatcher.guard)
         watched = exec_timeout is not None
         self.admission = Admission(dispatcher, self.scheduler, self.futures, self.recovery, counters, watched)
@@ -278,10 +276,6 @@ class Run:
     def _estimate(self, lane: int, rows: int, bucket: int) -> float:
         """Seconds that a lane takes for an execution of that shape; 0 while that is not known."""
         return self.loaded[lane].times.service((rows, bucket), self.clock())
-
-    def _cost(self, lane: int, rows: int, bucket: int) -> float:
-        """The same, as well as can be guessed from other shapes."""
-        return self.loaded[lane].times.cost(rows, bucket)
 
     # For recovery.py.
 

@@ -12,6 +12,7 @@ from aneuron.engine.execution import Execution
 from aneuron.engine.futures import Futures
 from aneuron.engine.loading import Loaded
 from aneuron.engine.recovery import Recovery
+from aneuron.sched.room import one, work_of
 from aneuron.sched.scheduler import Scheduler, Sizes, rounded
 from aneuron.stats import Counters
 
@@ -62,7 +63,8 @@ class Settling:
                 with self._dispatcher.board.lock:
                     self._sizes[batch.bucket].learn(batch.size, service)
         self._dispatcher.took(execution, now)
-        counters.drained(self._scheduler.work_of(execution.chunks, rows), now)
+        unit = self._scheduler.unit
+        counters.drained(rows if unit is one else work_of(execution.chunks, unit), now)
         counters.device_seconds.add(ended - started)
         if batch.expected:
             self._admission.ended(ended - batch.due, batch.expected, now)

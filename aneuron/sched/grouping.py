@@ -41,7 +41,6 @@ class Grouping:
         self._queue = queue
         self._sizes = sizes  # the rows that executions may have, by bucket; none where any number will do
         self._buckets = sorted(buckets, reverse=True)
-        self.shortest = min(self._buckets, default=1)
         self._powers = POWERS[: (preferred - 1).bit_length() + 1]
         self._groups: list[Group] = []  # of the plan that is being executed,
         self._planned: Hashable = None  # for calls that are alike but for their lengths
@@ -84,6 +83,11 @@ class Grouping:
             return {}
         found = ((each, self._queue.kinds.get((kind.signature[0], each))) for each in self._buckets)
         return {bucket: other for bucket, other in found if other is not None and other.rows}
+
+    def shape(self, bucket: int, rows: int) -> int:
+        """Rows of the execution that so many rows take: those that it may have, or rounded up to a power of two."""
+        sizes = self._sizes.get(bucket)
+        return 1 << (rows - 1).bit_length() if sizes is None else int(sizes.fit(rows))
 
     def fillers(self, kind: Kind, bucket: int) -> list[Kind]:
         """Those that fit into a bucket: they may fill up an execution that would be padded anyway."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from aneuron.ownership import Owned
-from aneuron.sched.call import Call, Terms
+from aneuron.sched.call import Call, Chunk, Terms
 from aneuron.sched.fair_queue import FairQueue
 from aneuron.sched.flows import SMALL, Flow, Load
 
@@ -41,6 +41,22 @@ class Work:
                 f"positions={self.positions!r}: expected an int of at least 1, those that may wait: rows times the "
                 "length of each"
             )
+
+
+def one(bucket: int) -> int:
+    """A row counts one."""
+    return 1
+
+
+def positions(buckets: Iterable[int]) -> Callable[[int], int]:
+    """A row counts what it is padded to; where that is not known (bucket 0) as much as the shortest."""
+    shortest = min(buckets, default=1)
+    return lambda bucket: bucket or shortest
+
+
+def work_of(chunks: Iterable[Chunk], unit: Callable[[int], int]) -> int:
+    """What the rows of a batch count."""
+    return sum([(stop - start) * unit(call.bucket) for call, start, stop in chunks])
 
 
 class Room:

@@ -18,7 +18,7 @@ cdef class Scheduler:
     cdef public object _estimate
     cdef public FairQueue _queue
     cdef public object _delay, _sizes, _room, outside, _again
-    cdef public object _cost, _grouping
+    cdef public object _cost, _grouping, unit
     cdef public long _preferred
     cpdef bint has_work(self) except -1
     cpdef flush(self)
@@ -36,7 +36,6 @@ cdef class Scheduler:
         expected=double, group=list
     )
     cpdef Batch _take(self, Flow head, Kind kind, long lane, bint busy, double now)
-    cpdef long _shape(self, long bucket, long rows)
     cpdef long _limit(self, long bucket)
     cpdef str _reason(self, Kind kind)
 

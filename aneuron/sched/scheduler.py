@@ -24,7 +24,7 @@ from aneuron.sched.fair_queue import FairQueue
 from aneuron.sched.filling import Batch, Filling, Retry
 from aneuron.sched.flows import Flow, Kind
 from aneuron.sched.grouping import Grouping
-from aneuron.sched.room import Room
+from aneuron.sched.room import Room, one, positions
 from aneuron.sched.slots import Slots
 
 Estimate = Callable[[int, int, int], float]  # seconds that a lane takes for a shape, (rows, bucket); 0 = unknown
@@ -114,9 +114,10 @@ class Scheduler:
         self.slots.timed = self.slots.timed or rules.max_delay is None
         self._estimate = estimate
         self._cost = cost or estimate  # a guess will do
+        self._sizes = sizes or {}
+        self.unit = positions(buckets or self._sizes) if rules.by_positions else one  # of a bucket, in `max_pending`
         self._queue: FairQueue = FairQueue(self.unit)
         self._delay: BatchDelay = BatchDelay(self._queue)
-        self._sizes = sizes or {}
         self._preferred = rules.batch_size or rules.preferred  # as compiled: no setting changes it
         self._grouping = Grouping(self._queue, self._sizes, buckets or self._sizes, self._preferred)
         self._room: Room = Room(self._queue, self._limit, self.unit)
@@ -166,25 +167,10 @@ class Scheduler:
         while (call := self._room.next(self.rules.max_pending)) is not None:
             self.admit([call])
 
-    def unit(self, bucket: int) -> int:
-        """What a row counts in `max_pending`. Without a bucket, where lengths count, as much as the shortest."""
-        return (bucket or self._grouping.shortest) if self.rules.by_positions else 1
-
-    def work_of(self, chunks: Iterable[Chunk], rows: int) -> int:
-        """What the `rows` rows of a batch count there."""
-        if not self.rules.by_positions:
-            return rows
-        return sum([(stop - start) * self.unit(call.bucket) for call, start, stop in chunks])
-
     def _limit(self, bucket: int) -> int:
         """Rows that a batch may hold."""
         sizes = self._sizes.get(bucket)
         return self._preferred if sizes is None else sizes.limit
-
-    def _shape(self, bucket: int, rows: int) -> int:
-        """Rows of the execution that so many rows take: the compiled ones, or rounded up to a power of two."""
-        sizes = self._sizes.get(bucket)
-        return rounded(rows) if sizes is None else sizes.fit(rows)
 
     def hopeless(self, call: Call, now: float) -> bool:
         """Whether a call cannot meet its deadline even alone, on cores that wait for it."""
@@ -307,7 +293,7 @@ class Scheduler:
         batch = Batch(chunks, rows, reason, None if sizes is None else size, first.bucket, scheduler=self)
         lane = next(iter(self.slots.idle))
         if self.slots.timed:
-            batch.expected = self._estimate(lane, self._shape(first.bucket, rows), first.bucket)
+            batch.expected = self._estimate(lane, self._grouping.shape(first.bucket, rows), first.bucket)
         self.slots.occupy(lane, batch, now)
         return lane, batch
 
@@ -319,14 +305,13 @@ class Scheduler:
         head = self._queue.head() if len(idle) > 1 else None
         if head is None or head.calls[0].deadline == NEVER:
             return next(iter(idle), None)
-        shape = self._shape(head.kind.bucket, min(head.kind.rows, head.kind.limit))
+        shape = self._grouping.shape(head.kind.bucket, min(head.kind.rows, head.kind.limit))
         return min(idle, key=lambda lane: self._estimate(lane, shape, head.kind.bucket))
 
     def _next_to_end(self, now: float) -> int | None:
         """The executing lane that another batch may be bound to now."""
-        slots = self.slots
-        lanes = [lane for lane in self.lanes() if slots.has_slot(lane) and not slots.is_too_early(lane, now)]
-        return min(lanes, key=slots.ends.__getitem__, default=None)
+        may = (lane for lane in self.lanes() if self.slots.has_slot(lane) and not self.slots.is_too_early(lane, now))
+        return min(may, key=self.slots.ends.__getitem__, default=None)
 
     def pull(self, lane: int, now: float, contended: bool = False) -> Batch | None:
         """The next batch of a lane that has a free slot, by the rules of `bind`."""
@@ -383,7 +368,7 @@ class Scheduler:
         else:
             size = kind.limit if sizes is None or not kind.anywhere else sizes.pick(min(kind.rows, kind.limit))
             waiting = min(kind.rows, size)
-        shape = self._shape(bucket, waiting)
+        shape = self._grouping.shape(bucket, waiting)
         expected = self._estimate(lane, shape, bucket) if self.slots.timed else 0.0
         end = partial(self._end, lane, busy, shape, bucket, now)
         pace = expected / max(1, self.rules.cores)
@@ -395,8 +380,7 @@ class Scheduler:
         if sizes is not None and not filling.full and not busy:  # rows that would be padding
             for other in self._grouping.fillers(kind, bucket):
                 filling.take(head, other)
-        if filling.late:
-            self.late += filling.late
+        self.late += filling.late
         chunks = filling.chunks
         if not chunks:
             return None
@@ -420,13 +404,9 @@ class Scheduler:
         """When an execution of that shape will have ended: behind what the lane executes, or else on the lane that is
         soonest; -inf if that is not known.
         """
-        ends = []
         lanes: Iterable[int] = (lane,) if busy else self.lanes()
-        for each in lanes:
-            if not (expected := self._estimate(each, shape, bucket)):
-                return -NEVER
-            ends.append(max(now, self.slots.ends[each]) + expected)
-        return min(ends) + (self.slack if len(self.slots.idle) < 2 else 0.0)
+        soonest = self.slots.soonest(lanes, now, lambda each: self._estimate(each, shape, bucket))
+        return soonest + (self.slack if len(self.slots.idle) < 2 else 0.0)
 
     def _reason(self, kind: Kind) -> str:
         """Why a batch that is not full starts."""
@@ -441,7 +421,7 @@ class Scheduler:
         others = any(bound for other, bound in enumerate(self.slots.bound) if other != lane)
         seconds = self.rules.max_delay if others and not self.draining else 0.0
         if seconds is None:
-            service = self._estimate(lane, self._shape(kind.bucket, kind.limit), kind.bucket)
+            service = self._estimate(lane, self._grouping.shape(kind.bucket, kind.limit), kind.bucket)
             seconds = self._delay.learned(service, self.rules.cores, now)
         until = self._delay.until(seconds, now)
         if until is not None:

@@ -3,9 +3,10 @@
 Must not be here: waiting calls (fair_queue.py), which batch is next (scheduler.py), clocks: `now` is an argument.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from aneuron.ownership import Owned
+from aneuron.sched.call import NEVER
 from aneuron.sched.filling import Batch
 
 
@@ -85,6 +86,17 @@ class Slots:
         del bound[batch]
         if not bound and self.slots[lane]:
             self.idle[lane] = None
+
+    def soonest(self, lanes: Iterable[int], now: float, expected: Callable[[int], float]) -> float:
+        """When an execution will have ended on the lane where it ends first, if it takes as `expected` says of each;
+        -inf if one of these is not known (0).
+        """
+        ends = []
+        for lane in lanes:
+            if not (seconds := expected(lane)):
+                return -NEVER
+            ends.append(max(now, self.ends[lane]) + seconds)
+        return min(ends)
 
     def is_too_early(self, lane: int, now: float) -> bool:
         """Whether the next batch of an executing lane is to be bound later."""
