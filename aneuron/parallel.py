@@ -55,9 +55,9 @@ class AsyncDataParallel:
 
     model: an `nn.Module`, `ScriptModule` or `ExportedProgram`, a callable, or the path of a `.pt2`, TorchScript, ONNX
         or OpenVINO file. An exported program says what it takes: batches have its numbers of rows, a `batch_size`
-        that is none of them is a `ValueError` at start, inputs of other shapes or dtypes are a `ShapeError`. Or a mapping
-        from batch sizes to models, `{1: net1, 8: net8}`, or from these and buckets, `{(8, 64): net}`: rows run on the
-        executions that take the least time, as measured. Excludes `batch_size`.
+        that is none of them is a `ValueError` at start, inputs of other shapes or dtypes are a `ShapeError`. Or a
+        mapping from batch sizes to models, `{1: net1, 8: net8}`, or from these and buckets, `{(8, 64): net}`: rows run
+        on the executions that take the least time, as measured. Excludes `batch_size`.
     device_ids: ints or "nc:#", zero-based in what this process sees ("cuda:#" for CUDA devices); None for all of them.
     dim: the batch dimension. Dynamic batching works for 0 only.
     set_dynamic_batching: whether inputs are cut, packed and padded to the compiled rows. When off, a call's inputs are
