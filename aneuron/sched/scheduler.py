@@ -377,7 +377,7 @@ class Scheduler:
             filling.take_group(head, group)
         else:
             filling.take(head, kind)
-        if sizes is not None and not filling.full and not busy:  # rows that would be padding
+        if kind.bucket and sizes is not None and not filling.full and not busy:  # rows that would be padding
             for other in self._grouping.fillers(kind, bucket):
                 filling.take(head, other)
         self.late += filling.late
