@@ -104,7 +104,7 @@ class Calls:
         pieces = cut.count(call.rows)
         if not rules.packing:
             even = call.rows == cut.piece * pieces and (rules.split_size is not None or pieces == rules.cores)
-            if sizes[-1] and not (even and cut.piece in sizes):
+            if program.batch_size and not (even and cut.piece in sizes):
                 compiled = " or ".join(map(str, sizes))
                 raise ShapeError(
                     f"{call.rows} rows / {rules.cores} cores != {compiled} compiled rows: with dynamic batching off "
@@ -112,7 +112,7 @@ class Calls:
                     + (f" (split_size={rules.split_size})" if rules.split_size else "")
                 )
             most = min(call.rows, cut.piece + bool(cut.longer))
-            if not sizes[-1] and not program.takes.holds(most):
+            if not program.batch_size and not program.takes.holds(most):
                 raise ShapeError(
                     f"{call.rows} rows / {rules.cores} cores = {most}: with dynamic batching off that must be what the "
                     f"model was exported for, {program.takes} rows"

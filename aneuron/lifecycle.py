@@ -221,6 +221,7 @@ class Lifecycle:
         load = Load(
             program.by_shape(settings.dim),
             program.warm(settings.dim, settings.example),
+            settings.buckets is not None and settings.buckets.free,
             settings.dim,
             settings.example,
             packing,

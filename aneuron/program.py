@@ -23,7 +23,7 @@ from aneuron.errors import ShapeError
 from aneuron.sched.room import Work
 from aneuron.sched.sizes import ANY, Cover, Range, Steps
 from aneuron.stats import ServiceTimes
-from aneuron.tensors.buckets import Buckets
+from aneuron.tensors.buckets import Buckets, beside
 from aneuron.tensors.signature import Compiled
 
 _MOST = 1000  # signatures that are remembered: a length of its own makes a new one
@@ -232,12 +232,13 @@ class Program:
         return {(self.batch_size if dim == 0 else None, bucket): self._given for bucket in self._lengths}
 
     def warm(self, dim: int, example: Compiled | None) -> list[Shape]:
-        """The shapes to run the example with: all; with free lengths its own, the shortest and the longest."""
+        """The shapes to run the example with: all; with free lengths its own first, the longest and the shortest."""
         shapes = list(self.by_shape(dim))
         buckets = self._buckets
         if buckets is None or not buckets.free or example is None:
             return shapes
-        wanted = (buckets.fit(example.length), self._lengths[0], self._lengths[-1])
+        own, longest = buckets.fit(example.length), self._lengths[-1]
+        wanted = (own, longest if own != longest else beside(own, self._lengths), self._lengths[0])
         return sorted((shape for shape in shapes if shape[1] in wanted), key=lambda shape: wanted.index(shape[1]))
 
     def steps(self, preferred: int) -> dict[int, Steps]:

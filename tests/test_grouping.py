@@ -257,6 +257,33 @@ async def test_a_model_that_takes_padding_for_content_is_found_out(side, masked,
     assert masked or ("output: a row's result changed by" in said[0] and "64 positions instead of 24" in said[0])
 
 
+@pytest.mark.parametrize("length", [None, 100, 255])
+async def test_a_model_that_takes_no_short_inputs_is_served_with_what_it_takes(length):
+    """A convolution needs as many positions as its kernel has: shorter calls get its own error."""
+    net = torch.nn.Conv1d(2, 4, 16, padding="valid").eval()
+    example = None if length is None else torch.rand(2, 2, length)
+    settings = {"buckets": Buckets(dim=2, max=256, unpad=False), "example_inputs": example}
+    async with AsyncDataParallel(net, backend=CpuBackend(cores=2), **settings) as model:
+        with pytest.raises(RuntimeError, match="Kernel size"):
+            await model(torch.rand(1, 2, 5))
+        assert (await model(torch.rand(1, 2, 256))).shape == (1, 4, 241)
+
+
+@pytest.mark.parametrize("length", [17, 100, 256])
+async def test_what_carries_the_length_is_learnt_from_lengths_that_the_model_takes(length):
+    """Without an example it is found out by another length: a longer one, where there is one."""
+
+    def net(x):
+        if x.shape[1] < 16:
+            raise ValueError("too short")
+        return 2 * x, x.sum(1)
+
+    async with AsyncDataParallel(net, backend=CpuBackend(cores=1), buckets=Buckets(max=256)) as model:
+        x = torch.rand(3, length)
+        doubled, _ = await model(x)
+        assert torch.equal(doubled, 2 * x)
+
+
 @pytest.mark.parametrize("given", [torch.ones(1, 0, dtype=torch.int64), torch.ones(1, 201, dtype=torch.int64)])
 async def test_a_length_that_the_model_does_not_take_is_refused(given):
     async with AsyncDataParallel(Encoder().eval(), backend=CpuBackend(cores=1), buckets=Buckets(max=200)) as model:
@@ -281,6 +308,13 @@ async def test_the_number_of_shapes_is_bounded_whatever_lengths_come():
                 )
     assert {length for _, length in shapes} <= set(steps(2000))
     assert {rows for rows, _ in shapes} <= set(Steps(32).sizes)
+
+
+async def test_batching_may_be_switched_off_where_any_length_will_do():
+    async with AsyncDataParallel(torch.neg, backend=CpuBackend(cores=1), buckets=Buckets(max=64)) as model:
+        model.disable_dynamic_batching()
+        x = torch.rand(5, 11)
+        assert torch.equal(await model(x), -x)
 
 
 # Room that is counted by length.

@@ -24,6 +24,7 @@ from aneuron.program import Shape
 from aneuron.sched.scheduler import rounded
 from aneuron.sched.sizes import ANY, Range
 from aneuron.stats import CoreCounters, ServiceTimes
+from aneuron.tensors.buckets import beside
 from aneuron.tensors.outputs import Carried, Output, Unpad, kind
 from aneuron.tensors.signature import Compiled
 from aneuron.tensors.varied import identities
@@ -45,6 +46,7 @@ class Load:
 
     models: Mapping[Shape, Any]
     warm: Sequence[Shape]  # those of them to run the example with
+    free: bool  # whether any length will do: then a model need not take what is shorter than the example
     dim: int
     compiled: Compiled | None  # the example to warm up with
     packing: bool  # whether calls share batches
@@ -151,9 +153,15 @@ class Loaded:
         _, bucket = load.warm[0]
         numbers = identities(compiled.columns(bucket), load.dim) if wanted else []
         for shape in load.warm:
-            with _naming(*shape, len(load.models)):
-                rows = shape[0] or load.takes.clip(compiled.rows)
-                first, value, seconds = warm_up(self._cores[shape], compiled, rows, shape[1], clock, wanted)
+            rows = shape[0] or load.takes.clip(compiled.rows)
+            try:
+                with _naming(*shape, len(load.models)):
+                    first, value, seconds = warm_up(self._cores[shape], compiled, rows, shape[1], clock, wanted)
+            except Exception as error:
+                if not load.free or shape[1] >= bucket or self._backend.classify(error) is not Fault.INPUT:
+                    raise
+                logger.info("the model does not take %d positions: %s: %s", shape[1], type(error).__name__, error)
+            else:
                 self.times.learn((shape[0] or rounded(rows), shape[1]), seconds, clock())
                 values[shape] = value
                 if wanted and shape[1] == bucket:
@@ -199,7 +207,8 @@ class Loaded:
 
     def other(self, size: int | None, bucket: int) -> tuple[Core, int] | None:
         """Another bucket, and the core to execute it."""
-        return next(((core, b) for (s, b), core in self._cores.items() if s in (size, None) and b != bucket), None)
+        found = beside(bucket, [b for s, b in self._cores if s in (size, None)])
+        return None if found is None else (self.core(size, found), found)
 
     def core(self, size: int | None, bucket: int) -> Core:
         """The core loaded with the shape of a batch, or with any number of rows."""

@@ -29,7 +29,8 @@ class Buckets:
     sizes: the lengths that the model was compiled for, in any order; kept sorted. None, for a model that takes any:
         steps of 8 up to 128, from there on eight between a power of two and the next, up to `max`. Batches have 1, 2,
         3, 4, 6, 8, 12, 16 ... rows there, so that the number of shapes is bounded, for each of which kernels and
-        allocators may keep memory; rows that are added repeat a real one. Warmed up are the shortest and the longest.
+        allocators may keep memory; rows that are added repeat a real one. Warmed up are the example's length, the
+        longest, and the shortest, which a model need not take.
     side: where padding is added, as with tokenizers: models that look at the last position want it on the "left".
     max: the longest that the model takes, where `sizes` is None; 512 unless you say another.
     pad: a number, and then the inputs that have a length are those of the example whose size at `dim` is that of the
@@ -105,6 +106,18 @@ def steps(most: int) -> tuple[int, ...]:
         lengths.append(at)
         at += max(STEP, 1 << at.bit_length() - 4)
     return (*lengths, most)
+
+
+def beside(bucket: int, buckets: Collection[int]) -> int | None:
+    """Another one, to see what depends on the length: about twice as long, which a model takes rather than a shorter
+    one, else the next shorter; None if there is no other.
+
+        >>> beside(8, (8, 16, 24)), beside(24, (8, 16, 24)), beside(8, [8])
+        (16, 16, None)
+    """
+    if longer := [each for each in buckets if each > bucket]:
+        return min(longer, key=lambda each: abs(each - 2 * bucket))
+    return max((each for each in buckets if each < bucket), default=None)
 
 
 def _checked_max(most: Any) -> int:
