@@ -5,6 +5,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,13 @@ def test_lengths_that_are_said_are_the_buckets():
     assert Buckets(max=16).sizes == (8, 16)
     with pytest.raises(ValueError, match=r"max=16 with sizes=\(8, 16\): .*leave it out"):
         Buckets(sizes=(8, 16), max=16)
+
+
+@pytest.mark.parametrize("buckets", [Buckets(), Buckets(max=20, side="left")])
+def test_a_copy_of_free_lengths_takes_any_length_too(buckets):
+    assert replace(buckets) == buckets
+    assert replace(buckets, pad=1).free
+    assert eval(repr(buckets)) == buckets
 
 
 # What executions cost.

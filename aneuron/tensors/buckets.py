@@ -64,14 +64,14 @@ class Buckets:
     )
     max: int | None = None
     side: Literal["right", "left"] = "right"
-    free: bool = field(default=False, init=False)  # whether the model takes any length
+    free: bool = field(default=False, init=False, repr=False)  # whether the model takes any length
 
     def __post_init__(self) -> None:
         if not _is_int(self.dim):
             raise ValueError(f"dim={self.dim!r}: expected an int, the dimension where the length stands")
-        object.__setattr__(self, "free", self.sizes is None)
+        object.__setattr__(self, "free", self.sizes is None or isinstance(self.sizes, _Steps))
         longest = _checked_max(512 if self.max is None else self.max)
-        object.__setattr__(self, "sizes", steps(longest) if self.free else _checked_sizes(self.sizes))
+        object.__setattr__(self, "sizes", _Steps(steps(longest)) if self.free else _checked_sizes(self.sizes))
         if not self.free and self.max is not None:
             raise ValueError(
                 f"max={self.max!r} with sizes={self.sizes}: the largest of the sizes is the most; leave it out"
@@ -92,6 +92,13 @@ class Buckets:
                 most, more = f"the longest is max={sizes[-1]}", "if the model takes more, raise Buckets(max=...)"
             raise ShapeError(f"the inputs have length {length} along dim {self.dim}; {most}: shorten them, or {more}")
         return sizes[bisect_left(sizes, length)]
+
+
+class _Steps(tuple[int, ...]):
+    """The lengths of who has named none: shown so, and made anew where `dataclasses.replace` gives them back."""
+
+    def __repr__(self) -> str:
+        return "None"
 
 
 def steps(most: int) -> tuple[int, ...]:
