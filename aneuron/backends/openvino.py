@@ -62,6 +62,10 @@ class OpenVinoBackend(VirtualCores):
     integers in 32 bits, those of 8 and 16 bits without wrapping around: inputs that do not fit 32 bits are a
     `ShapeError`, but what becomes too large within the model is wrong without a word.
 
+    *Telemetry.* Whoever imports `openvino`, and so this backend when a model starts, has it report that to its maker
+    over the network, from a forked process, unless ``opt_in_out --opt_out`` was run once, or the variable `CI` is
+    `true`. Conversions, which OpenVINO reports by itself, are not reported here.
+
     Raises at the start: `ModuleNotFoundError` without OpenVINO; `ValueError` for a module without an example, for a
     file that OpenVINO does not read, with what it is, a damaged one, an unknown operator, and weights that are missing.
     An execution holds no GIL, and the process's other threads go on. Whatever it raises is blamed on the input.
