@@ -706,6 +706,33 @@ async def test_an_exported_program_is_brought_to_each_device_once_and_whole(cuda
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+@pytest.mark.parametrize("as_file", [False, True])
+async def test_an_exported_program_in_half_precision_is_cast_and_brought_there_whole(cuda, program, as_file, tmp_path):
+    model = program
+    if as_file:
+        model = tmp_path / "net.pt2"
+        torch.export.save(program, model)
+    (found,) = await serve(model, (X,), backend=CudaBackend(dtype=torch.float16))
+    torch.testing.assert_close(found, program.module()(X).detach(), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+async def test_what_an_exported_program_makes_of_ids_comes_back_in_its_own_dtype(cuda):
+    ids = torch.tensor([[1, 2], [3, 4]])
+    program = torch.export.export(torch.nn.Embedding(9, 2).half(), (ids,))
+    (found,) = await serve(program, (ids,), backend=CudaBackend(dtype=torch.bfloat16))
+    assert found.dtype is torch.float16
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
+async def test_an_input_of_an_exported_program_may_be_called_as_a_builtin_is(cuda):
+    """As that of a Linear is: `input`."""
+    layer = torch.nn.Linear(4, 2)
+    (found,) = await serve(torch.export.export(layer, (X,)), (X,), backend=CudaBackend())
+    torch.testing.assert_close(found, layer(X).detach())
+
+
+@pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 async def test_an_exported_program_s_batches_have_rows_of_its_range(cuda, program):
     results = await serve(program, (X,), (X.repeat(10, 1),), backend=CudaBackend())
     torch.testing.assert_close(results[1], net()(X.repeat(10, 1)).detach())

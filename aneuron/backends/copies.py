@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from aneuron.backends.exported import is_program
 from aneuron.backends.unwarned import unwarned
 
 # What need not be looked into for modules.
@@ -52,7 +53,8 @@ def own(model: Any, dtype: torch.dtype | None = None) -> Any:
 
 def own_dtype(model: Any) -> torch.dtype:
     """The floating dtype of a model: that of its first such parameter, else torch's default."""
-    parameters = (parameter for module in _modules(model) for parameter in module.parameters(recurse=False))
+    modules = [model] if is_program(model) else _modules(model)
+    parameters = (parameter for module in modules for parameter in module.parameters())
     return next((each.dtype for each in parameters if each.is_floating_point()), torch.get_default_dtype())
 
 

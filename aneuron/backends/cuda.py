@@ -23,8 +23,9 @@ import torch
 from aneuron.backends import Done, Fault
 from aneuron.backends.copies import own_dtype
 from aneuron.backends.cpu import inputs_taken, open_model
-from aneuron.backends.exported import Inputs, check_movable, explained, module_on
+from aneuron.backends.exported import Inputs, check_movable, explained, load_program, module_on
 from aneuron.backends.exported import is_program as is_exported
+from aneuron.backends.files import is_program
 from aneuron.backends.precision import Precision, arguments_of, cast, precision_of
 from aneuron.backends.timer import INFINITY, NOTABLE, Timer
 from aneuron.backends.torchscript import load_script
@@ -407,6 +408,8 @@ _copies: "weakref.WeakValueDictionary[tuple[object, ...], _Copy]" = weakref.Weak
 
 def _copy_to(device: torch.device, model: Any, dtype: torch.dtype | None) -> _Copy:
     """A model on a device: the copy that is there already, if it was made of what the model now is."""
+    if dtype is not None and isinstance(model, (str, os.PathLike)) and is_program(model):
+        model = load_program(model)  # to be cast before it is brought there: as a module it cannot be copied whole
     if not isinstance(model, torch.nn.Module) and not is_exported(model):
         opened = open_model(model, device)
         if dtype is None or opened is model:  # a callable, which has its weights itself

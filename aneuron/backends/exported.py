@@ -117,10 +117,19 @@ def module_on(program: Any, device: torch.device | str = "cpu") -> torch.nn.Modu
                 raise ValueError(
                     f"PyTorch {torch.__version__} cannot bring an exported program to {device}; install 2.7 or newer"
                 ) from None
-            tensors = [*program.state_dict.values(), *program.constants.values()]
-            program = copy.deepcopy(program, {id(each): each for each in tensors})  # the pass writes into the program
-            program = move_to_device_pass(program, str(device))
+            program = move_to_device_pass(_copied(program), str(device))  # the pass writes into the program
         return program.module()  # type: ignore[no-any-return]
+
+
+def _copied(program: Any) -> Any:
+    """A copy of an `ExportedProgram` around the same tensors."""
+    tensors = [*program.state_dict.values(), *program.constants.values()]
+    made = copy.deepcopy(program, {id(each): each for each in tensors})
+    for part, twin in zip(program.graph_module.modules(), made.graph_module.modules(), strict=True):
+        if isinstance(part, torch.fx.GraphModule):
+            for node, other in zip(part.graph.nodes, twin.graph.nodes, strict=True):
+                other.name = node.name  # what is called as a builtin is, `input` for one, has got another name
+    return made
 
 
 def check_movable(module: torch.nn.Module, device: torch.device) -> None:
