@@ -58,15 +58,30 @@ def _compiled_in_place(net):
 
 
 def ran_elsewhere(request):
-    """Whether a test of torch.compile was run in a process of its own.
+    """Whether a test of torch.compile was run in another process, one for all of them.
 
     Dynamo fails where another test has given torch's place for others' devices a name (tests/doubles), and that stays.
     """
     if "compile" not in request.node.name or torch._C._get_privateuse1_backend_name() == "privateuseone":
         return False
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", request.node.nodeid]
-    subprocess.run(command, check=True, cwd=request.config.rootpath)
+    assert request.node.nodeid.partition("@")[0] in COMPILING
+    run_elsewhere(request.config.rootpath)
     return True
+
+
+COMPILING = (
+    "tests/test_own_modules.py::test_what_cannot_be_copied_runs_one_execution_at_a_time[compile()]",
+    "tests/test_own_modules.py::test_copies_share_the_parameters_and_answer_the_same[compiled]",
+    "tests/test_precision.py::test_weights_are_cast_once_for_all_cores_and_the_one_given_stays[compiled]",
+)
+together = pytest.mark.xdist_group("compiling")  # where that process is remembered
+
+
+@functools.cache
+def run_elsewhere(folder):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *COMPILING]
+    done = subprocess.run(command, check=True, cwd=folder, stdout=subprocess.PIPE, text=True)
+    assert f"{len(COMPILING)} passed" in done.stdout
 
 
 def _with_default(net):
@@ -130,7 +145,9 @@ def test_what_forward_keeps_on_itself_is_the_cores_own(make, backend):
         ),
         (lambda: _function(_function(Tapped().eval())), "list holds .*<lambda>, which reaches the Tapped"),
         (lambda: Pipeline(_function(Tapped().eval())), "Pipeline holds .*<lambda>, which reaches the Tapped"),
-        (lambda: _compiled_in_place(Tapped().eval()), r"Tapped.compile\(\) is lost in a copy"),
+        pytest.param(
+            lambda: _compiled_in_place(Tapped().eval()), r"Tapped.compile\(\) is lost in a copy", marks=together
+        ),
         (lambda: _with_default(Tapped().eval()), "reaches a module by a global name or a default"),
     ],
     ids=["lock", "hook", "function in a function", "function in an object", "compile()", "default"],
@@ -206,8 +223,11 @@ MODULES = {
 }
 
 
+NAMES = [pytest.param(name, marks=together) if name == "compiled" else name for name in MODULES]
+
+
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, of copying an exported program's module
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_copies_share_the_parameters_and_answer_the_same(name, request):
     if ran_elsewhere(request):
         return

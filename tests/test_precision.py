@@ -10,7 +10,7 @@ import warnings
 import pytest
 import torch
 from fake_cuda import FakeCuda
-from test_own_modules import MODULES, ran_elsewhere
+from test_own_modules import MODULES, NAMES, ran_elsewhere
 from torch import nn
 
 import aneuron
@@ -170,7 +170,7 @@ def test_what_a_cpu_computes_natively(monkeypatch, has, bfloat16, float16):
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch's own, of copying an exported program's module
-@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_are_cast_once_for_all_cores_and_the_one_given_stays(name, request):
     if ran_elsewhere(request):
         return
