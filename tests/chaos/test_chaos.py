@@ -16,7 +16,7 @@ pytestmark = pytest.mark.core
 
 SEED = int(os.environ.get("CHAOS_SEED", "0"))
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "0"))
-FEWEST = 100 if os.environ.get("ANEURON_PURE") else 1000  # of each half; the compiled core comes before, with all
+FEWEST = 100 if os.environ.get("ANEURON_PURE") else 600  # of each half; the compiled core comes before, with all
 
 
 @pytest.fixture(autouse=True)
