@@ -4,8 +4,10 @@ same. On virtual time, and with real threads and descriptors."""
 import asyncio
 import contextlib
 import contextvars
+import gc
 import os
 import threading
+import weakref
 
 import pytest
 import torch
@@ -243,6 +245,81 @@ async def test_done_that_is_never_called_is_a_hang_and_its_core_is_closed_and_lo
         assert all(core.batches for core in model.statistics().cores)
     assert all(core.closed for core in backend.made)
     check_sum(model)
+
+
+@scenario
+async def test_what_is_done_before_it_is_missed_is_no_hang_though_the_loop_is_late():
+    """Loops may have timers before what threads have called for; uvloop does."""
+    backend, model = served(exec_timeout=1.0)
+    async with model:
+        asyncio.get_running_loop().call_later(1.0, lambda: backend[0].handed[0].end())
+        assert torch.equal(await model(row(1)), -row(1))
+        assert model.statistics().cores[0].state == "ready"
+        assert len(backend.made) == 1
+    assert check_sum(model).completed == 1
+
+
+@scenario
+async def test_what_nobody_waits_for_is_given_up_though_it_hangs_behind_another_models():
+    backend = Backend(concurrent=True)
+    pool = Pool(backend=backend, num_workers=2)
+    slow = AsyncDataParallel(torch.neg, pool=pool, batch_size=4)
+    hung = AsyncDataParallel(torch.neg, pool=pool, batch_size=4, exec_timeout=1.0)
+    async with slow, hung:
+        first = call(slow, 1, 4)
+        await settle()
+        left = call(hung, 2, 4)
+        await settle()
+        assert [len(core.handed) for core in backend.made] == [1, 1]
+        left.cancel()
+        await asyncio.sleep(2.0)
+        backend.made[0].handed.pop().end()
+        await first
+        await asyncio.sleep(2.0)
+        assert pool.statistics().in_flight == (0,)
+        backend.made[1].handed.clear()
+
+
+@scenario
+async def test_what_was_done_is_answered_and_the_rest_runs_elsewhere_where_a_core_is_lost():
+    backend, model = served(2, True, num_workers=4)
+    async with model:
+        calls = [call(model, value, 4) for value in range(4)]
+        await settle()
+        first, second = backend[0].handed
+        first.end()
+        run = model._life.run
+        run.lose(run.loaded[0], OSError("nobody knows what it has completed"))
+        second.core.handed.clear()
+        second.end()  # too late
+        await finish(backend, *calls)
+        assert [each.result()[0, 0].item() for each in calls] == [0, -1, -2, -3]
+    assert check_sum(model).completed == 4
+
+
+def test_what_a_core_ends_after_it_was_given_up_and_its_loop_has_ended_is_kept_by_nobody():
+    """Found by chaos, on real threads, under load."""
+    inputs, handed = [], []
+
+    @scenario
+    async def life():
+        backend, model = served(exec_timeout=1.0)
+        async with model:
+            x = row(1)
+            inputs.append(weakref.ref(x))
+            lost = asyncio.ensure_future(model(x))
+            del x
+            await settle()
+            handed.extend(backend[0].handed)
+            with pytest.raises(CoreFailed):
+                await lost
+        return model
+
+    model = life()
+    handed.pop().end()
+    gc.collect()
+    assert inputs[0]() is None
+    assert check_sum(model).failed == 1
 
 
 @scenario
@@ -710,6 +787,35 @@ async def test_what_a_model_that_was_aborted_has_hung_on_a_core_is_given_up_for_
         assert torch.equal(await waiting, -torch.ones(1, 2))
         with pytest.raises(aneuron.AneuronError):
             await lost
+
+
+async def test_what_is_given_up_while_the_loop_is_to_do_it_for_want_of_threads_is_not_executed_any_more():
+    """Found by chaos, on real threads under load: all models were closed by an internal error."""
+    made = []
+
+    def make(model):
+        made.append(Held(model))
+        return made[-1]
+
+    model = AsyncDataParallel(torch.neg, backend=OneKind(make), device_ids=[0], batch_size=4)
+    executed = []
+    async with model:
+        lost = asyncio.ensure_future(model(torch.ones(1, 2)))
+        while not made[0].handed:
+            await asyncio.sleep(0)
+        run, dispatcher = model._life.run, model._life.run.dispatcher
+        lane, (_, (execution,)) = dispatcher.lanes[0], run.running()[0]
+        lane.workers.stop()  # as where another model hangs in them
+        args, done = made[0].handed.pop()
+        made[0].execute = executed.append
+        done(args[0].neg(), None)  # what has rows is to be found out by executing it again
+        asyncio.get_running_loop().call_soon(run.recovery.hung, [execution], CoreFailed("a hang", 0))
+        asyncio.get_running_loop().call_soon(dispatcher._threads_ended, lane)  # and comes back by now
+        with pytest.raises(CoreFailed):
+            await lost
+        await settle()
+        assert run.serving
+    assert not executed
 
 
 @pytest.mark.parametrize("rows", [1, 3])

@@ -852,9 +852,9 @@ async def test_what_has_ended_meanwhile_does_not_hang_and_what_is_behind_it_stay
     async with model:
         calls = [call(model, n) for n in (1, 2)]
         await until(lambda: len(backend.held) == 2)
-        ((lane, executions),) = model._life.run.running()
+        ((_, executions),) = model._life.run.running()
         await backend.end(executions[0].chunks[0][0].leaves[0][0, 0].item())
-        model._life.run.recovery.lost(lane, executions, CoreFailed("a hang", 0))
+        model._life.run.recovery.hung(executions, CoreFailed("a hang", 0))
         backend.end_all()
         assert [y[0, 0].item() for y in await asyncio.gather(*calls)] == [-1, -2]
         assert model.statistics().cores[0].errors == 0
@@ -883,7 +883,7 @@ async def test_rows_that_were_handed_out_before_their_execution_was_given_up_cou
         for _ in range(2):  # blocking: the loop does not learn of it
             assert there.acquire(timeout=60.0)
         last = next(each for each in running if each[1][0].finished)
-        model._life.run.recovery.lost(*last, CoreFailed("a hang", last[0].core_id))
+        model._life.run.recovery.hung(last[1], CoreFailed("a hang", last[0].core_id))
         go.set()
         assert torch.equal(await asyncio.wait_for(task, 60.0), -row(1, rows=8))
         check_sum(model)

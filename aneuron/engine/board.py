@@ -63,10 +63,11 @@ class Board:
         bound.in_flight.append(execution)
 
     def end(self, lane: int, execution: Execution, now: float) -> bool:
-        """A thread has come back with an execution; False if that had been given up."""
+        """Somebody has come back with an execution; False if that had been given up."""
         bound = self.lanes[lane]
-        if execution in bound.given_up:
-            bound.given_up.remove(execution)
+        if execution.abandoned:
+            if execution in bound.given_up:  # else its lane has been forgotten since
+                bound.given_up.remove(execution)
             return False
         if bound.in_flight[0] is execution:
             bound.since = now
@@ -159,10 +160,12 @@ class Board:
         bound = self.lanes[lane]
         if execution not in bound.in_flight:
             return False
+        if execution.submission is None:
+            bound.given_up.append(execution)
+        elif not execution.submission.drop():  # the loop is about to hear of it
+            return False
         execution.abandoned = True
         bound.in_flight.remove(execution)
-        if not execution.submitted:  # else nobody comes back with it
-            bound.given_up.append(execution)
         self.slots.release(lane, now, execution.batch)
         self._charge(bound, execution, now)
         return True

@@ -14,9 +14,9 @@ cdef class Execution:
     cdef public Batch batch
     cdef public Loaded loaded
     cdef public Common common
-    cdef public object chunks, size, prepared, output, lane, watch, error, fault, finished
+    cdef public object chunks, size, prepared, output, lane, watch, error, fault, finished, submission
     cdef public long rows, copied
-    cdef public bint begun, over, failed, abandoned, may_be_stolen, submitted
+    cdef public bint begun, over, failed, abandoned, may_be_stolen
     cdef public double started, ended, posted, since, preparing
     cdef object _cut, _inputs, _template
     @cython.locals(begin=double)
@@ -29,7 +29,7 @@ cdef class Execution:
     @cython.locals(size=long, dim=long)
     cpdef _collate(self)
     cpdef _run(self, args, kwargs, clock)
-    cpdef submit(self, clock, done)
+    cpdef submit(self, submission)
     cpdef bint take_result(self, output, error, clock) except -1
     cpdef _end(self, clock)
     @cython.locals(common=Common, call=Call)

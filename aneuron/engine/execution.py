@@ -8,11 +8,11 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from aneuron.backends import Backend, Core, Done, Fault
+from aneuron.backends import Backend, Core, Fault
 from aneuron.engine.evidence import Evidence, Trials, snapshot
 from aneuron.engine.loading import Loaded
 from aneuron.engine.modes import OwnContext, execute_in_own, put_back
@@ -31,6 +31,16 @@ logger = logging.getLogger("aneuron")
 INPUT = Fault.INPUT  # looked up for each execution
 NOTABLE = 5e-5  # seconds: no less than it takes to copy half a megabyte
 LARGE = 1 << 18  # bytes of a batch from which on its copies are not made on the loop: they would take some 50 us
+
+
+class Submission(Protocol):
+    """An execution in a device's hands (onloop.py). The device ends it or somebody gives it up, whoever is first."""
+
+    def done(self, output: Any, error: BaseException | None) -> None:
+        """What the device says; without effect once it was given up."""
+
+    def drop(self) -> bool:
+        """Give it up; False if it is done."""
 
 
 class Common:
@@ -74,7 +84,7 @@ class Execution:
         set_with_lock=("abandoned", "lane", "loaded", "may_be_stolen"),
         free=(
             "chunks", "rows", "prepared", "output", "begun", "over", "failed", "watch", "started", "ended", "posted",
-            "since", "preparing", "copied", "error", "fault", "finished", "submitted", "size", "_cut", "_inputs",
+            "since", "preparing", "copied", "error", "fault", "finished", "submission", "size", "_cut", "_inputs",
             "_template",
         ),
         via="batch.scheduler",
@@ -83,7 +93,7 @@ class Execution:
     __slots__ = (
         "_cut", "_inputs", "_template", "abandoned", "batch", "begun", "chunks", "common", "copied", "ended", "error",
         "failed", "fault", "finished", "lane", "loaded", "may_be_stolen", "output", "over", "posted", "prepared",
-        "preparing", "rows", "since", "size", "started", "submitted", "watch",
+        "preparing", "rows", "since", "size", "started", "submission", "watch",
     )  # fmt: skip
 
     def __init__(self, batch: Batch, loaded: Loaded, common: Common) -> None:
@@ -98,7 +108,7 @@ class Execution:
         self.abandoned = False  # given up as hung: whatever comes of it is too late
         self.lane: Any = None  # whose thread has it in hand; nothing of it is known here
         self.may_be_stolen = False  # by another lane: it waits behind another execution
-        self.submitted = False  # in the device's hands: no thread waits for it
+        self.submission: Submission | None = None  # while it is in the device's hands: no thread waits for it
         self.watch: Callable[[Execution], AbstractContextManager[Any]] | None = None  # around it, if calls are observed
         self.started = self.ended = self.posted = 0.0
         self.since = 0.0  # when the core began with what it runs now: this, or what its output has to be compared with
@@ -190,16 +200,16 @@ class Execution:
         if not self._is_plain():
             self._understand(clock)
 
-    def submit(self, clock: Callable[[], float], done: Done) -> None:
-        """Hand it to the core, in place of `execute`; `take_result` is to follow when `done` has been called."""
+    def submit(self, submission: Submission) -> None:
+        """Hand it to the core, in place of `execute`; `take_result` is to follow when that has said that it is done."""
         assert self.prepared is not None
         args, kwargs = self.prepared
-        self.prepared, self.submitted = None, True
-        self.core.submit(args, kwargs, done)  # type: ignore[attr-defined]
+        self.prepared, self.submission = None, submission
+        self.core.submit(args, kwargs, submission.done)  # type: ignore[attr-defined]
 
     def take_result(self, output: Any, error: BaseException | None, clock: Callable[[], float]) -> bool:
         """What a submission has ended with; False if nobody knows yet what that means: `understand` is to follow."""
-        self.submitted = False
+        self.submission = None
         if error is not None:
             self._fail(error)
         else:

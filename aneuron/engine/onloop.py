@@ -38,7 +38,9 @@ class Host(Protocol):
 
 
 class Submission:
-    """An execution that a core was handed. Who calls `done` first sets what is free, then the loop takes it."""
+    """An execution that a core was handed. It is done, or given up, whichever comes first: the other has no effect. Who
+    calls `done` first sets what is free, then the loop takes it.
+    """
 
     owned = Owned(free=("output", "error"))
 
@@ -58,7 +60,7 @@ class Submission:
             self._host.completed(self)
 
     def drop(self) -> bool:
-        """Heed no `done` from now on; whether there has been none."""
+        """Heed no `done` from now on, nor keep what that brings; whether there has been none."""
         return self._first.acquire(blocking=False)
 
 
@@ -83,8 +85,6 @@ class OnLoop:
         execution = submission.execution
         output, submission.output = submission.output, None
         error, submission.error = submission.error, None
-        if execution.abandoned:  # given up: it comes too late
-            return
         with self._aside:
             understood = execution.take_result(output, error, self._clock)
         del output, error
@@ -140,7 +140,7 @@ class OnLoop:
             elif execution.loaded.submits and not (execution.watch is not None and is_observed(execution.chunks)):
                 submission = Submission(self, execution, self._host)
                 try:
-                    execution.submit(clock, submission.done)
+                    execution.submit(submission)
                 except BaseException as error:
                     if not submission.drop():  # it has said that it is done, and is
                         return False
@@ -161,7 +161,8 @@ class OnLoop:
 
         def run() -> None:
             try:
-                work()
+                if not execution.abandoned:  # it may have waited for its turn: the core may be closed by now
+                    work()
             except BaseException as error:
                 host.failed(error)
                 return

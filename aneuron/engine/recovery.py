@@ -41,6 +41,9 @@ class Host(Protocol):
     def running(self) -> list[tuple[Loaded, list[Execution]]]:
         """What executes, oldest first, by core; also on those that are out of service."""
 
+    def has_work(self) -> bool:
+        """Whether anything is to be executed yet, or is in flight, though it be behind another model's."""
+
     def since(self, loaded: Loaded) -> float:
         """When the oldest execution in flight on a core's lane came to be the oldest."""
 
@@ -296,7 +299,7 @@ class Recovery:
     def _look(self) -> None:
         timeout, now = self._exec_timeout or 0.0, self._host.clock()
         self._watch = None
-        due = [now + timeout] if self._host.futures.calls else []
+        due = []
         for loaded, executions in self._host.running():
             oldest = executions[0]
             since = max(oldest.started, oldest.since, self._host.since(loaded))  # it may have had to wait for others
@@ -304,18 +307,30 @@ class Recovery:
                 due.append(since + timeout)
             else:
                 why = f"core {loaded.core_id} has not answered within exec_timeout={timeout:g} s"
-                self.lost(loaded, executions, CoreFailed(why, loaded.core_id))
+                self.hung(executions, CoreFailed(why, loaded.core_id))
+        if self._host.has_work():
+            due.append(now + timeout)
         if due:
             self._watch = self._host.call_later(max(min(due) - now, 0.001), self._look)
 
-    def lost(self, loaded: Loaded, executions: Sequence[Execution], error: BaseException) -> None:
-        """A thread of a core does not answer any more: give up what it executes, the first of these, and the core with
-        it. What the core was given besides has failed nothing: it runs elsewhere as it would have run here.
-        """
+    def hung(self, executions: Sequence[Execution], error: BaseException) -> None:
+        """The first of what a core executes has taken too long: it is lost, with the rest, unless it has just ended."""
         first, *rest = executions
-        if not self._host.give_up(first):
+        if self._host.give_up(first):
+            self._give_up([first, *filter(self._host.give_up, rest)], error)
+
+    def lost(self, executions: Sequence[Execution], error: BaseException) -> None:
+        """A core, or its threads, will not answer any more: what it executes is lost, but for what has just ended."""
+        self._give_up(list(filter(self._host.give_up, executions)), error)
+
+    def _give_up(self, given_up: Sequence[Execution], error: BaseException) -> None:
+        """Give up what a core executes, for the sake of the first of these, and the core with it. What the core was
+        given besides has failed nothing: it runs elsewhere as it would have run here.
+        """
+        if not given_up:
             return
-        given_up = [first, *(each for each in rest if self._host.give_up(each))]
+        first = given_up[0]
+        loaded = first.loaded
         loaded.counters.errors += 1
         if not self._stopped:
             self.take_out(loaded, error)

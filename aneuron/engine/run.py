@@ -294,6 +294,11 @@ class Run:
                 found.setdefault(each.loaded, []).append(each)
         return list(found.items())
 
+    def has_work(self) -> bool:
+        """Whether anything is to be executed yet, or is in flight, though it be behind another model's."""
+        with self._board.lock:
+            return bool(self.futures.calls) or any(self._board.in_flight(self.scheduler))
+
     def since(self, loaded: Loaded) -> float:
         """When the oldest execution in flight on a core's lane came to be the oldest."""
         with self._board.lock:
@@ -304,7 +309,7 @@ class Run:
         loaded = execution.loaded
         with self._board.lock:
             given_up = self._board.give_up(loaded.index, execution, self.clock())
-        if given_up and execution.submitted:
+        if given_up and execution.submission is not None:
             self.close_what_is_out()
             self.dispatcher.dispatch_soon()  # its slot may be another model's
         elif given_up:
@@ -318,7 +323,7 @@ class Run:
         """A core does not say any more what it has completed: what it executes runs elsewhere."""
         for other, executions in self.running():
             if other is loaded:
-                self.recovery.lost(loaded, executions, error)
+                self.recovery.lost(executions, error)
         self.recovery.take_out(loaded, error)
 
     def threads_died(self, lane: int, error: BaseException) -> None:
@@ -326,8 +331,7 @@ class Run:
         loaded = self.loaded[lane]
         with self._board.lock:
             lost = [each for each in self._board.lanes[lane].in_flight if each.batch.scheduler is self.scheduler]
-        if lost:
-            self.recovery.lost(lost[0].loaded, lost, error)
+        self.recovery.lost(lost, error)
         if self.admission.phase is not Phase.STOPPED:  # it may have been the one to take what comes
             self.recovery.take_out(loaded, error)
 
