@@ -815,6 +815,7 @@ async def test_what_is_given_up_while_the_loop_is_to_do_it_for_want_of_threads_i
             await lost
         await settle()
         assert run.serving
+        assert (execution.prepared, execution.output) == (None, None)
     assert not executed
 
 

@@ -31,6 +31,7 @@ cdef class Execution:
     cpdef _run(self, args, kwargs, clock)
     cpdef submit(self, submission)
     cpdef bint take_result(self, output, error, clock) except -1
+    cpdef let_go(self, clock)
     cpdef _end(self, clock)
     @cython.locals(common=Common, call=Call)
     cpdef bint _is_plain(self) except -1

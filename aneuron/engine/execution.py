@@ -230,6 +230,11 @@ class Execution:
             self._fail(error)
         self._end(clock)
 
+    def let_go(self, clock: Callable[[], float]) -> None:
+        """It was given up before its next step: keep nothing of it, whoever keeps this."""
+        self.prepared = self.output = None
+        self._end(clock)
+
     def _end(self, clock: Callable[[], float]) -> None:
         self.ended = self.ended or clock()
         self._inputs, self._template = (), None

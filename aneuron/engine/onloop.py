@@ -161,7 +161,9 @@ class OnLoop:
 
         def run() -> None:
             try:
-                if not execution.abandoned:  # it may have waited for its turn: the core may be closed by now
+                if execution.abandoned:  # while it waited for its turn: the core may be closed by now
+                    execution.let_go(self._clock)
+                else:
                     work()
             except BaseException as error:
                 host.failed(error)
