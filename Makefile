@@ -39,13 +39,15 @@ demo: $(VENV)/.demo
 	@echo '  See what it costs      make bench'
 	@echo '  Use this environment   . $(VENV)/bin/activate'
 
-# All tests on the compiled core, then those of the core as Python; all as Python where nothing could be compiled.
+# All tests on the compiled core, then those of the core as Python; all as Python where nothing could be compiled. Only the
+# files that have these are read then: to import the others takes each process ten seconds.
 # Two processes share the CPUs: what waits for another thread of an operation leaves its CPU to the other process.
 test: export OMP_WAIT_POLICY := passive
 test: $(VENV)/.test $(VENV)/.tools compiled
 	$(RUN) -m pytest --numprocesses 2 --dist loadgroup
 	@if $(RUN) -c 'from aneuron import _native; raise SystemExit(bool(_native.why_pure))'; then set -x; \
-		ANEURON_PURE=1 $(RUN) -m pytest --numprocesses 2 --dist loadgroup -m 'core or pure'; fi
+		ANEURON_PURE=1 $(RUN) -m pytest --numprocesses 2 --dist loadgroup -m 'core or pure' \
+			$$(grep -rlE --include='test_*.py' 'mark\.(core|pure)\b' tests | sort); fi
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check $(SOURCES)
