@@ -8,8 +8,12 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# TorchScript's end is said to users when they make a file; the other, of torch 2.13, is about its own code.
-_OURS = r"`torch\.jit\.(load|save|trace|trace_method)` is |`isinstance\(treespec, LeafSpec\)` is deprecated"
+# TorchScript's end, and that of quantized tensors, are said to users when they make them; the others, of torch 2.13,
+# are about its own code.
+_OURS = (
+    r"`torch\.jit\.(load|save|trace|trace_method)` is |`isinstance\(treespec, LeafSpec\)` is deprecated"
+    r"|TypedStorage is deprecated|torch\.quantize_per_tensor, torch\.quantize_per_channel and other"
+)
 
 _thread = threading.local()
 

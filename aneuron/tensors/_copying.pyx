@@ -10,12 +10,14 @@ and later): neither torch nor NumPy is compiled against, and one build serves al
 memory behind a header of its own; torch frees it, in whatever thread, with the tensor's storage.
 """
 
+from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.object cimport PyObject
 from cpython.pycapsule cimport PyCapsule_GetPointer
 from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t, uintptr_t
 from libc.stdlib cimport malloc
-from libc.string cimport memcpy, memmove
+from libc.string cimport memcpy, memmove, memset
 
 import torch
 
@@ -365,6 +367,76 @@ def place(whole, int64_t at, leaf, int64_t start, int64_t stop):
     memmove(target.data + at * target.row, source.data + start * source.row, rows * source.row)
     return True
 
+
+# A lone tensor on its way to another process, as remote/packing.py lays it out: little-endian numbers of eight bytes, the
+# first of them the template, the last ones the shape; between them what it is, by the number of its dtype.
+cdef enum:
+    HEAD = 24  # bytes before the shape
+cdef DLDataType[256] kinds  # by that number; of no bits for those that DLPack takes for others
+
+
+def number(like, int code):
+    """Call the dtype of a tensor so in packed ones; whether that can be done."""
+    cdef Plain plain
+    if not look(like, &plain) or as_tensor(allocate(&plain, 1)).dtype is not like.dtype:
+        return False
+    kinds[code] = plain.like.dtype
+    return True
+
+
+def packed(leaf, uint64_t template, int code, int64_t limit):
+    """A plain tensor of the dtype of this number as bytes; None for others, and for those of more bytes than the limit."""
+    cdef Plain whole
+    cdef int ndim
+    if not look(leaf, &whole) or whole.like.shape[0] * whole.row > limit:
+        return None
+    ndim = whole.like.ndim
+    if ndim > 255:
+        return None
+    cdef int64_t size = whole.like.shape[0] * whole.row
+    cdef bytes made = PyBytes_FromStringAndSize(NULL, HEAD + 8 * ndim + size)
+    cdef char *to = PyBytes_AS_STRING(made)
+    memset(to, 0, HEAD)
+    (<uint64_t *>to)[0] = template
+    (<uint32_t *>to)[2] = 1
+    to[16] = <char>code
+    to[17] = <char>ndim
+    memcpy(to + HEAD, whole.like.shape, 8 * ndim)
+    memcpy(to + HEAD + 8 * ndim, whole.data, size)
+    return made
+
+
+def unpacked(body):
+    """The tensor of such bytes, in memory of its own; None for what this module does not make."""
+    cdef Py_buffer view
+    cdef Plain plain
+    cdef DLManagedTensorVersioned *made = NULL
+    cdef int ndim, axis
+    PyObject_GetBuffer(body, &view, PyBUF_SIMPLE)
+    cdef char *at = <char *>view.buf
+    try:
+        if view.len <= HEAD:
+            return None
+        ndim = <unsigned char>at[17]
+        plain.like.dtype = kinds[<unsigned char>at[16]]
+        if not plain.like.dtype.bits or not 0 < ndim <= (view.len - HEAD) // 8:
+            return None
+        plain.like.device.device_type, plain.like.device.device_id = HOST, 0
+        plain.like.ndim, plain.like.shape = ndim, <int64_t *>(at + HEAD)
+        plain.row = plain.like.dtype.bits >> 3
+        for axis in range(1, ndim):
+            if not 0 < plain.like.shape[axis] <= view.len:
+                return None
+            plain.row *= plain.like.shape[axis]
+            if plain.row > view.len:
+                return None
+        if not 0 < plain.like.shape[0] <= view.len or plain.like.shape[0] * plain.row > view.len - HEAD - 8 * ndim:
+            return None
+        made = allocate(&plain, plain.like.shape[0])
+        memcpy(made.dl_tensor.data, at + HEAD + 8 * ndim, plain.like.shape[0] * plain.row)
+        return as_tensor(made)
+    finally:
+        PyBuffer_Release(&view)
 
 
 def fits(leaf, int64_t size):
