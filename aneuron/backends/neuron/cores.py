@@ -230,6 +230,11 @@ def note_start() -> None:
             _started = os.getpid(), settings()
 
 
+def has_started() -> bool:
+    """Whether the runtime is started in this process, and holds its cores until that ends."""
+    return _started is not None
+
+
 def check_environment() -> None:
     """Warn of variables that have been changed since the runtime read them."""
     if _started is None:
