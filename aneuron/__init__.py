@@ -32,6 +32,7 @@ from aneuron.sched.room import Work
 from aneuron.stats import (
     CallStatistics,
     CoreStatistics,
+    EngineStatistics,
     Histogram,
     PoolStatistics,
     ShareStatistics,
@@ -55,6 +56,7 @@ __all__ = [
     "CudaBackend",
     "DeadlineExceeded",
     "DeviceError",
+    "EngineStatistics",
     "Fault",
     "Histogram",
     "InputModified",

@@ -4,12 +4,14 @@ Lives here: what each call goes through, from its inputs to its result, on the l
 Must not be here: arguments and their meaning (parallel.py), starting and closing (lifecycle.py), the lanes (engine/).
 """
 
+import asyncio
 import sys
 import warnings
 from collections.abc import Hashable
 from threading import get_ident
 from typing import Any
 
+from aneuron.engine.run import Run
 from aneuron.errors import ShapeError
 from aneuron.lifecycle import Lifecycle
 from aneuron.observing import Observer, Trace
@@ -45,32 +47,51 @@ class Calls:
         if self.observer is not None and (trace is None or trace.observer is None):
             return await self._observed(self.observer, inputs, kwargs, terms, timeout, trace or Trace())
         life = self._life
-        example = self._example
-        call = measure(inputs, kwargs, self._dim, self._buckets, self._lengths, self._known)
-        if example is not None and call.signature is not self._checked and life.program.compiled:
-            example.check(call, inputs, kwargs)
-            self._checked = call.signature
+        call = self.measured(inputs, kwargs)
         run = life.run
         if run is None or run.thread != get_ident() or not run.loop.is_running():
             if timeout is None:
                 run = await life.started()
             else:
                 run, timeout = await life.started_within(timeout)
-        if life.program.inputs is not None:
-            life.program.check(call.signature, inputs, kwargs)
-        rules = run.scheduler.rules
-        if rules.batch_size is None or rules.split_size is not None or not rules.packing:
-            call.cut = self._cut(call, rules)
-        if call.structure and call.rows > 1 and not self._warned_of_list:
-            self._look_for_list(call, rules, inputs, kwargs)
-        call.terms, call.trace = terms, trace
-        future = run.admission.admit(call, timeout)
+        future = self.admit(run, call, inputs, kwargs, terms, timeout, trace)
         try:
             return await future
         finally:
             if not call.settled:
                 run.futures.withdraw(call)
             del future  # an exception's traceback holds this frame
+
+    def measured(self, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """A call as data, if its inputs fit."""
+        example = self._example
+        call = measure(inputs, kwargs, self._dim, self._buckets, self._lengths, self._known)
+        if example is not None and call.signature is not self._checked and self._life.program.compiled:
+            example.check(call, inputs, kwargs)
+            self._checked = call.signature
+        return call
+
+    def admit(
+        self,
+        run: Run,
+        call: Call,
+        inputs: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        terms: Terms | None,
+        timeout: Limit | None,
+        trace: Trace | None,
+    ) -> "asyncio.Future[Any]":
+        """Admit a call; its future. Who stops waiting for that before the call is settled must withdraw it."""
+        program = self._life.program
+        if program.inputs is not None:
+            program.check(call.signature, inputs, kwargs)
+        rules = run.scheduler.rules
+        if rules.batch_size is None or rules.split_size is not None or not rules.packing:
+            call.cut = self._cut(call, rules)
+        if call.structure and call.rows > 1 and not self._warned_of_list:
+            self._look_for_list(call, rules, inputs, kwargs)
+        call.terms, call.trace = terms, trace
+        return run.admission.admit(call, timeout)
 
     async def _observed(
         self,

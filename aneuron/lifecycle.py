@@ -8,6 +8,7 @@ import asyncio
 import logging
 import os
 import time
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aneuron._native import why_pure_once
@@ -22,7 +23,7 @@ from aneuron.program import Program, Settings
 from aneuron.sched.call import Limit, Rest
 from aneuron.sched.scheduler import Rules
 from aneuron.sched.sizes import ANY
-from aneuron.stats import Counters
+from aneuron.stats import Counters, Statistics
 from aneuron.tensors.outputs import Unpad
 
 logger = logging.getLogger("aneuron")
@@ -61,7 +62,7 @@ class Lifecycle:
         self._starting: _Start | None = None
         self._closings = 0  # how often it has been closed
         self._swapping = False
-        pool.models.add(self)
+        self.key = pool.add(self)
 
     @property
     def state(self) -> str:
@@ -77,6 +78,11 @@ class Lifecycle:
         if run is None or not run.serving or run.loop.is_closed():
             return False
         return run.recovery.in_service >= (self.settings.min_cores or 1)
+
+    def statistics(self) -> Statistics:
+        """The frozen snapshot of now, from any thread."""
+        run = self.run
+        return self.counters.snapshot(0, 0) if run is None else run.statistics(list(self.retired))
 
     def change(self, **settings: Any) -> None:
         """Serve with other settings from now on, by their names; checked. First they are set, then it is looked who
@@ -275,8 +281,10 @@ class Lifecycle:
 
     # Swapping.
 
-    async def swap(self, model: Any) -> None:
-        """Serve with another model; see `AsyncDataParallel.swap`."""
+    async def swap(self, model: Any, go: Callable[[], Awaitable[None]] | None = None) -> None:
+        """Serve with another model; see `AsyncDataParallel.swap`. When it is loaded, `go` is waited for before it
+        serves; what that raises leaves the old one.
+        """
         if self._swapping:
             raise RuntimeError("another swap is in progress; await it first")
         began = time.monotonic()
@@ -288,6 +296,12 @@ class Lifecycle:
                 return
             old = await self.started()
             new = await self._load_beside(old, program)
+            if go is not None:
+                try:
+                    await go()
+                except BaseException:
+                    new.abort()
+                    raise
         finally:
             self._swapping = False
         if self.run is not old or not old.serving:

@@ -21,6 +21,7 @@ from aneuron.observing import Observer
 from aneuron.options import Options, View
 from aneuron.pool import Pool, pool_of
 from aneuron.program import Program, Settings
+from aneuron.remote.model import RemoteLifecycle
 from aneuron.sched.room import Work
 from aneuron.stats import Statistics, Timing
 from aneuron.tensors.buckets import Buckets
@@ -153,7 +154,10 @@ class AsyncDataParallel:
         self._pool = pool_of(pool, device_ids, backend, num_workers)
         program = Program(model, count("batch_size", batch_size), dim, buckets, self._pool.loads_scripts)
         self._settings = Settings.of(program, self._given)
-        self._life = Lifecycle(program, self._settings, self._pool)
+        if self._pool.processes is None:
+            self._life = Lifecycle(program, self._settings, self._pool)
+        else:
+            self._life = RemoteLifecycle(program, self._settings, self._pool, self._given)
         self._calls = Calls(self._life, self._settings)
         self._call, self._outstanding = self._calls.call, self._calls.outstanding
         if dim != 0 and set_dynamic_batching and self._asked_for_batching:
@@ -298,8 +302,7 @@ class AsyncDataParallel:
 
     def statistics(self) -> Statistics:
         """A frozen snapshot of the counters, cheap enough to be read 100 times a second. They outlive a restart."""
-        run = self._life.run
-        return self._life.counters.snapshot(0, 0) if run is None else run.statistics(list(self._life.retired))
+        return self._life.statistics()
 
     def observe(self, observer: Observer | None) -> None:
         """Tell an observer of the calls made from now on, and of the executions that have their rows; None: nobody.

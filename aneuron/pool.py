@@ -5,13 +5,15 @@ loaded (program.py), who runs when (sched/), threads (engine/).
 """
 
 import asyncio
+import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any, Protocol, Self
 from weakref import WeakSet
 
-from aneuron.arguments import count
+from aneuron.arguments import count, seconds
 from aneuron.backends import (
     Backend,
     automatic,
@@ -23,6 +25,10 @@ from aneuron.backends import (
 from aneuron.backends.traits import Traits, traits_of
 from aneuron.engine.dispatcher import FORKED, Dispatcher, in_a_thread
 from aneuron.errors import Closed
+from aneuron.remote.engines import Engines
+from aneuron.remote.shared import Shared
+from aneuron.remote.supervision import Plan, Supervision
+from aneuron.remote.supervisor import Supervisor
 from aneuron.stats import PoolStatistics
 
 CLOSED = "the pool was closed, and this model with it; start() opens both again"
@@ -71,6 +77,17 @@ class Pool:
     not started; models that are pickled together stay together.
 
     device_ids, backend, num_workers: as for `AsyncDataParallel`. With "auto" the first model that starts decides.
+    processes: so many engines, processes of their own among which the cores are divided; None: the cores are this
+        process's. A call goes to the engine that should end it first, the rows of a large one to several. An engine
+        that dies is started again while the others serve, and what it had not answered runs once more; rows that two
+        engines have died of are a `CoreFailed`. A model may then be an import string besides, "module:attribute": it is
+        looked up in each engine, and called there if it is a class, or a function without arguments. Else it is a path,
+        or what pickle takes; weights in memory exist once for all engines. Not on Windows.
+    share: with `processes`: a name. All processes of this user that say it use the same engines, which start with the
+        first of them. Their arguments must be the same, and their models, in the order in which they are made for the
+        pool: else a `ValueError` at start says what differs. What one of them changes at run time, or swaps, holds for
+        all.
+    linger: seconds that shared engines stay after the last process has left.
 
     Raises, from a model's start or call: `RuntimeError` on another loop than the pool's while it is used there, or in a
     process that was forked meanwhile; `Closed` while the pool is being closed, and after that for all its models until
@@ -91,16 +108,32 @@ class Pool:
         device_ids: Iterable[int | str] | None = None,
         backend: str | Backend = "auto",
         num_workers: int | None = None,
+        *,
+        processes: int | None = None,
+        share: str | None = None,
+        linger: float = 5.0,
     ) -> None:
         if isinstance(device_ids, Iterable) and not isinstance(device_ids, (str, bytes)):
             device_ids = list(device_ids)
         self._settings = device_ids, backend
+        self.processes = count("processes", processes)
+        if share is not None and (processes is None or not isinstance(share, str) or not share):
+            raise ValueError(
+                f"share={share!r:.80}: expected the name of engines that several processes use, with processes= as "
+                "many as there are to be"
+            )
+        if self.processes is not None and sys.platform == "win32":
+            raise NotImplementedError(
+                f"processes={processes}: engines are reached by Unix sockets with file descriptors, which Windows lacks"
+            )
+        self._share, self._linger = share, seconds("linger", linger)
         self._ids = parse_device_ids(device_ids)
         self.chosen = choose_backend(backend)  # None: by each start
         if self.chosen is not None:
             check_ids(self.chosen, self._ids)
         self._num_workers = count("num_workers", num_workers)
-        self._dispatcher: Dispatcher | None = None
+        self._made = 0  # models, for it
+        self._dispatcher: Dispatcher | Engines | None = None
         self._opening: tuple[asyncio.AbstractEventLoop, asyncio.Lock] | None = None  # one start at a time, of a loop
         self._held = False  # by an `async with`
         self._closing = 0  # how many do so
@@ -108,7 +141,19 @@ class Pool:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickled or copied it is its configuration, not started."""
-        return type(self), (*self._settings, self._num_workers)
+        said: dict[str, Any] = {"processes": self.processes, "share": self._share, "linger": self._linger}
+        return partial(type(self), **said), (*self._settings, self._num_workers)
+
+    def add(self, model: OnPool) -> int:
+        """A model was made for it; the how many-th. Of the package."""
+        self.models.add(model)
+        self._made += 1
+        return self._made - 1
+
+    @property
+    def dispatcher(self) -> "Dispatcher | Engines | None":
+        """What has the cores, while it is started. Of the package."""
+        return self._dispatcher
 
     @property
     def backend(self) -> Backend | None:
@@ -152,7 +197,7 @@ class Pool:
     # Opening and closing.
 
     @asynccontextmanager
-    async def lanes(self, given: Iterable[Any]) -> AsyncIterator[Dispatcher]:
+    async def lanes(self, given: Iterable[Any]) -> AsyncIterator[Any]:
         """The lanes, for a model that is to be loaded on them meanwhile; started if need be. Of the package."""
         dispatcher = await self._open(given)
         dispatcher.coming += 1
@@ -162,7 +207,7 @@ class Pool:
             dispatcher.coming -= 1
             dispatcher.stop_if_unused()
 
-    async def _open(self, given: Iterable[Any]) -> Dispatcher:
+    async def _open(self, given: Iterable[Any]) -> "Dispatcher | Engines":
         self.check_loop()
         loop = asyncio.get_running_loop()
         if self._opening is None or self._opening[0] is not loop:
@@ -175,9 +220,33 @@ class Pool:
             if dispatcher is None or dispatcher.stopped:
                 make = getattr(self.chosen, "workers", None)
                 backend, traits, ids = await in_a_thread(lambda: self._look_for_cores(list(given)), make)
-                dispatcher = self._dispatcher = Dispatcher(backend, traits, ids, self._num_workers, self._held)
+                if self.processes is None:
+                    dispatcher = Dispatcher(backend, traits, ids, self._num_workers, self._held)
+                else:
+                    dispatcher = await self._engines(backend, traits, ids)
+                self._dispatcher = dispatcher
                 self._resize()  # whoever has changed it meanwhile has seen none
             return dispatcher
+
+    async def _engines(self, backend: Backend, traits: Traits, ids: list[int]) -> "Engines":
+        assert self.processes is not None
+        make, processes = traits.workers, self.processes
+        plan = await in_a_thread(lambda: Plan.of(backend, ids, processes, self._num_workers), make)
+        engines = Engines(self._supervision(plan), backend, traits, self._held)
+        try:
+            await engines.open()
+        except BaseException:
+            engines.stop()
+            await engines.gone()
+            raise
+        return engines
+
+    def _supervision(self, plan: Plan) -> Supervision:
+        """What starts the engines."""
+        make = getattr(self.chosen, "engines", None)  # of `aneuron.testing`: in this process
+        if make is not None:
+            return make(plan)  # type: ignore[no-any-return]
+        return Supervisor(plan) if self._share is None else Shared(self._share, plan, self._linger)
 
     def _look_for_cores(self, given: list[Any]) -> tuple[Backend, Traits, list[int]]:
         backend = self.chosen or automatic(given)
@@ -222,6 +291,7 @@ class Pool:
             self._let_go()
         if self._dispatcher is not None and self._dispatcher.stopped:
             self._dispatcher.join()
+            await self._dispatcher.gone()
 
     def _let_go(self) -> None:
         self._held = False

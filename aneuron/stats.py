@@ -6,9 +6,10 @@ Lives here: numbers. Must not be here: who counts when (engine/run.py, on the lo
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from operator import add
 from types import MappingProxyType
+from typing import Any
 
 from aneuron.ownership import Owned
 
@@ -71,6 +72,9 @@ class CoreStatistics:
     services: Mapping[tuple[int, int], float]
     errors: int
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reduced(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
@@ -78,6 +82,9 @@ class Statistics:
 
     It can be taken on any thread: `calls` and each core's numbers add up there as on the model's loop. Different fields
     may then be of moments that lie a batch apart, and so may a histogram's sum and its counts.
+
+    Of a pool in processes, `calls` and `total_seconds` are this process's; the rest is the engines', for all their
+    clients, as they have said last: at most a twentieth of a second before.
 
     `closed_because` counts batches by the reason that they were not made larger: "full"; "core_idle", an idle core
     took what there was; "signature", what waited besides could not share the batch, or would have cost more in it for
@@ -95,6 +102,19 @@ class Statistics:
     device_seconds: Histogram
     total_seconds: Histogram
     loop_lag_seconds: Histogram
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reduced(self)
+
+
+def _reduced(snapshot: Any) -> tuple[Any, ...]:
+    """How pickle takes a snapshot: it does not take the read-only mappings in it."""
+    values = [getattr(snapshot, field.name) for field in fields(snapshot)]
+    return _made, (type(snapshot), [dict(each) if isinstance(each, MappingProxyType) else each for each in values])
+
+
+def _made(kind: Any, values: list[Any]) -> Any:
+    return kind(*[MappingProxyType(each) if isinstance(each, dict) else each for each in values])
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,15 +149,36 @@ class ShareStatistics:
 
 
 @dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """One engine of a pool in processes: its number, process, state and cores, and how often it was started anew.
+
+    `state`: "starting", "ready", "draining" (it has lost cores, and ends what it has), "restarting", or "failed" (it
+    cannot be started; that is tried again, seldom). `rows` are this process's that it has not answered, `other_rows`
+    those of other processes, `waiting_rows` those of both that wait there, as it has said last.
+    """
+
+    index: int
+    pid: int | None
+    state: str
+    cores: tuple[int, ...]
+    restarts: int
+    rows: int
+    other_rows: int
+    waiting_rows: int
+
+
+@dataclass(frozen=True, slots=True)
 class PoolStatistics:
     """A snapshot of a pool: the ids of its cores, how many batches may be in flight on each and how many are, and the
-    models that are loaded, in order of coming.
+    models that are loaded, in order of coming. `engines` are those of a pool in processes, which say all this every
+    twentieth of a second while they do anything; else there are none.
     """
 
     cores: tuple[int, ...]
     slots: tuple[int, ...]
     in_flight: tuple[int, ...]
     models: tuple[ShareStatistics, ...]
+    engines: tuple[EngineStatistics, ...] = ()
 
 
 class Tally:
@@ -314,6 +355,11 @@ class CoreCounters:
         """Count one execution of `rows` rows of callers."""
         batches, all_rows, all_padded, busy = self._executed
         self._executed = batches + 1, all_rows + rows, all_padded + padded, busy + seconds
+
+    def work(self) -> tuple[int, float]:
+        """Callers' rows that were executed, and the seconds that it took."""
+        _, rows, _, seconds = self._executed
+        return rows, seconds
 
     def snapshot(self, in_flight: int) -> CoreStatistics:
         """The frozen state of now; how many batches are in flight is the scheduler's to say."""

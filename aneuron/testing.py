@@ -25,6 +25,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import Future
 from functools import partial
 from typing import Any, ParamSpec, TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -33,6 +34,8 @@ from aneuron.backends.traits import traits_of
 from aneuron.engine.execution import Execution
 from aneuron.engine.failures import carried
 from aneuron.engine.threads import Feed, following
+from aneuron.remote.supervision import Plan
+from aneuron.remote.virtual import VirtualEngines
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -214,6 +217,13 @@ class PuppetWorkers:
             self._go_on()
 
 
+_backends: "WeakValueDictionary[int, PuppetBackend]" = WeakValueDictionary()
+
+
+def _same(key: int) -> "PuppetBackend":
+    return _backends[key]
+
+
 class PuppetBackend:
     """Finds puppet cores: `backend[i]` is the one with id i, once it is loaded; of several models that loaded last.
 
@@ -222,6 +232,20 @@ class PuppetBackend:
     anything else is an input fault. With `load_error`, loading the core with that id raises it. `concurrent` ones say
     that they can be given several batches at once: full batches are then bound to them, and wait, while one executes.
     With `probes` they execute further rows to see which outputs have rows (`check_rows` of the model).
+
+    A `Pool(backend=PuppetBackend(...), processes=n)` has engines that are no processes: they run on the same loop, in
+    its time, and `backend.supervision.spawned[i].kill()` ends one as if it were a process.
+
+        >>> from aneuron import AsyncDataParallel, Pool
+        >>> async def main():
+        ...     backend = PuppetBackend(cores=2, service_time=1.0)
+        ...     async with AsyncDataParallel(torch.neg, pool=Pool(backend=backend, processes=2)) as model:
+        ...         calls = [asyncio.ensure_future(model(torch.ones(1, 1))) for _ in range(2)]
+        ...         await asyncio.sleep(0.5)
+        ...         backend.supervision.spawned[0].kill()
+        ...         return await asyncio.gather(*calls)
+        >>> run(main())
+        [tensor([[-1.]]), tensor([[-1.]])]
     """
 
     name = "puppet"
@@ -244,6 +268,17 @@ class PuppetBackend:
         self._load_error = load_error
         self._concurrent = concurrent
         self.loaded: dict[int, PuppetCore] = {}
+        self.supervision: VirtualEngines | None = None  # of the pool in processes that was started last
+
+    def engines(self, plan: Plan) -> VirtualEngines:
+        """What a pool with `processes` uses in place of processes."""
+        self.supervision = VirtualEngines(plan, self)
+        return self.supervision
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """In this process it is itself: a model that is given to an engine there is on its cores."""
+        _backends[id(self)] = self
+        return _same, (id(self),)
 
     def __getitem__(self, core_id: int) -> PuppetCore:
         return self.loaded[core_id]

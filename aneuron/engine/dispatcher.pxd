@@ -7,11 +7,11 @@ from aneuron.sched.shares cimport Decision
 
 cdef class Dispatcher:
     cdef object __weakref__
-    cdef public object loop, thread, backend, traits, core_ids, context, num_workers, clock
+    cdef public object changed, answer, loop, thread, backend, traits, core_ids, context, num_workers, clock
     cdef public Board board
     cdef public list runs, lanes
     cdef public long slots, coming
-    cdef public bint forked, stopped, held, _scheduled, _posted, _completing
+    cdef public bint forked, stopped, held, handing, _scheduled, _posted, _completing
     cdef public object _timer, _done, _completed, _own_context
     cpdef call_came(self)
     cpdef dispatch_soon(self)

@@ -99,7 +99,7 @@ class Dispatcher:
     """The lanes of a pool, from its start to its close."""
 
     owned = Owned(
-        loop=("runs", "num_workers", "held", "coming", "_scheduled", "_timer"),
+        loop=("runs", "num_workers", "held", "coming", "changed", "answer", "handing", "_scheduled", "_timer"),
         set_by_loop=("slots", "stopped", "forked", "thread"),
         free=("_posted", "_completing"),  # see `_deliver`
     )
@@ -119,6 +119,9 @@ class Dispatcher:
         self.held = held  # the threads stay, also without a model
         self.coming = 0  # models that are about to be loaded
         self.forked = self.stopped = False
+        self.changed: Callable[[], None] | None = None  # is told when cores come into service, or go
+        self.answer: Callable[[], None] | None = None  # sends on what `handing` out has ended of calls from elsewhere
+        self.handing = False
         self._scheduled = False  # a dispatch is
         self._timer: asyncio.TimerHandle | None = None  # a dispatch that is due later
         self._done: deque[Execution] = deque()  # filled by the workers
@@ -189,6 +192,8 @@ class Dispatcher:
         with self.board.lock:
             self.board.slots.resize(slots, leads)
         self.dispatch_soon()
+        if self.changed is not None:
+            self.changed()
 
     def _driver(self, loaded: "Sequence[Loaded]") -> Callable[[Lane], Driver] | None:
         """What makes the loop serve a lane with these programs, where their cores need no threads."""
@@ -229,6 +234,17 @@ class Dispatcher:
         """See that it is dispatched, unless that is going to be, or a lane that ends looks for it."""
         if not self._scheduled and self.board.shares.wants_calls():
             self.dispatch_soon()
+
+    def hold(self) -> bool:
+        """Dispatch at `let_go`, for who knows all calls of this iteration; False if it is to be dispatched anyway."""
+        if self._scheduled:
+            return False
+        self._scheduled = True
+        return True
+
+    def let_go(self) -> None:
+        """Dispatch what has come since `hold`, and do not wait for the end of the iteration."""
+        self.dispatch()
 
     def dispatch(self) -> None:
         """Queue what has come, and wake the lanes that can begin with it."""
@@ -347,6 +363,7 @@ class Dispatcher:
         if not self._done:
             return
         now = self.clock()
+        self.handing = True
         try:
             runs: list[Served] = []
             while self._done:
@@ -358,8 +375,12 @@ class Dispatcher:
                 run.settling.settle(execution, now)
             for run in runs:
                 run.settling.relax()
+            if self.answer is not None:
+                self.answer()
         except BaseException as error:
             self.crash(error)
+        finally:
+            self.handing = False
 
     # The loop.
 
@@ -416,6 +437,9 @@ class Dispatcher:
             idle = [lane for lane, bound in zip(self.lanes, self.board.lanes, strict=True) if not bound.in_flight]
         for lane in idle:
             lane.workers.join(1.0)
+
+    async def gone(self) -> None:
+        """Nothing else is waited for."""
 
     def statistics(self) -> PoolStatistics:
         """The frozen snapshot of now, from any thread."""

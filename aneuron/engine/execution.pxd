@@ -6,7 +6,7 @@ from aneuron.sched.filling cimport Batch
 
 
 cdef class Common:
-    cdef public object backend, unpad, evidence, sizes, guard, post, context, trials
+    cdef public object backend, begins, unpad, evidence, sizes, guard, post, context, trials
     cdef public long dim, least
 
 

@@ -44,9 +44,11 @@ class Submission(Protocol):
 
 
 class Common:
-    """What all executions of a run of a model have in common. Written to by nobody."""
+    """What all executions of a run of a model have in common. Written to before it serves, by nobody later."""
 
-    __slots__ = ("backend", "context", "dim", "evidence", "guard", "least", "post", "sizes", "trials", "unpad")
+    __slots__ = (
+        "backend", "begins", "context", "dim", "evidence", "guard", "least", "post", "sizes", "trials", "unpad",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -70,6 +72,7 @@ class Common:
         self.context = context  # to execute in, where it is not that of the threads
         self.least = takes.least  # rows, where it is not compiled for so many: fewer are padded
         self.trials = takes.trials()
+        self.begins: Callable[[Sequence[Chunk]], None] | None = None  # is told of chunks that begin to execute
 
 
 class Execution:
@@ -174,6 +177,8 @@ class Execution:
                     break
         self.started = clock()
         self.begun = self.prepared is not None
+        if self.begun and self.common.begins is not None:
+            self.common.begins(self.chunks)
         return self.begun
 
     def execute(self, clock: Callable[[], float]) -> None:

@@ -39,7 +39,9 @@ class Futures:
 
     def accept(self, call: Call, now: float) -> "asyncio.Future[Any]":
         """Accept a call; its future. Who stops waiting for that before the call is settled must `withdraw` it."""
-        call.future = future = self._loop.create_future()
+        future: asyncio.Future[Any] | None = call.future
+        if future is None:  # a call of another process has what answers that
+            call.future = future = self._loop.create_future()
         call.admitted = now
         self.calls.add(call)
         self._counters.accepted += 1

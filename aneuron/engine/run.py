@@ -269,6 +269,14 @@ class Run:
             made.watch = self._watch
         return made
 
+    def tell_begun(self, begins: Callable[[Sequence[Chunk]], None]) -> None:
+        """Have somebody told of all chunks that begin to execute, in the threads that execute them."""
+        self._common.begins = begins
+
+    def marked(self, output: Any, call: Call) -> Any:
+        """A call's result, with marks around what in it is no tensor of its rows."""
+        return self._common.evidence.marked(output, call.structure, call.rows, packing=True).value
+
     def _watch(self, execution: Execution) -> AbstractContextManager[Any]:  # worker thread
         rows, core = execution.rows, execution.loaded.core_id
         return observed(execution.chunks, core, rows, (execution.size or rows) - rows, execution.batch.reason)

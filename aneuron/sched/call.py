@@ -97,8 +97,9 @@ class Call:
     """
 
     __slots__ = (
-        "admitted", "bound", "bucket", "cut", "deadline", "future", "leaves", "limit", "pads", "parts", "rows",
-        "sequence", "settled", "signature", "since", "structure", "template", "terms", "timer", "trace", "version",
+        "admitted", "bound", "bucket", "cut", "deadline", "future", "leaves", "limit", "origin", "pads", "parts",
+        "rows", "sequence", "settled", "signature", "since", "structure", "template", "terms", "timer", "trace",
+        "version",
     )  # fmt: skip
 
     def __init__(
@@ -135,6 +136,7 @@ class Call:
         self.timer: Any = None  # that ends a call with a deadline
         self.limit: Any = None  # whose deadline that is
         self.trace: Any = None  # where it is noted how the call was run, if anybody asks
+        self.origin: Any = None  # whose call it is, where it has come from another process, and what is sent to another
 
 
 Chunk = tuple[

@@ -19,7 +19,9 @@ class Shared(Generic[T]):
     value: anything; tensors and NumPy arrays in it are host ones, of any shape. It is neither cut, packed nor padded,
     and not copied: every piece of the call sees it. Calls share a batch only if theirs are the same objects, or equal
     and small (4 KiB of tensors, together). It may stand anywhere among the inputs, also in `example_inputs`, which
-    then fix its shapes and dtypes; a call has rows from some other input. Do not change it while a call waits.
+    then fix its shapes and dtypes; a call has rows from some other input. Do not change it while a call waits. Engines
+    (`Pool(processes=...)`) keep one that is passed again, until torch counts a write to a tensor in it: writes through
+    `.data`, or through NumPy to what the tensor lies over, they do not see.
 
     Raises `ShapeError` if another mark is in it.
 

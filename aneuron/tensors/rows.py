@@ -102,6 +102,21 @@ def gather(chunks: Sequence[Chunk]) -> tuple[Sequence[Chunk], list[Sequence[Any]
     return [chunk for _, _, chunk in there], [leaves for _, leaves, _ in there], there[0][0] if there else None
 
 
+def sliced(call: Call, start: int, stop: int, dim: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with some of its rows only; views of what was passed, uncopied."""
+    leaves, template = call.leaves, call.template
+    if stop - start == call.rows:
+        return ((leaves[0],), {}) if template is None else template
+    some = [leaf if type(leaf) is Shared else _some(leaf, start, stop, dim) for leaf in leaves]
+    return ((some[0],), {}) if template is None else fill(template, iter(some))
+
+
+def _some(leaf: Any, start: int, stop: int, dim: int) -> Any:
+    if type(leaf) is Rows:
+        return Rows(leaf[start:stop])
+    return leaf[(slice(None),) * (dim % leaf.ndim) + (slice(start, stop),)]
+
+
 def version_of(leaves: Sequence[Any]) -> int:
     """How often the tensors have been written to in place, all together, as far as torch counts it."""
     return sum([_version(leaf) for leaf in leaves])

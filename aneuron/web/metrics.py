@@ -17,7 +17,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector as _Collector
 
-from aneuron import AsyncDataParallel, Statistics
+from aneuron import AsyncDataParallel, EngineStatistics, Statistics
 from aneuron.web.checks import check_models
 
 _COMMON = ("model", "pid")  # labels of every sample
@@ -112,6 +112,13 @@ _OF_POOLS: Sequence[tuple[Any, str, str, Callable[[AsyncDataParallel, Statistics
     ),
 )
 
+# Of the engines of a pool in processes.
+_OF_ENGINES: Sequence[tuple[Any, str, str, Callable[[EngineStatistics], float]]] = (
+    (GaugeMetricFamily, "aneuron_engine_ready", "1 where an engine serves.", lambda e: float(e.state == "ready")),
+    (CounterMetricFamily, "aneuron_engine_restarts", "How often an engine was started anew.", lambda e: e.restarts),
+    (GaugeMetricFamily, "aneuron_engine_rows", "Rows that an engine has of this process.", lambda e: e.rows),
+)
+
 
 class Collector(_Collector):
     """The statistics of models, for a registry of prometheus-client; one collector for all models of a registry.
@@ -123,6 +130,9 @@ class Collector(_Collector):
     Models that share a pool have `aneuron_pool_*` besides, with the label `pool`: the names of its models that are
     given here, in order, as "encoder+reranker". Who has which part of its cores: `sum by (pool, model)
     (rate(aneuron_pool_busy_seconds_total[1m]))`, to be compared with `aneuron_pool_weight`.
+
+    Those of a pool in processes have `aneuron_engine_*`, with the label `engine`. What cores and batches count is the
+    engines', the same from each process that shares them: take it from one, not the sum.
 
     Calls pay nothing for it: a scrape reads one snapshot of each model, from whichever thread. Models need not be
     started.
@@ -167,6 +177,17 @@ class Collector(_Collector):
             for (name, _), statistics in snapshots.items():
                 if name in pools:
                     family.add_metric((name, pid, pools[name]), number(self._models[name], statistics))
+            yield family
+        yield from self._engines(pid)
+
+    def _engines(self, pid: str) -> Iterator[Metric]:
+        """Of models whose pool has its cores in processes."""
+        found = {name: engines for name, model in self._models.items() if (engines := model.pool.statistics().engines)}
+        for kind, title, says, number in _OF_ENGINES if found else ():
+            family = kind(title, says, labels=(*_COMMON, "engine"))
+            for name, engines in found.items():
+                for engine in engines:
+                    family.add_metric((name, pid, str(engine.index)), number(engine))
             yield family
 
     def _pools(self) -> dict[str, str]:
