@@ -16,7 +16,7 @@ import torch
 from aneuron.arguments import count, seconds, weight
 from aneuron.backends import Backend, check_models
 from aneuron.backends.exported import Inputs, Size, is_module
-from aneuron.backends.files import COMPILED, graph_in, is_program
+from aneuron.backends.files import COMPILED, graph_in, is_package, is_program
 from aneuron.backends.traits import Traits
 from aneuron.engine.evidence import check_declared
 from aneuron.errors import ShapeError
@@ -209,6 +209,13 @@ class Program:
         if taken.least == taken.most:
             rows = taken.least
         self.batch_size, self.takes = self._said or rows, taken
+        path = isinstance(self._given, (str, os.PathLike))
+        if self.batch_size is None and inputs is None and path and is_package(self._given):
+            raise ValueError(
+                f"model={self._given!r} is an AOTInductor package, which does not say how many rows it takes: say "
+                "batch_size=, the rows that every execution is padded to, or example_inputs= with so many, or name the "
+                "package for several sizes, {2: path, 8: path}"
+            )
         self.inputs = replace(inputs, of=None) if inputs is not None and self._buckets is None else None
         return [] if inputs is None else [inputs.of]
 

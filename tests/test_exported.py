@@ -466,12 +466,12 @@ async def test_an_archive_of_programs_by_other_names_says_which(tmp_path):
 # AOTInductor.
 
 
-async def test_a_compiled_package_is_refused_with_the_reason_as_a_file_and_loaded(tmp_path):
+async def test_a_compiled_package_is_refused_here_with_the_reason_as_a_file_and_loaded(tmp_path):
     path = tmp_path / "model.pt2"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("p/archive_format", "pt2")
         archive.writestr("p/data/aotinductor/model/x.so", b"\x7fELF")
-    words = r"is an AOTInductor package.*holds the interpreter.*end the process.*Pass the exported program"
+    words = r"is an AOTInductor package.*holds the interpreter.*end the process.*pass the exported program"
     with pytest.raises(ValueError, match=words):
         await one_core(path).start()
     package = pytest.importorskip("torch.export.pt2_archive._package")

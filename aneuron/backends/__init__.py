@@ -376,10 +376,11 @@ def automatic(models: Iterable[Any]) -> Backend:
     cuda if there is a device, else cpu. Claims none of them; may block.
 
     An OpenVINO file runs on openvino, an ONNX file on onnx, or on openvino if only that is installed.
-    A plain callable runs on cpu: it may do anything. A module that was traced for NeuronCores runs nowhere else, and
-    one that was not is not quietly run elsewhere where there are NeuronCores: their backend says what to do.
+    A plain callable runs on cpu: it may do anything. So does an AOTInductor package. A module that was traced for
+    NeuronCores runs nowhere else, and one that was not is not quietly run elsewhere where there are NeuronCores: their
+    backend says what to do.
     """
-    from aneuron.backends.files import graph_in
+    from aneuron.backends.files import graph_in, is_package
     from aneuron.backends.neuron import NeuronBackend
     from aneuron.backends.neuron.placement import is_neuron
 
@@ -395,6 +396,8 @@ def automatic(models: Iterable[Any]) -> Backend:
             )
         return _named("neuron")
     if not all(isinstance(model, (torch.nn.Module, str, os.PathLike)) or is_program(model) for model in given):
+        return _named("cpu")
+    if any(isinstance(model, (str, os.PathLike)) and is_package(model) for model in given):
         return _named("cpu")
     if found.cores:
         return _named("neuron")

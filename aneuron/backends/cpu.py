@@ -12,22 +12,23 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from aneuron.backends import Fault, cpus
+from aneuron.backends.aoti import Package, package_at
 from aneuron.backends.copies import own, own_dtype
 from aneuron.backends.exported import Inputs, explained, inputs_of, is_module, load_program, module_on
 from aneuron.backends.exported import is_program as is_exported
-from aneuron.backends.files import check_script, is_program
+from aneuron.backends.files import check_script, is_package, is_program
 from aneuron.backends.precision import Precision, arguments_of, is_native, precision_of
 from aneuron.backends.torchscript import load_script
 
 T = TypeVar("T")
 
 _lock = threading.Lock()  # around the process's number of threads, and the files that are loaded
-_loaded: "weakref.WeakValueDictionary[tuple[object, ...], torch.nn.Module]" = weakref.WeakValueDictionary()
+_loaded: "weakref.WeakValueDictionary[tuple[object, ...], Any]" = weakref.WeakValueDictionary()
 
 
 def open_model(model: Any, device: torch.device | str = "cpu") -> Any:
     """What to call: the model itself, what an exported program computes, or what the file at this path holds, once for
-    all cores: TorchScript or an exported program.
+    all cores: TorchScript, an exported program or, in an engine, an AOTInductor package.
     """
     if is_exported(model):
         return module_on(model, device)
@@ -43,16 +44,22 @@ def open_model(model: Any, device: torch.device | str = "cpu") -> Any:
         return module
 
 
-def _read(path: str, device: torch.device | str) -> torch.nn.Module:
+def _read(path: str, device: torch.device | str) -> Any:
     if is_program(path):
         return module_on(load_program(path), device)
+    if is_package(path) and torch.device(device).type == "cpu":
+        return package_at(path)
     check_script(path)
     return load_script(path, map_location=device).eval()
 
 
 def inputs_taken(model: Any) -> Inputs | None:
-    """What an exported program takes, which is loaded for that if it is a file; None for all else."""
+    """What an exported program takes, which is loaded for that if it is a file, also one in a package of what was
+    compiled of it; None for all else.
+    """
     path = isinstance(model, (str, os.PathLike))
+    if path and is_package(model):
+        return open_model(model).inputs  # type: ignore[no-any-return]
     if is_exported(model) or is_module(model) or (path and is_program(model)):
         return inputs_of(open_model(model))
     return None
@@ -80,6 +87,11 @@ class CpuBackend:
 
     An exported program is read once for all cores, in evaluation or training mode as it was exported, with buffers and
     constants for each. No two are read at once in a process: `torch.export.load` cannot.
+
+    An AOTInductor package runs in the engines of a `Pool(processes=)` only, one in a process, loaded once for all its
+    cores, with its checks of inputs on. A run holds the interpreter: give each core an engine. How many rows it takes
+    `batch_size` says, or `example_inputs`; one that was compiled for several may stand for each size that calls are to
+    be padded to, as `{2: path, 8: path}`.
 
     `dtype`: compute in `torch.bfloat16`, `float16`, `float32` or `float64`, whatever the model is in. Floating inputs,
     parameters and buffers are cast; integers and complex numbers stay. There is one cast copy of the parameters for all
@@ -145,7 +157,13 @@ class CpuBackend:
 
     def load(self, model: Any, core_id: int, batch_size: int | None) -> "CpuCore":
         """A copy of what is to be loaded, a file once for all cores."""
-        return CpuCore(open_model(model), self.threads(), self.computes_in)
+        opened = open_model(model)
+        if self.computes_in is not None and isinstance(opened, Package):
+            raise ValueError(
+                f"model={model!r} is an AOTInductor package, which computes in what it was compiled for: leave dtype= "
+                "out, and compile the program in that dtype"
+            )
+        return CpuCore(opened, self.threads(), self.computes_in)
 
     def threads(self) -> int:
         """Threads within an operation of each core: torch counts CPUs, and knows nothing of a quota."""

@@ -24,7 +24,7 @@ from aneuron.errors import ShapeError
 from aneuron.sched.sizes import Range
 from aneuron.tensors.marked import Shared
 
-_lock = threading.Lock()  # the process's: torch keeps what it is loading in a global, and a second load raises
+LOADS = threading.Lock()  # the process's: torch keeps what it is loading in a global, and a second load raises
 
 
 def is_program(model: Any) -> bool:
@@ -47,7 +47,7 @@ def load_program(path: str | os.PathLike[str]) -> Any:
     """
     with open(path, "rb") as file:  # a path without .pt2 is warned of
         try:
-            with _lock, unwarned():
+            with LOADS, unwarned():
                 return torch.export.load(file)
         except Exception as error:
             raise ValueError(f"model={os.fspath(path)!r} {_why_not(path)} ({type(error).__name__}: {error})") from error
@@ -97,19 +97,19 @@ class Saved:
 
     def __reduce__(self) -> tuple[Any, ...]:
         file = io.BytesIO()
-        with _lock, unwarned():
+        with LOADS, unwarned():
             torch.export.save(self.held, file)
         return _read, (file.getvalue(),)
 
 
 def _read(saved: bytes) -> Saved:
-    with _lock, unwarned():
+    with LOADS, unwarned():
         return Saved(torch.export.load(io.BytesIO(saved)))
 
 
 def module_on(program: Any, device: torch.device | str = "cpu") -> torch.nn.Module:
     """What an `ExportedProgram` computes, as a module around its weights; on another device around copies of them."""
-    with _lock, unwarned():
+    with LOADS, unwarned():
         if torch.device(device).type != "cpu":
             try:
                 from torch.export.passes import move_to_device_pass

@@ -5,6 +5,7 @@ unpickling, anything that reads the weights.
 """
 
 import itertools
+import json
 import os
 import pickletools
 import zipfile
@@ -37,22 +38,42 @@ _MAGIC = {  # by offset and first bytes
 }
 
 
-# Why AOTInductor's packages are refused, as files and loaded.
+# Where AOTInductor's packages are run, and why nowhere else.
 COMPILED = (
-    "an AOTInductor package, which aneuron does not run yet: its Python loader holds the interpreter for a whole run, "
-    "in which the event loop stands still, and inputs that it was not compiled for can end the process instead of "
-    "raising. Pass the exported program that it was compiled from (an ExportedProgram, or the .pt2 file that "
-    "torch.export.save writes), or the module"
+    "an AOTInductor package, which runs in engines only, processes of their own: its Python loader holds the "
+    "interpreter for a whole run, in which the event loop stands still, and inputs that it was not compiled for can "
+    "end the process instead of raising. Pool(backend='cpu', processes=n) serves its path. Or pass the exported "
+    "program that it was compiled from (an ExportedProgram, or the .pt2 that torch.export.save writes), or the module"
 )
+
+
+def is_package(path: str | os.PathLike[str]) -> bool:
+    """Whether there is an AOTInductor package in a file, by its content; False where there is no file."""
+    return any(map(_of_package, _names_at(path)))
+
+
+def compiled_for(path: str | os.PathLike[str]) -> str | None:
+    """The kind of device that an AOTInductor package says it was compiled for; None if it does not."""
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            if _of_package(name) and name.endswith("_metadata.json"):
+                found = json.loads(archive.read(name)).get("AOTI_DEVICE_KEY")
+                return None if found is None else str(found)
+    return None
 
 
 def is_program(path: str | os.PathLike[str]) -> bool:
     """Whether there is an exported program in a file, by its content; False where there is no file."""
+    return _is_program(_names_at(path))
+
+
+def _names_at(path: str | os.PathLike[str]) -> list[str]:
+    """The names in an archive; none where there is no such file."""
     try:
         with open(path, "rb") as file:
-            return file.read(4) == b"PK\3\4" and _is_program(_names(file))
+            return _names(file) if file.read(4) == _ZIP else []
     except (OSError, zipfile.BadZipFile):
-        return False
+        return []
 
 
 def check_script(path: str | os.PathLike[str]) -> None:
@@ -149,7 +170,7 @@ def _archived(file: IO[bytes]) -> str | None:
             inner = {name.partition("/")[2]: name for name in names}
             if "constants.pkl" in inner:
                 return None  # TorchScript
-            if _is_compiled(names):
+            if any(map(_of_package, names)):
                 return COMPILED
             if _is_program(names):
                 return "an exported program, which this backend does not run; pass what it is to run, or backend='cpu'"
@@ -171,14 +192,15 @@ def _names(file: IO[bytes]) -> list[str]:
         return archive.namelist()
 
 
-def _is_compiled(names: list[str]) -> bool:
-    return any(name.partition("/")[2].startswith("data/aotinductor/") for name in names)
+def _of_package(name: str) -> bool:
+    return name.partition("/")[2].startswith("data/aotinductor/")
 
 
 def _is_program(names: list[str]) -> bool:
     """By the names in an archive; the second is what PyTorch before 2.8 wrote."""
     inner = {name.partition("/")[2] for name in names}
-    return ("archive_format" in inner or "serialized_exported_program.json" in names) and not _is_compiled(names)
+    exported = "archive_format" in inner or "serialized_exported_program.json" in names
+    return exported and not any(map(_of_package, names))
 
 
 def _pickled(file: IO[bytes]) -> str | None:
