@@ -28,7 +28,7 @@ help:
 	@echo 'make lint    check style and types'
 	@echo 'make bench   measure against hand-written loops and other packages (some 25 minutes)'
 	@echo 'make realwork   measure real weights and inputs beside other packages (some ten minutes)'
-	@echo 'make soak    serve more than the cores can take, with faults, for SECONDS (ten minutes)'
+	@echo 'make soak    serve more than the cores can take, with faults, for SECONDS (ten minutes), then with engines that are killed'
 	@echo 'make compiled   compile the core anew where it has changed: until then it runs as Python'
 	@echo 'make constraints   write constraints.txt, the versions that all of these use, anew from the newest releases'
 	@echo 'make clean   remove what these made, the virtual environment included'
@@ -70,6 +70,7 @@ $(REALWORK): $(VENV)/.bench
 SECONDS ?= 600
 soak: $(VENV)/.test compiled
 	$(RUN) tests/chaos/soak.py --seconds $(SECONDS)
+	$(RUN) tests/chaos/soak.py --seconds $(SECONDS) --engines 2 --kill-every 2
 	CHAOS_SECONDS=$(SECONDS) $(RUN) -m pytest -s tests/chaos/test_chaos.py
 
 # One file for all environments: they overlap, and what is measured is what the tests have seen. It holds for each Python

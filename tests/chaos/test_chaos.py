@@ -1,12 +1,14 @@
 """Every accepted call ends exactly once, with its own rows or an error that it may get: random schedules of whatever
 may happen. Always the same ones: CHAOS_SECONDS makes them more, CHAOS_SEED begins elsewhere, as every night in CI."""
 
+import gc
 import itertools
 import logging
 import os
 import time
 from collections import Counter
 
+import engines
 import pytest
 import threads
 import virtual
@@ -47,6 +49,8 @@ def many(replay, fewest, seeds):
             check_freed(callers)
             callers.clear()
     check_freed(callers)
+    callers.clear()  # with what they have called, and puppets that were killed in the middle
+    gc.collect()
     assert descriptors() <= opened, f"{descriptors() - opened} file descriptors are left"
     assert "a wrong retry_after" not in fates
     print(f"{done} schedules: {dict(fates)}")
@@ -57,6 +61,12 @@ def many(replay, fewest, seeds):
 def test_schedules_on_virtual_time(half):
     fates = many(virtual.replay, FEWEST, itertools.count(SEED + half, 2))
     assert {"answer", "bad", "scope", "refused", "closed", "core", "late", "none", "sick", "shape"} <= set(fates)
+
+
+def test_schedules_with_engines_that_die():
+    """So few of them each time, for each takes ten times as long."""
+    fates = many(engines.replay, 30, itertools.count(SEED))
+    assert {"answer", "bad", "scope", "refused", "closed", "core", "late", "none"} <= set(fates)
 
 
 def test_schedules_on_real_threads():

@@ -9,9 +9,10 @@ import pytest
 import torch
 from puppets import call, release_all, row, scenario
 
-from aneuron import AsyncDataParallel, CoreFailed, Fault, NoHealthyCores, SimulatedBackend
+from aneuron import AsyncDataParallel, Closed, CoreFailed, Fault, NoHealthyCores, Pool, SimulatedBackend
 from aneuron.engine import recovery
 from aneuron.engine.board import Board
+from aneuron.remote.server import _Served
 from aneuron.testing import PuppetBackend, settle
 
 pytestmark = pytest.mark.core
@@ -155,3 +156,54 @@ async def test_what_has_failed_alone_is_not_lost_when_an_abort_finds_the_other_h
     await release_all(backend, other, last)
     await settle()
     assert sorted(type(each.exception()).__name__ for each in calls) == ["Closed", "ValueError"]
+
+
+@scenario
+async def test_a_swap_in_an_engine_that_closes_its_models_says_that_they_were_closed(monkeypatch):
+    """Whoever closes the pool meanwhile; what was loaded to take the place of one is let go."""
+    real = _Served.prepare
+
+    async def prepare(served, net, generation):
+        await real(served, net, generation)
+        await served.close()
+
+    monkeypatch.setattr(_Served, "prepare", prepare)
+    backend = PuppetBackend(2)
+    pool = Pool(backend=backend, processes=2)
+    async with AsyncDataParallel(torch.neg, pool=pool, batch_size=4) as model:
+        with pytest.raises(Closed, match="was closed while it was being"):
+            await model.swap(torch.abs)
+        assert not [task for task in asyncio.all_tasks() if "swap" in task.get_name()]
+
+
+@scenario
+async def test_what_waits_for_an_engine_goes_to_one_whose_core_is_back_in_service():
+    """That engine has never left: nobody but its core has come."""
+    backend = PuppetBackend(2, faults={OSError: Fault.CORE})
+    async with AsyncDataParallel(torch.neg, pool=Pool(backend=backend, processes=2), batch_size=1) as model:
+        calls = [call(model, 1), call(model, 1)]
+        await settle(100)
+        backend[0].release(OSError("the core"))
+        await settle(100)
+        (failed,), (second,) = [[each for each in calls if each.done() is done] for done in (True, False)]
+        assert isinstance(failed.exception(), CoreFailed)  # no other core of its engine can take it
+        backend.supervision.fail_to_start = 100
+        backend.supervision.spawned[1].kill()
+        async with asyncio.timeout(2.5):  # before the other is given up
+            while not second.done():
+                if backend[0].executing is not None:
+                    backend[0].release()
+                await asyncio.sleep(0.1)
+        assert second.result()[0, 0] == -1
+        backend.supervision.fail_to_start = 0
+
+
+@scenario
+async def test_a_model_that_is_closed_holds_no_descriptor():
+    backend = PuppetBackend(2)
+    model = AsyncDataParallel(torch.neg, pool=Pool(backend=backend, processes=2))
+    await model.start()
+    links = model._life.run.dispatcher
+    assert all(engine.board is not None for engine in links.engines)
+    await model.aclose()
+    assert all(engine.board is None for engine in links.engines)

@@ -426,13 +426,13 @@ class Schedule:
         assert not problems, problems
 
 
-def replay(seed, verbose=False):
+def replay(seed, verbose=False, kind=Schedule, file="virtual"):
     """Run the schedule of a seed; its callers. What fails says how to see it again."""
     schedules = []
     logging.disable(logging.NOTSET if verbose else logging.CRITICAL)
 
     async def main():
-        schedules.append(Schedule(seed, verbose))
+        schedules.append(kind(seed, verbose))
         async with asyncio.timeout(1000.0):  # of virtual time: what waits for ever is found, too
             await schedules[0].run()
 
@@ -441,7 +441,7 @@ def replay(seed, verbose=False):
             warnings.filterwarnings("ignore", "the cores are not fully used")
             run(main())
     except BaseException as error:
-        command = f"python tests/chaos/virtual.py {seed}"
+        command = f"python tests/chaos/{file}.py {seed}"
         raise AssertionError(f"{type(error).__name__}: {error}; replay it with: {command}") from error
     finally:
         logging.disable(logging.NOTSET)
