@@ -19,7 +19,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: simul
 from benchmarks.before import CHECKOUT
 
 GROUPS = ("w1", "w1b", "w2", "w3", "w4", "w5", "bulk", "threadless", "many", "overload", "idle", "waiting", "lag",
-          "loadgen")  # fmt: skip
+          "loadgen", "processes")  # fmt: skip
 PINNED = ("w4", "w5", "bulk", "threadless")  # measured once more on one CPU
 RESULTS = Path(__file__).parent / "results"
 
@@ -67,7 +67,7 @@ def loop_factory(loop: str) -> Callable[[], asyncio.AbstractEventLoop]:
 def measure(args: argparse.Namespace) -> list[Any]:
     """The rows that this process is for."""
     from aneuron import _native
-    from benchmarks import arrivals, bulk, loadgen, loops, quiet
+    from benchmarks import arrivals, bulk, engines, loadgen, loops, quiet
     from benchmarks.rows import as_python
     from benchmarks.timing import Effort
 
@@ -90,6 +90,7 @@ def measure(args: argparse.Namespace) -> list[Any]:
         "waiting": lambda: quiet.waiting(effort, say),
         "lag": lambda: quiet.lag(effort, say),
         "loadgen": lambda: loadgen.loadgen(effort, say),
+        "processes": lambda: engines.processes(effort, say),
     }
     rows: list[Any] = []
     with asyncio.Runner(loop_factory=loop_factory(args.loop)) as runner:

@@ -10,6 +10,8 @@ COLUMNS = {
     "ideal": "ideal",
     "floor": "floor",
     "fair floor": "fair",
+    "in process": "in proc.",
+    "one client": "1 client",
     "aneuron": "aneuron",
     "threads": "threads",
     "before": "before",

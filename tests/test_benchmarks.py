@@ -21,6 +21,7 @@ MODULES = (
     "before",
     "bulk",
     "contenders",
+    "engines",
     "floors",
     "loadgen",
     "loops",
@@ -105,6 +106,20 @@ async def test_every_row_of_the_budget_comes_out(benchmarks, quick):
         assert row.kept(bound) in (True, False), f"{row.name}: nothing to compare with"
         assert benchmarks.rows.Row.from_json(json.loads(json.dumps(row.as_json()))) == row
     assert max(map(len, text.splitlines())) <= 150
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs Unix sockets with descriptors")
+async def test_the_rows_of_engines_come_out(benchmarks, quick, monkeypatch):
+    """Those for which few processes are started."""
+    monkeypatch.setattr(benchmarks.engines, "SERVICE", 0.001)
+    rows = await benchmarks.engines.processes(quick, lambda text: None, cheap=True)
+    for row in rows:
+        assert not row.fails, f"{row.name}: {row.fails}"
+        assert all(len(values) == 1 and math.isfinite(values[0]) for values in row.values.values()), row
+        assert (row.must or row.goal) is None or row.kept(row.must or row.goal) is not None, row.name
+    values = {(row.name, row.unit): row.values["aneuron"][0] for row in rows}
+    assert [values["killed engines", unit] for unit in ("lost", "wrong", "deaths")] == [0.0, 0.0, 1.0]
+    assert "in proc." in benchmarks.table.table(rows)
 
 
 async def test_the_lag_row_comes_out(benchmarks, quick, monkeypatch):

@@ -34,6 +34,8 @@ CORES = int(setting("cores", "4"))
 BATCH = int(setting("batch", "8"))
 SECONDS = float(setting("seconds", "0.005"))
 MAX_PENDING = int(setting("max_pending", "0")) or None
+WORKERS = int(setting("workers", "1"))
+SHARE = setting("share") or None  # the name of engines that all workers use
 WHAT = setting("behind", "aneuron")
 
 
@@ -64,8 +66,9 @@ class Executor:
 def product() -> aneuron.AsyncDataParallel:
     """Aneuron's model, not yet started."""
     backend = aneuron.SimulatedBackend(cores=CORES, service_time=SECONDS)
+    pool = aneuron.Pool(backend=backend, processes=1 if SHARE else None, share=SHARE, linger=0.0)
     return aneuron.AsyncDataParallel(
-        model, batch_size=BATCH, backend=backend, example_inputs=torch.zeros(1, FEATURES), max_pending=MAX_PENDING
+        model, batch_size=BATCH, pool=pool, example_inputs=torch.zeros(1, FEATURES), max_pending=MAX_PENDING
     )
 
 

@@ -45,6 +45,12 @@ def with_other() -> FastAPI:
     return application(net, lifespan=lifespan)
 
 
+def made() -> FastAPI:
+    """The app that was asked for; in each worker."""
+    return with_aneuron() if servers.WHAT == "aneuron" else with_other()
+
+
 if __name__ == "__main__":
-    app = with_aneuron() if servers.WHAT == "aneuron" else with_other()
-    uvicorn.run(app, port=servers.PORT, loop="uvloop", http="httptools", access_log=False, log_level="warning")
+    app = "benchmarks.servers.fastapi_app:made" if servers.WORKERS > 1 else made
+    uvicorn.run(app, factory=True, workers=servers.WORKERS, port=servers.PORT, loop="uvloop", http="httptools",
+                access_log=False, log_level="warning")  # fmt: skip
