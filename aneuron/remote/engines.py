@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from aneuron.engine.dispatcher import FORKED
 from aneuron.engine.failures import text
-from aneuron.errors import CoreFailed
+from aneuron.errors import Closed, CoreFailed
 from aneuron.remote import messages
 from aneuron.remote.failures import restored
 from aneuron.remote.frames import Frame, Kind
@@ -318,7 +318,13 @@ class Engines:
                 if flight is not None:
                     self.forget_flight(flight)
                     self._touched[flight.run] = None
-                    flight.run.failed(flight, restored(frame.body), bool(frame.flags & messages.REFUSED))
+                    error, refused = restored(frame.body), bool(frame.flags & messages.REFUSED)
+                    if refused and isinstance(error, Closed) and not self.stopped:
+                        engine.draining = True  # it is about to be replaced, of which nobody has told us yet
+                        self._look()
+                        flight.run.lost([flight], error)
+                        continue
+                    flight.run.failed(flight, error, refused)
             elif kind == Kind.REPORT:
                 self._report(engine, frame)
             elif kind in (Kind.BEGIN, Kind.END):
