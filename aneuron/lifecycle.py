@@ -295,15 +295,24 @@ class Lifecycle:
                 self.program = program
                 return
             old = await self.started()
-            new = await self._load_beside(old, program)
-            if go is not None:
-                try:
-                    await go()
-                except BaseException:
-                    new.abort()
-                    raise
+            new = await self._load_other(old, program, go)
         finally:
             self._swapping = False
+        await self._replace(old, new, program, began)
+
+    async def _load_other(self, old: Run, program: Program, go: Callable[[], Awaitable[None]] | None) -> Any:
+        """Load what is to serve in place of a run."""
+        new = await self._load_beside(old, program)
+        if go is not None:
+            try:
+                await go()
+            except BaseException:
+                new.abort()
+                raise
+        return new
+
+    async def _replace(self, old: Run, new: Any, program: Program, began: float) -> None:
+        """Serve with it, and wait for the calls of the other."""
         if self.run is not old or not old.serving:
             new.abort()
             raise Closed("the model was closed while it was being swapped")

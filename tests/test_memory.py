@@ -334,7 +334,7 @@ def test_a_free_of_what_is_not_there_harms_nobody():
 
 def test_a_segment_that_is_announced_larger_than_it_is_is_refused():
     async def test(sides):
-        fd = memory._file()
+        fd = memory.nameless("blocks")
         os.ftruncate(fd, 4096)
         parser = Parser()
         parser.fds.append(fd)

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import aneuron
 from aneuron import AsyncDataParallel, CoreFailed, NoHealthyCores, Pool
-from aneuron.remote.messages import INLINE
-from aneuron.testing import PuppetBackend, settle
+from aneuron.remote.packing import INLINE
+from aneuron.testing import PuppetBackend, run, settle
 
 pytestmark = pytest.mark.core
 
@@ -623,6 +623,78 @@ async def test_an_engine_that_has_lost_a_core_is_replaced_while_the_others_serve
         assert [each.result()[0, 0].item() for each in calls] == [0, 2, 4, 6]
         await asyncio.sleep(60.0)
         assert [each.restarts for each in model.pool.statistics().engines] == [1, 0]
+
+
+def uneven(x: Tensor) -> Tensor:
+    return x.double() if x[0, 0] == 1 else x
+
+
+@pytest.mark.parametrize("width", [2, INLINE])
+@scenario
+async def test_pieces_that_do_not_fit_together_fail_their_call_alone(width):
+    pool = engines(backend_of())
+    async with AsyncDataParallel(uneven, pool=pool, batch_size=1, set_dynamic_batching=False) as model:
+        bad, good = torch.zeros(2, width), torch.zeros(2, width)
+        bad[1] = 1
+        answers = await asyncio.gather(model(bad), model(good), return_exceptions=True)
+        assert isinstance(answers[0], aneuron.OutputError)
+        assert torch.equal(answers[1], good)
+        assert torch.equal(await model(good), good)
+
+
+@scenario
+async def test_what_a_leaving_engine_refuses_goes_to_another():
+    backend = backend_of()
+    async with AsyncDataParallel(double, pool=engines(backend), batch_size=1) as model:
+        before = [call(model, value) for value in range(4)]
+        await settle(100)
+        assert backend.supervision is not None
+        leaving = asyncio.ensure_future(backend.supervision.spawned[0].server.drain())  # of which clients are not told
+        after = [call(model, value) for value in range(4)]
+        for value, answer in enumerate(await asyncio.gather(*before, *after)):
+            assert torch.equal(answer, 2 * row(value % 4))
+        await leaving
+
+
+@scenario
+async def test_a_bug_in_an_engine_leaves_nobody_waiting():
+    backend = backend_of()
+    async with AsyncDataParallel(double, pool=engines(backend, 1)) as model:
+        assert backend.supervision is not None
+        backend.supervision.spawned[0].server._pool.dispatcher.crash(ValueError("a bug"))
+        async with asyncio.timeout(100.0):
+            ended = await asyncio.gather(call(model), call(model), return_exceptions=True)
+        assert all(isinstance(each, (aneuron.Closed, NoHealthyCores)) for each in ended)
+
+
+@scenario
+async def test_many_that_wait_are_told_together_that_nobody_will_come():
+    backend = backend_of()
+    async with AsyncDataParallel(double, pool=engines(backend)) as model:
+        calls = [call(model, value) for value in range(3000)]
+        await settle(100)
+        assert backend.supervision is not None
+        backend.supervision.fail_to_start = 1000
+        kill(backend, 0)
+        kill(backend, 1)
+        answers = await asyncio.gather(*calls, return_exceptions=True)
+        assert {type(answer) for answer in answers} == {NoHealthyCores}
+
+
+def test_engines_end_with_a_loop_that_leaves_them_in_the_middle():
+    backend = backend_of()
+
+    async def main() -> None:
+        async with AsyncDataParallel(double, pool=engines(backend)) as model:
+            calls = [call(model) for _ in range(4)]
+            await settle(100)
+            raise ZeroDivisionError(len(calls))
+
+    with pytest.raises(ZeroDivisionError) as caught:  # whose traceback holds the model
+        run(main())
+    assert backend.supervision is not None
+    assert [engine.ended.done() for engine in backend.supervision.spawned.values()] == [True, True]
+    assert caught.value.args == (4,)
 
 
 @scenario

@@ -6,8 +6,7 @@ best (routing.py), how values cross (wire.py), links (engines.py), who starts en
 
 import asyncio
 import logging
-from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -51,7 +50,6 @@ class _Spread:
         self.generations: set[int] = set()
         self.guard = Lock()  # around `parts`: two pieces may be copied at once
         self.parts: Parts | None = None
-        self.timing: Timing | None = None
         self.whole = False  # it was spread before, over engines that had different models: it goes to one
 
     def of(self, output: Output, rows: int) -> Parts:
@@ -90,8 +88,9 @@ class RemoteRun:
         self.phase = Phase.LOADING
         self.why_closed = "the model is closed or closing; start() opens it again when aclose() has returned"
         self._dim, self._settings = dim, settings
-        self._homeless: deque[Flight] = deque()  # wait for an engine
-        self._suspects: deque[Flight] = deque()  # an engine has died of them, maybe: each is alone of its kind in one
+        # In the order of coming; any of them may leave.
+        self._homeless: dict[Flight, None] = {}  # wait for an engine
+        self._suspects: dict[Flight, None] = {}  # an engine has died of them, maybe: each is alone of its kind in one
         self._outcomes: list[tuple[Call, Any]] = []  # of what is being read
         self._turn = 0
         self._said: dict[str, Any] = {}  # settings that the engines have
@@ -283,7 +282,7 @@ class RemoteRun:
     def _place_whole(self, call: Call, index: int | None) -> None:
         call.origin = flight = Flight(self, call, 0, call.rows)
         if index is None:
-            self._homeless.append(flight)
+            self._homeless[flight] = None
         else:
             self._send(flight, index)
 
@@ -313,7 +312,7 @@ class RemoteRun:
             timeout, rest = getattr(call.limit, "whole", call.limit), call.deadline - self.clock()
         number = self.dispatcher.number(flight, engine)
         try:
-            large = engine.wire.send(_CALL, number, flags, _pack(self.key, rows, timeout, rest), value, terms)
+            large = engine.wire.send(_CALL, number, flags, _pack(self.key, timeout, rest), value, terms)
             if large is not None:
                 failed, check = partial(self._unsent, flight, number), partial(self._check_sent, flight, number)
                 engine.wire.send_large(large, failed, check)
@@ -340,12 +339,11 @@ class RemoteRun:
         for flight in _flights(call):
             self.dispatcher.cancel(flight)
             self.dispatcher.forget_flight(flight)
-            for queue in (self._homeless, self._suspects):
-                if flight in queue:
-                    queue.remove(flight)
+            self._homeless.pop(flight, None)
+            self._suspects.pop(flight, None)
+            if flight.died and self._suspects:  # another may have its place, when all that end now have
+                self.loop.call_soon(self.dispatcher.guard, self.go_on)
         call.origin = None
-        if self._suspects:
-            self.go_on()
 
     # Back from engines.
 
@@ -356,11 +354,9 @@ class RemoteRun:
             wire.elsewhere(partial(self._taken, flight, wire, source), arrived)
             return
         try:
-            value = self._taken(flight, wire, source)
+            self._arrived(flight, self._taken(flight, wire, source), generation, timing)
         except Exception as error:
             self.failed(flight, error)
-        else:
-            self._arrived(flight, value, generation, timing)
 
     def _taken(self, flight: Flight, wire: Wire, source: Source) -> Any:
         """The result of a whole call; of a piece, what is copied to its place in that. In a thread, if it is large."""
@@ -378,10 +374,12 @@ class RemoteRun:
     def _arrived_later(
         self, flight: Flight, generation: int, timing: Timing | None, value: Any, error: BaseException | None
     ) -> None:
-        if error is not None:
-            self.failed(flight, carried(error))
-        else:
+        try:
+            if error is not None:
+                raise carried(error)
             self._arrived(flight, value, generation, timing)
+        except Exception as failure:  # what does not fit together, too, is the call's
+            self.failed(flight, failure)
         self.end()
 
     def _arrived(self, flight: Flight, value: Any, generation: int, timing: Timing | None) -> None:
@@ -457,41 +455,43 @@ class RemoteRun:
             except InputModified as modified:
                 self.futures.end([(call, modified)], failed=True)
                 continue
-            (self._suspects if flight.died else self._homeless).append(flight)
+            (self._suspects if flight.died else self._homeless)[flight] = None
         self.go_on()
 
     def go_on(self) -> None:
         """An engine has come, or become free: what waits for one may go."""
-        waiting, self._homeless = self._homeless, deque()
-        while waiting:
-            self._try(waiting.popleft(), self._homeless, self.dispatcher.standings)
-        waiting, self._suspects = self._suspects, deque()
-        while waiting:
+        for flight in list(self._homeless):
+            if not self._try(flight, self._homeless, self.dispatcher.standings):
+                break
+        for flight in list(self._suspects):
             free = [
                 None if engine.suspect is not None else standing
                 for engine, standing in zip(self.dispatcher.engines, self.dispatcher.standings, strict=True)
             ]
-            self._try(waiting.popleft(), self._suspects, free)
+            if not self._try(flight, self._suspects, free):
+                break
         if (self._homeless or self._suspects) and self.dispatcher.hopeless:
             flights = [*self._homeless, *self._suspects]
+            self._homeless.clear()
+            self._suspects.clear()
             self.futures.end([(flight.call, self._none_left()) for flight in flights], failed=True)
 
-    def _try(self, flight: Flight, queue: "deque[Flight]", standings: Sequence[Standing | None]) -> None:
-        """Send what waits to an engine, if there is one."""
-        if flight.call.settled:
-            return
+    def _try(self, flight: Flight, queue: "dict[Flight, None]", standings: Sequence[Standing | None]) -> bool:
+        """Send what waits to an engine; whether there was one."""
         index = choose(standings, flight.rows, self._turn)
         if index is None:
-            queue.append(flight)
-            return
-        try:
-            self._send(flight, index)
-        except Exception as error:
-            self.failed(flight, error)
+            return False
+        if flight in queue:  # else it has left with another that could not be sent
+            del queue[flight]
+            try:
+                self._send(flight, index)
+            except Exception as error:
+                self.failed(flight, error)
+        return True
 
     # Numbers.
 
-    def statistics(self, retired: Iterable[Any] = ()) -> Statistics:
+    def statistics(self) -> Statistics:
         """The frozen snapshot of now, from any thread: this process's calls, and what the engines have said last."""
         engines = self.dispatcher
         now = [each.statistics[self.key] for each in engines.engines if self.key in each.statistics]

@@ -20,10 +20,11 @@ from typing import Any, Protocol
 
 from aneuron.engine.dispatcher import FORKED
 from aneuron.engine.failures import text
-from aneuron.errors import Closed, CoreFailed
+from aneuron.errors import CoreFailed
 from aneuron.remote import messages
 from aneuron.remote.failures import restored
 from aneuron.remote.frames import Frame, Kind
+from aneuron.remote.memory import nameless
 from aneuron.remote.messages import REASONS, TIMED
 from aneuron.remote.routing import Standing
 from aneuron.remote.sums import added, share
@@ -215,7 +216,7 @@ class Engines:
                 self.threads,
             )
             wire.send_bytes(Kind.HELLO, 0, b"")
-            fd = os.memfd_create("aneuron-begun") if hasattr(os, "memfd_create") else _unlinked()
+            fd = nameless("begun")
             try:
                 os.ftruncate(fd, messages.BEGUN)
                 engine.board = mmap.mmap(fd, messages.BEGUN)
@@ -318,13 +319,13 @@ class Engines:
                 if flight is not None:
                     self.forget_flight(flight)
                     self._touched[flight.run] = None
-                    error, refused = restored(frame.body), bool(frame.flags & messages.REFUSED)
-                    if refused and isinstance(error, Closed) and not self.stopped:
-                        engine.draining = True  # it is about to be replaced, of which nobody has told us yet
+                    error = restored(frame.body)
+                    if frame.flags & messages.LEAVING:  # of which nobody has told us yet
+                        engine.draining = True
                         self._look()
                         flight.run.lost([flight], error)
-                        continue
-                    flight.run.failed(flight, error, refused)
+                    else:
+                        flight.run.failed(flight, error, bool(frame.flags & messages.REFUSED))
             elif kind == Kind.REPORT:
                 self._report(engine, frame)
             elif kind in (Kind.BEGIN, Kind.END):
@@ -360,7 +361,7 @@ class Engines:
                 self._look()
                 self.loop.call_soon(self.go_on)  # for what waits it may be the first
             return
-        engine.statistics, engine.pool, _ = pickle.loads(frame.body)
+        engine.statistics, engine.pool = pickle.loads(frame.body)
         engine.told.set()
 
     def _observed(self, engine: Engine, frame: Frame) -> None:
@@ -513,14 +514,6 @@ def _leave(stack: ExitStack, error: BaseException | None) -> None:
     except Exception as raised:
         if raised is not error:
             logger.exception("an observer has raised; the calls go on")
-
-
-def _unlinked() -> int:
-    """A file that nobody finds."""
-    import tempfile
-
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
 
 
 _tasks: set["asyncio.Task[Any]"] = set()

@@ -231,7 +231,7 @@ class Sender:
 
 def _made(size: int) -> tuple[int, memoryview]:
     """A new segment: its descriptor, and its memory, all of which is there. Raises OSError."""
-    fd = _file()
+    fd = nameless("blocks")
     try:
         if hasattr(os, "posix_fallocate"):
             os.posix_fallocate(fd, 0, size)  # or what is full would be seen by whoever writes, as a signal
@@ -245,9 +245,10 @@ def _made(size: int) -> tuple[int, memoryview]:
         raise
 
 
-def _file() -> int:
+def nameless(what: str) -> int:
+    """A file that nobody finds, gone with the last process that has it open; `what` is for who looks at a process."""
     if hasattr(os, "memfd_create"):
-        return os.memfd_create("aneuron", os.MFD_CLOEXEC)
+        return os.memfd_create(f"aneuron-{what}", os.MFD_CLOEXEC)
     fd, path = tempfile.mkstemp(prefix="aneuron-")
     os.unlink(path)
     return fd

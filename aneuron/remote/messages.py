@@ -5,9 +5,9 @@ Lives here: their layout. Must not be here: frames (frames.py), tensors (packing
 
 import struct
 
-CALL = struct.Struct("<IIf4xd")
-"""Of a CALL: key of the model, rows, timeout in seconds, and what is left of it (infinite: none). The packed terms
-follow where the frame's flags say so, and then the packed inputs."""
+CALL = struct.Struct("<Ifd")
+"""Of a CALL: key of the model, timeout in seconds, and what is left of it (infinite: none). The packed terms follow
+where the frame's flags say so, and then the packed inputs."""
 
 RESULT = struct.Struct("<Q")
 """Of a RESULT: generation of the model. A TIMING follows where the frame's flags say so, then the packed output."""
@@ -30,12 +30,10 @@ WITH_TERMS = 4
 PIECE = 8  # rows of a larger call: what of its output has rows is marked
 OBSERVED = 16  # somebody is to be told of its executions
 
-REFUSED = 1  # flag of an ERROR: the call was never accepted
+REFUSED = 1  # flags of an ERROR: the call was never accepted;
+LEAVING = 2  # by an engine that is about to be replaced
 UNLESS_BEGUN = 1  # flag of a CANCEL: if all of it executes already, its result is waited for
 
 BEGUN = 1 << 16
 """Bytes of the board that an engine marks calls on that have begun to execute: it is left when the engine has died.
 The place of a call is its id modulo this."""
-
-INLINE = 1 << 16
-"""Bytes of tensors from which on they go through shared memory: below, copies take less than waking a thread."""

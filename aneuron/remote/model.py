@@ -96,26 +96,14 @@ class RemoteLifecycle(Lifecycle):
             ", ".join(str(state.pid) for state in states), time.monotonic() - began,
         )  # fmt: skip
 
-    async def swap(self, model: Any, go: Any = None) -> None:
-        """Serve with another model, in all engines; see `AsyncDataParallel.swap`."""
-        if self._swapping:
-            raise RuntimeError("another swap is in progress; await it first")
-        began = time.monotonic()
-        program = self.program.like(model)
-        self._swapping = True
-        try:
-            if self.run is None and self._starting is None:
-                self.program = program
-                return
-            await self._swap(await self.started(), program, began)
-        finally:
-            self._swapping = False
+    async def _load_other(self, old: Any, program: Program, go: Any) -> None:
+        """Have all engines serve it: they replace the other together."""
+        await old.dispatcher.supervision.swap(self.key, await self._source(old.dispatcher, program))
 
-    async def _swap(self, run: Any, program: Program, began: float) -> None:
-        await run.dispatcher.supervision.swap(self.key, await self._source(run.dispatcher, program))
+    async def _replace(self, old: Any, new: None, program: Program, began: float) -> None:
         current: Any = self.run
-        if current is not run or not current.serving:
+        if current is not old or not current.serving:
             raise Closed("the model was closed while it was being swapped")
         program.batch_size = self.program.batch_size
         self.program = program
-        self._say_started("swapped", run, began)
+        self._say_started("swapped", old, began)

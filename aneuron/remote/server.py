@@ -26,7 +26,7 @@ from aneuron.pool import Pool
 from aneuron.remote import messages
 from aneuron.remote.failures import pickled
 from aneuron.remote.frames import Frame, Kind
-from aneuron.remote.messages import OBSERVED, PIECE, REASONS, REFUSED, TIMED, UNLESS_BEGUN, WITH_TERMS
+from aneuron.remote.messages import LEAVING, OBSERVED, PIECE, REASONS, REFUSED, TIMED, UNLESS_BEGUN, WITH_TERMS
 from aneuron.remote.routing import room
 from aneuron.remote.sources import Source
 from aneuron.remote.wire import BARE, Wire, copiers
@@ -47,7 +47,6 @@ class Facts:
 
     batch_size: int | None
     preferred: int
-    least: int
     most: int | None
     sizes: Mapping[int, Sequence[int]]  # by bucket, where it is compiled
     packing: bool
@@ -64,6 +63,7 @@ class Server:
         self.models: dict[int, _Served] = {}
         self.clients: set[_Client] = set()
         self.rows = 0  # of all clients that are not answered
+        self.leaving = False  # it was told to drain
         self.on_state: Callable[[dict[str, Any]], None] = lambda _: None
         self.ids = tuple(ids)
         self._pool, self._total = pool, total
@@ -158,7 +158,8 @@ class Server:
             raise Closed("the model is closed in this engine; start() opens it again") from None
 
     async def drain(self) -> None:
-        """Finish the calls that were accepted, and close all models."""
+        """Finish the calls that were accepted, and close all models: clients may take others elsewhere."""
+        self.leaving = True
         for served in list(self.models.values()):
             await served.close()
         await self._pool.aclose()
@@ -259,7 +260,7 @@ class Server:
         if self._look_at_cores(said.values()):
             self.on_state(self._state)
         self._seconds = self._seconds_of_a_row()
-        frame = pickle.dumps((said, self._pool.statistics(), self.ids))
+        frame = pickle.dumps((said, self._pool.statistics()))
         for client in list(self.clients):
             client.wire.send_bytes(Kind.REPORT, 1, frame)
             client.report()
@@ -322,7 +323,7 @@ class _Served:
         rules = run.rules
         serving = [health.serves for health in run.recovery.health]
         return Facts(
-            program.batch_size, rules.preferred, program.takes.least, program.takes.most,
+            program.batch_size, rules.preferred, program.takes.most,
             {bucket: list(sizes.sizes) for bucket, sizes in run.sizes.items()} if program.batch_size else {},
             rules.packing, sum(serving),
         )  # fmt: skip
@@ -500,7 +501,7 @@ class _Client:
     def _call(self, frame: Frame) -> None:
         number, flags, body, at = frame.id, frame.flags, frame.body, messages.CALL.size
         try:
-            key, _, timeout, left = messages.CALL.unpack_from(body)
+            key, timeout, left = messages.CALL.unpack_from(body)
             terms = None
             if flags & WITH_TERMS:
                 terms = self.wire.bare(body[at:])
@@ -511,7 +512,7 @@ class _Client:
             served.admit(_Reply(self, number, flags, served), flags, inputs, terms, limit)
         except Exception as error:
             self._forget(number)
-            self._fail(number, error, REFUSED)
+            self._fail(number, error, REFUSED | LEAVING if self._server.leaving else REFUSED)
 
     def enter(self, reply: _Reply, call: Call) -> None:
         """A call is about to be admitted: from here on it may end."""

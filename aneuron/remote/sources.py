@@ -13,7 +13,6 @@ import os
 import pickle
 import re
 import sys
-import tempfile
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ import torch
 from aneuron.backends.exported import is_program
 from aneuron.backends.torchscript import Script, held, released
 from aneuron.remote.control import Fd
+from aneuron.remote.memory import nameless
 from aneuron.remote.starting import names_main
 
 _IMPORT = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", re.ASCII)
@@ -166,7 +166,7 @@ def is_factory(found: Any) -> bool:
 
 def _save(modules: Mapping[Any, Any]) -> tuple[Fd, bool]:
     """A file in memory with modules, and whether what they are is defined in the program itself."""
-    fd = _file_in_memory()
+    fd = Fd(nameless("model"))
     try:
         with open(os.dup(fd.fileno()), "wb") as file:
             torch.save(held(modules), file)
@@ -182,13 +182,6 @@ def _save(modules: Mapping[Any, Any]) -> tuple[Fd, bool]:
         name = next(name for name in archive.namelist() if name.endswith("/data.pkl"))
         needs_main = names_main(archive.read(name))
     return fd, needs_main
-
-
-def _file_in_memory() -> Fd:
-    if hasattr(os, "memfd_create"):
-        return Fd(os.memfd_create("aneuron-model"))
-    with tempfile.TemporaryFile() as file:  # has no name any more
-        return Fd(os.dup(file.fileno()))
 
 
 def _read(saved: Fd) -> Any:

@@ -197,6 +197,10 @@ class Supervisor:
         """Keep an engine, or say that it is not kept any more."""
         try:
             await self._live(engine)
+        except asyncio.CancelledError:
+            if not self._closed:  # the loop ends without closing them, and nobody would watch them
+                self.abandon()
+            raise
         except Exception as error:
             logger.exception("engine %d is not watched any more", engine.state.index)
             await self._end(engine)

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 from aneuron.remote import link
 from aneuron.remote.frames import HAS_FD, Frame, Kind, encode
 from aneuron.remote.memory import Block, Receiver, Sender
-from aneuron.remote.messages import INLINE, SHARED
-from aneuron.remote.packing import Opened, Packed, Packer, Unpacker
+from aneuron.remote.messages import SHARED
+from aneuron.remote.packing import INLINE, Opened, Packed, Packer, Unpacker
 
 BARE = 16  # bytes of a value without tensors
 
