@@ -29,6 +29,7 @@ from aneuron.options import View
 from aneuron.parallel import AsyncDataParallel
 from aneuron.pool import Pool
 from aneuron.sched.room import Work
+from aneuron.signature import Signature, TensorSpec
 from aneuron.stats import (
     CallStatistics,
     CoreStatistics,
@@ -74,8 +75,10 @@ __all__ = [
     "ShapeError",
     "ShareStatistics",
     "Shared",
+    "Signature",
     "SimulatedBackend",
     "Statistics",
+    "TensorSpec",
     "Timing",
     "View",
     "Work",

@@ -9,6 +9,7 @@ import logging
 import os
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from aneuron._native import why_pure_once
@@ -23,6 +24,7 @@ from aneuron.program import Program, Settings
 from aneuron.sched.call import Limit, Rest
 from aneuron.sched.scheduler import Rules
 from aneuron.sched.sizes import ANY
+from aneuron.signature import Signature, TensorSpec, inputs_of
 from aneuron.stats import Counters, Statistics
 from aneuron.tensors.outputs import Unpad
 
@@ -78,6 +80,15 @@ class Lifecycle:
         if run is None or not run.serving or run.loop.is_closed():
             return False
         return run.recovery.in_service >= (self.settings.min_cores or 1)
+
+    def signature(self) -> Signature:
+        """What the example says of the inputs, and the cores that serve of the outputs."""
+        said = inputs_of(self.settings.example)
+        return said if self.run is None else replace(said, outputs=self._outputs(self.run))
+
+    def _outputs(self, run: Any) -> tuple[TensorSpec, ...] | None:
+        """What a run has found out of them."""
+        return next((loaded.outputs for loaded in run.loaded if loaded.outputs is not None), None)
 
     def statistics(self) -> Statistics:
         """The frozen snapshot of now, from any thread."""

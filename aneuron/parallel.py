@@ -23,6 +23,7 @@ from aneuron.pool import Pool, pool_of
 from aneuron.program import Program, Settings
 from aneuron.remote.model import RemoteLifecycle
 from aneuron.sched.room import Work
+from aneuron.signature import Signature
 from aneuron.stats import Statistics, Timing
 from aneuron.tensors.buckets import Buckets
 
@@ -299,6 +300,11 @@ class AsyncDataParallel:
     def ready(self) -> bool:
         """Whether calls are served: started, warmed up, not closing, with `min_cores` cores that serve (None: one)."""
         return self._life.ready
+
+    @property
+    def signature(self) -> Signature:
+        """What it takes, by its `example_inputs`, and what it returns, as found out with them when it was started."""
+        return self._life.signature()
 
     def statistics(self) -> Statistics:
         """A frozen snapshot of the counters, cheap enough to be read 100 times a second. They outlive a restart."""

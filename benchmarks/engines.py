@@ -147,7 +147,7 @@ class Clients:
         for _ in range(self._count):
             client = await asyncio.create_subprocess_exec(
                 sys.executable, "-m", "benchmarks.engines", name, str(self._callers // self._count), cwd=FOLDER,
-                stdin=pipe, stdout=pipe,
+                stdin=pipe, stdout=pipe, limit=1 << 26,
             )  # fmt: skip
             self._clients.append(client)
         await asyncio.gather(*map(_said, self._clients))  # they are ready

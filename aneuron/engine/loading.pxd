@@ -8,5 +8,6 @@ cdef class Loaded:
     cdef public ServiceTimes times
     cdef public bint out, closed, loading, hung, warming, concurrent, submits
     cdef public dict kinds, _cores
+    cdef public tuple outputs
     cdef object _backend, _clock
     cpdef core(self, size, long bucket)

@@ -23,6 +23,7 @@ from aneuron.ownership import Owned
 from aneuron.program import Shape
 from aneuron.sched.scheduler import rounded
 from aneuron.sched.sizes import ANY, Range
+from aneuron.signature import TensorSpec, outputs_of
 from aneuron.stats import CoreCounters, ServiceTimes
 from aneuron.tensors.buckets import beside
 from aneuron.tensors.outputs import Carried, Output, Unpad, kind
@@ -72,7 +73,7 @@ class Loaded:
     owned = Owned(
         loop=("closed", "loading", "workers", "hung"),
         set_by_loop=("out",),
-        free=("warming", "kinds", "concurrent", "submits", "_cores"),
+        free=("warming", "kinds", "outputs", "concurrent", "submits", "_cores"),
     )
 
     def __init__(
@@ -91,6 +92,7 @@ class Loaded:
         self.hung = False  # a thread that has an execution of it does not come back
         self.warming = False  # loaded, and not warmed up
         self.kinds: dict[Shape, Hashable] = {}  # of the outputs that the example gave
+        self.outputs: tuple[TensorSpec, ...] | None = None  # the same, described; of the first shape
         self.concurrent = False
         self.submits = False  # whether the loop may hand batches to the cores
         self._backend = backend
@@ -184,12 +186,14 @@ class Loaded:
     def _learn(self, load: Load, compiled: Compiled, values: Mapping[Shape, Any], compare: bool) -> None:
         """Note what the outputs are like, and what in them carries the length; compare what padding makes of it."""
         outputs: dict[int | None, tuple[Output, int]] = {}  # by size, that of the first bucket
+        lengths: Carried | None = None
         for (size, bucket), value in values.items():
             with _naming(size, bucket, len(load.models)):
                 rows = size or load.takes.clip(compiled.rows)
                 output = load.evidence.marked(value, compiled.structure, rows, load.packing)
                 output.asked = compiled.base
                 self.kinds[size, bucket] = kind(output)
+                self.outputs = self.outputs or outputs_of(output, rows, None)
                 if not load.packing:
                     continue
                 one, of = outputs.setdefault(size, (output, bucket))
@@ -199,7 +203,9 @@ class Loaded:
                 if carried is None and one is not output:
                     carried = load.unpad.learn(output, bucket, one, of)
                 elif carried is None and len({bucket for _, bucket in load.models}) == 1:
-                    load.unpad.learn(output, bucket)
+                    carried = load.unpad.learn(output, bucket)
+                if carried is not None and lengths is None:
+                    lengths, self.outputs = carried, outputs_of(output, rows, carried)
                 if compare and carried is not None and one is not output and compiled.length <= min(of, bucket):
                     found = padding_in(one, output, carried, compiled.length, compiled.padded_left)
                     for name, share in found[:1]:

@@ -19,6 +19,7 @@ from aneuron.remote.client import RemoteRun
 from aneuron.remote.engines import Engines
 from aneuron.remote.sources import Source
 from aneuron.sched.scheduler import Rules
+from aneuron.signature import TensorSpec
 from aneuron.stats import Statistics
 
 logger = logging.getLogger("aneuron")
@@ -32,6 +33,7 @@ class RemoteLifecycle(Lifecycle):
     def __init__(self, program: Program, settings: Settings, pool: Pool, given: Mapping[str, Any]) -> None:
         super().__init__(program, settings, pool)
         self._last: RemoteRun | None = None  # whose numbers outlive it
+        self._described: tuple[TensorSpec, ...] | None = None  # its outputs, by the first engine
         self._given = {name: value for name, value in given.items() if name not in _OF_THE_POOL}
 
     async def _load(self, engines: Any) -> Any:
@@ -69,7 +71,7 @@ class RemoteLifecycle(Lifecycle):
             run = RemoteRun(engines, self.key, rules, sizes, settings.dim, self.counters, settings)
             run.settled_with(settings)
             await engines.connected()
-            self._last = run
+            self._last, self._described = run, facts.outputs
         except BaseException:
             engines.later(supervision.unload(self.key), "a model was not closed in its engines")
             raise
@@ -80,6 +82,9 @@ class RemoteLifecycle(Lifecycle):
         fingerprint = engines.supervision.shared
         make = engines.traits.workers
         return await in_a_thread(lambda: Source.of(program.source, fingerprint=fingerprint), make)
+
+    def _outputs(self, run: Any) -> tuple[TensorSpec, ...] | None:
+        return self._described
 
     def statistics(self) -> Statistics:
         """The frozen snapshot of now; of engines that were left, what they had said last."""

@@ -32,6 +32,7 @@ from aneuron.remote.sources import Source
 from aneuron.remote.wire import BARE, Wire, copiers
 from aneuron.sched.call import NEVER, Call, Chunk, Limit, Rest, Terms
 from aneuron.sched.room import Work
+from aneuron.signature import TensorSpec
 from aneuron.stats import CoreStatistics, Statistics, Timing
 
 logger = logging.getLogger("aneuron")
@@ -51,6 +52,7 @@ class Facts:
     sizes: Mapping[int, Sequence[int]]  # by bucket, where it is compiled
     packing: bool
     loaded: int  # cores of the engine that serve it
+    outputs: tuple[TensorSpec, ...] | None = None
 
 
 class Server:
@@ -325,7 +327,7 @@ class _Served:
         return Facts(
             program.batch_size, rules.preferred, program.takes.most,
             {bucket: list(sizes.sizes) for bucket, sizes in run.sizes.items()} if program.batch_size else {},
-            rules.packing, sum(serving),
+            rules.packing, sum(serving), self.life.signature().outputs,
         )  # fmt: skip
 
     # A swap, in two steps.

@@ -114,7 +114,7 @@ def _measure(
         if not usable or not size or size != rows:
             raise _unfit(args, kwargs, leaves, dim)
         axis = dim % len(shape)
-        shapes.append((*shape[:axis], shape[axis + 1 :], *_grid(leaf, dim), _dtype(dtype)))
+        shapes.append((*shape[:axis], shape[axis + 1 :], *_grid(leaf, dim), dtype_of(dtype)))
     if not rows:
         raise ShapeError(NO_ROWS)
     if not dim and all(map(_is_image, leaves)):
@@ -212,7 +212,7 @@ def shared_key(value: Any) -> Hashable:
             raise ShapeError(f"Shared(...) has a tensor on {leaf.device} ({leaf.layout}); pass a dense host tensor")
     small = sum([leaf.nbytes for leaf in leaves]) <= SMALL and not any(leaf.dtype in QUANTIZED for leaf in leaves)
     contents = [
-        (tuple(leaf.shape), _dtype(leaf.dtype), _content(leaf) if small else _identity(leaf)) for leaf in leaves
+        (tuple(leaf.shape), dtype_of(leaf.dtype), _content(leaf) if small else _identity(leaf)) for leaf in leaves
     ]
     return tuple(key), tuple(contents)
 
@@ -244,7 +244,7 @@ def _is_image(leaf: Any) -> bool:
     first, second, third = shape
     if min(second, third) >= 8 and first == 3:
         return True
-    return third == 3 and min(first, second) >= 8 and _dtype(leaf.dtype) is torch.uint8
+    return third == 3 and min(first, second) >= 8 and dtype_of(leaf.dtype) is torch.uint8
 
 
 def _check_images(args: tuple[Any, ...], kwargs: dict[str, Any], leaves: Sequence[Any], known: Sequence[str]) -> None:
@@ -276,7 +276,7 @@ def _grid(leaf: Any, dim: int) -> tuple[Hashable, ...]:
         raise ShapeError(f"an input {error}") from None
 
 
-def _dtype(dtype: Any) -> torch.dtype:
+def dtype_of(dtype: Any) -> torch.dtype:
     """The torch dtype of a tensor's or an array's dtype."""
     if type(dtype) is torch.dtype:
         return dtype
@@ -354,7 +354,8 @@ class Compiled:
         self.rows = self._call.rows
         self.base = base_of(self._call)
         self.leaves = self._call.leaves or ()
-        self.names = [path.text for path in _inputs(args, kwargs)]
+        self.paths = _inputs(args, kwargs)
+        self.names = [path.text for path in self.paths]
         pads = self._call.pads
         self.lengths = None if pads is None else dict(zip(self.names, pads.values, strict=True))
 
@@ -370,8 +371,8 @@ class Compiled:
             if is_mark(leaf) or is_mark(expected[name]):
                 _check_mark(name, leaf, expected[name])
                 continue
-            shape, wanted_shape, free = tuple(leaf.shape), tuple(expected[name].shape), self._free(name)
-            dtype, wanted = _dtype(leaf.dtype), _dtype(expected[name].dtype)
+            shape, wanted_shape, free = tuple(leaf.shape), tuple(expected[name].shape), self.free(name)
+            dtype, wanted = dtype_of(leaf.dtype), dtype_of(expected[name].dtype)
             if _fixed(shape, free) != _fixed(wanted_shape, free):
                 axis = free[0]
                 unsqueezed = _fixed((*shape[:axis], 1, *shape[axis:]), free) == _fixed(wanted_shape, free)
@@ -383,7 +384,7 @@ class Compiled:
             if dtype != wanted:
                 raise ShapeError(f"{name} has dtype {dtype}; the model was compiled for {wanted}: pass x.to({wanted})")
 
-    def _free(self, name: str) -> list[int]:
+    def free(self, name: str) -> list[int]:
         """The dims of an input that are any call's own: its rows, and its length if it has one."""
         ndim = self.leaves[self.names.index(name)].ndim
         pads = self._call.pads
@@ -436,7 +437,7 @@ def _check_mark(name: str, leaf: Any, expected: Any) -> None:
 def _form(value: Any) -> list[tuple[tuple[int, ...], torch.dtype]]:
     leaves: list[Any] = []
     walk(value, leaves, [], [])
-    return [(tuple(leaf.shape), _dtype(leaf.dtype)) for leaf in leaves]
+    return [(tuple(leaf.shape), dtype_of(leaf.dtype)) for leaf in leaves]
 
 
 def _base(call: Call) -> Any:

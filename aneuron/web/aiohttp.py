@@ -131,6 +131,11 @@ def get(request: web.Request, name: str) -> RequestView:
     return view_of(name, request.config_dict[_HEALTH].models, *request.get(_TERMS, (None, None)))
 
 
+def of_request(request: web.Request, name: str, model: AsyncDataParallel) -> RequestView:
+    """A model on the terms of one request, as `get` hands it out, installed or not."""
+    return RequestView(name, model, *request.get(_TERMS, (None, None)))
+
+
 def drain(app: web.Application) -> None:
     """Turn `/readyz` to 503, for good: no new requests, please. Those that come are served as before.
 

@@ -69,11 +69,18 @@ def problem(
 
 def problem_of(error: Exception) -> Problem:
     """What a client is told of an exception: by the table, and of those that are not in it nothing but 500."""
+    status, text, retry_after = said(error)
+    known = _known(error)
+    return problem(status, text, None if known is None else known.__name__, retry_after)
+
+
+def said(error: Exception) -> tuple[int, str | None, int | None]:
+    """Of an exception the status, what a client may read of it, and after how many seconds it may come again."""
     known = _known(error)
     if known is None:
-        return problem(500)
+        return 500, None, None
     status, told = TABLE[known]
-    return problem(status, str(error) if told is None else told, known.__name__, _retry_after(error))
+    return status, str(error) if told is None else told, _retry_after(error)
 
 
 def log(error: Exception) -> None:

@@ -242,8 +242,13 @@ async def cancel_on_disconnect(request: Request, awaitable: Awaitable[T]) -> T:
     except BaseException:
         asyncio.ensure_future(awaitable).cancel()  # nobody will await it
         raise
+    return await while_there(request.receive, awaitable)
+
+
+async def while_there(receive: Receive, awaitable: Awaitable[T]) -> T:
+    """The same where a body has been read, by whatever reads it."""
     with anyio.CancelScope() as scope:
-        watch = asyncio.create_task(_cancel_when_left(request, scope))
+        watch = asyncio.create_task(_cancel_when_left(receive, scope))
         try:
             return await awaitable
         finally:
@@ -251,10 +256,15 @@ async def cancel_on_disconnect(request: Request, awaitable: Awaitable[T]) -> T:
     raise ClientDisconnect
 
 
-async def _cancel_when_left(request: Request, scope: anyio.CancelScope) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _cancel_when_left(receive: Receive, scope: anyio.CancelScope) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
     scope.cancel()
+
+
+def of_request(scope: Scope, name: str, model: AsyncDataParallel) -> RequestView:
+    """A model on the terms of one request, as `get` hands it out, installed or not."""
+    return RequestView(name, model, scope.get(_DEADLINE), scope.get(_TIMINGS), most=scope.get(_MOST))
 
 
 def deadline_middleware(max_seconds: float | None) -> Callable[[ASGIApp], ASGIApp]:

@@ -1,0 +1,262 @@
+"""The protocol over gRPC.
+
+Lives here: a server of it (grpc.aio), messages in and out. Must not be here: what a request means (requests.py,
+models.py), how messages are built (messages.py).
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Any
+
+import grpc
+
+from aneuron import AsyncDataParallel, Signature
+from aneuron.web.checks import check_body
+from aneuron.web.problems import log
+from aneuron.web.v2.datatypes import TABLE, in_bytes
+from aneuron.web.v2.errors import Refused, told
+from aneuron.web.v2.http import MAX_BODY, aside
+from aneuron.web.v2.messages import SERVICE, message
+from aneuron.web.v2.models import VERSION, Load, Models, Result
+from aneuron.web.v2.requests import NO_SHARED_MEMORY, Inference, read_message
+
+_STREAMED = 1000  # requests of one stream that may be in progress; then no more of them are read
+_FINAL = "triton_enable_empty_final_response"
+_UNSUPPORTED = {
+    **{
+        f"{kind}SharedMemory{what}": NO_SHARED_MEMORY
+        for kind in ("System", "Cuda")
+        for what in ("Status", "Register", "Unregister")
+    },
+    "TraceSetting": "trace settings are unsupported",
+    "LogSettings": "log settings are unsupported",
+}
+
+
+class GrpcServer:
+    """A server of the Open Inference Protocol over gRPC; models are started by whoever serves them.
+
+    signatures, load: as for `aneuron.web.v2.starlette.routes`. max_body: bytes that a message may have.
+    options: of the gRPC server, `[("grpc.max_connection_age_ms", 60_000)]`, say.
+
+    A client's deadline is the call's, as is its `timeout` parameter; who leaves cancels the call. The answers of a
+    stream come in the order in which they are ready, with the ids of their requests; what fails says so in its place.
+    `timeout` and deadlines bound what waits, and refuse at once what cannot be in time, with DEADLINE_EXCEEDED;
+    a full queue is RESOURCE_EXHAUSTED. Raises at once what `routes` raises.
+
+        async with GrpcServer(net=model) as server:
+            port = await server.listen("127.0.0.1:8001")
+    """
+
+    def __init__(
+        self,
+        *,
+        signatures: Mapping[str, Signature] | None = None,
+        max_body: int = MAX_BODY,
+        load: Load | None = None,
+        options: list[tuple[str, Any]] | None = None,
+        **models: AsyncDataParallel,
+    ) -> None:
+        check_body(max_body)
+        self._models = Models(GrpcServer, models, signatures, load)
+        self._options = [
+            ("grpc.max_receive_message_length", max_body),
+            ("grpc.max_send_message_length", -1),
+            ("grpc.so_reuseport", 0),  # a port in use is an error, not shared without a word
+            *(options or ()),
+        ]
+        self._server: Any = None
+
+    async def listen(self, address: str, credentials: "grpc.ServerCredentials | None" = None) -> int:
+        """Serve on `host:port` (port 0: any; `unix:path`), with TLS if there are credentials; the port.
+
+        Raises OSError where the address cannot be had.
+        """
+        server = grpc.aio.server(options=self._options)
+        server.add_generic_rpc_handlers((_Handlers(self._models),))
+        try:
+            port = (
+                server.add_insecure_port(address)
+                if credentials is None
+                else server.add_secure_port(address, credentials)
+            )
+        except RuntimeError as error:
+            raise OSError(f"gRPC cannot listen on {address}: {error}") from None
+        await server.start()
+        self._server = server
+        return int(port)
+
+    async def aclose(self, grace: float | None = None) -> None:
+        """Take no more requests, and wait for those in progress: `grace` seconds, then they are cancelled."""
+        if self._server is not None:
+            await self._server.stop(grace)
+            self._server = None
+
+    async def __aenter__(self) -> "GrpcServer":
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
+    """The methods of the service, by their names."""
+
+    def __init__(self, models: Models) -> None:
+        self._models = models
+        self._infer = message("ModelInferRequest")
+        self._response = message("ModelInferResponse")
+        self._streamed = message("ModelStreamInferResponse")
+        unary = {
+            "ServerLive": lambda _: {"live": True},
+            "ServerReady": lambda _: {"ready": models.ready},
+            "ModelReady": lambda asked: {"ready": models.is_ready(asked.name, asked.version)},
+            "ServerMetadata": lambda _: models.metadata(),
+            "ModelMetadata": lambda asked: models.find(asked.name, asked.version).metadata(),
+            "ModelConfig": lambda asked: {"config": _config(models.find(asked.name, asked.version).config())},
+            "ModelStatistics": lambda asked: _statistics(models.statistics(asked.name, asked.version)),
+            "RepositoryIndex": lambda asked: {"models": models.index(asked.ready)},
+            "RepositoryModelUnload": lambda asked: models.unload(asked.model_name),
+        }
+        self._methods = {
+            "ModelInfer": grpc.unary_unary_rpc_method_handler(
+                self._one, self._infer.FromString, self._response.SerializeToString
+            ),
+            "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(
+                self._stream, self._infer.FromString, self._streamed.SerializeToString
+            ),
+            "RepositoryModelLoad": self._unary("RepositoryModelLoad", self._load),
+        }
+        for name, answer in unary.items():
+            self._methods[name] = self._unary(name, _later(answer))
+        for name, why in _UNSUPPORTED.items():
+            self._methods[name] = grpc.unary_unary_rpc_method_handler(_refusing(why), None, None)
+
+    def service(self, details: Any) -> Any:
+        """The handler of a method; None where there is none, which gRPC answers with UNIMPLEMENTED."""
+        service, _, method = details.method.strip("/").rpartition("/")
+        return self._methods.get(method) if service == SERVICE else None
+
+    def _unary(self, name: str, answer: Callable[[Any], Awaitable[dict[str, Any] | None]]) -> Any:
+        """The handler of a method whose answer is made of plain values."""
+        request, response = message(f"{name}Request"), message(f"{name}Response")
+
+        async def handler(asked: Any, context: Any) -> Any:
+            try:
+                return response(**(await answer(asked) or {}))
+            except Exception as error:
+                await _abort(context, error)
+
+        return grpc.unary_unary_rpc_method_handler(handler, request.FromString, response.SerializeToString)
+
+    async def _load(self, asked: Any) -> None:
+        await self._models.load(asked.model_name)
+
+    async def _one(self, request: Any, context: Any) -> Any:
+        """One inference."""
+        try:
+            return await self._answer(request, context.time_remaining())
+        except Exception as error:
+            await _abort(context, error)
+
+    async def _stream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+        """Inferences as they come; answers as they are ready."""
+        ready: asyncio.Queue[Any] = asyncio.Queue()
+        room = asyncio.Semaphore(_STREAMED)
+        running: set[asyncio.Task[None]] = set()
+
+        async def one(request: Any) -> None:
+            try:
+                ready.put_nowait(await self._streamed_answer(request, context.time_remaining()))
+            finally:
+                room.release()
+
+        async def read() -> None:
+            async for request in requests:
+                await room.acquire()
+                task = asyncio.ensure_future(one(request))
+                running.add(task)
+                task.add_done_callback(running.discard)
+            await asyncio.gather(*running)
+
+        reading = asyncio.ensure_future(read())
+        reading.add_done_callback(lambda _: ready.put_nowait(None))
+        try:
+            while (answer := await ready.get()) is not None:
+                yield answer
+            reading.result()
+        finally:
+            for task in (reading, *running):
+                task.cancel()
+
+    async def _streamed_answer(self, request: Any, left: float | None) -> Any:
+        try:
+            answer = await self._answer(request, left)
+            if _FINAL in request.parameters:
+                answer.parameters["triton_final_response"].bool_param = True
+            return self._streamed(infer_response=answer)
+        except Exception as error:
+            if not isinstance(error, Refused):
+                log(error)
+            empty = self._response(model_name=request.model_name, id=request.id)
+            return self._streamed(error_message=told(error).text, infer_response=empty)
+
+    async def _answer(self, request: Any, left: float | None) -> Any:
+        """The answer to one request, whose client waits for so many seconds more."""
+        served = self._models.find(request.model_name, request.model_version)
+        size = sum(map(len, request.raw_input_contents))
+        inference = await aside(size, lambda: read_message(request, served.signature))
+        if left is not None:
+            own = inference.terms.timeout
+            bound = max(0.0, left if own is None else min(own, left))
+            inference = inference._replace(terms=inference.terms._replace(timeout=bound))
+        results = await served.infer(inference, served.model)
+        size = sum([result.value.nbytes for result in results if hasattr(result.value, "nbytes")])
+        return await aside(size, lambda: self._written(served.name, inference, results))
+
+    def _written(self, name: str, inference: Inference, results: list[Result]) -> Any:
+        answer = self._response(model_name=name, model_version=VERSION, id=inference.id)
+        for result in results:
+            answer.outputs.add(name=result.name, datatype=result.datatype.name, shape=result.shape)
+            answer.raw_output_contents.append(bytes(in_bytes(result.value)))
+        return answer
+
+
+def _later(answer: Callable[[Any], dict[str, Any] | None]) -> Callable[[Any], Awaitable[dict[str, Any] | None]]:
+    async def handler(asked: Any) -> dict[str, Any] | None:
+        return answer(asked)
+
+    return handler
+
+
+def _refusing(why: str) -> Callable[[bytes, Any], Awaitable[None]]:
+    async def handler(_: bytes, context: Any) -> None:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, why)
+
+    return handler
+
+
+async def _abort(context: Any, error: Exception) -> None:
+    """End a request with what its client is told."""
+    said = told(error)
+    if not isinstance(error, Refused):
+        log(error)
+    more = [("retry-after", str(said.retry_after))] if said.retry_after is not None else []
+    await context.abort(grpc.StatusCode[said.code], said.text, tuple(more))
+
+
+_NUMBERS = {datatype.config: number for number, datatype in enumerate(TABLE.values(), 1)}
+
+
+def _config(said: dict[str, Any]) -> dict[str, Any]:
+    """A configuration as the message has it: datatypes are numbers."""
+    said = {name: value for name, value in said.items() if name != "dynamic_batching"}
+    for side in ("input", "output"):
+        said[side] = [each | {"data_type": _NUMBERS[each["data_type"]]} for each in said[side]]
+    return said
+
+
+def _statistics(said: dict[str, Any]) -> dict[str, Any]:
+    """Statistics without what the message lacks."""
+    absent = ("batch_stats", "memory_usage", "response_stats")
+    return {"model_stats": [{key: each[key] for key in each if key not in absent} for each in said["model_stats"]]}

@@ -1,0 +1,309 @@
+"""The protocol over HTTP: which path asks for what, what a body holds, what an answer is made of.
+
+Lives here: HTTP as data, whatever server or framework carries it. Must not be here: one of them (starlette.py,
+aiohttp.py), the rules of a request (requests.py).
+"""
+
+import zlib
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import anyio.to_thread
+import msgspec
+
+from aneuron import AsyncDataParallel, View
+from aneuron.web.problems import log
+from aneuron.web.v2.datatypes import dumps, finite, in_bytes, in_json
+from aneuron.web.v2.errors import Refused, told
+from aneuron.web.v2.models import VERSION, Models, Result, Served
+from aneuron.web.v2.requests import NO_SHARED_MEMORY, Inference, read_json, read_raw
+
+T = TypeVar("T")
+Get = Callable[[str], str | None]  # a header of the request, by its name in small letters
+
+MAX_BODY = 64 << 20
+MUCH = 1 << 18  # bytes from which on work is a thread's: the loop has others to serve
+_SMALL = 1 << 10  # bytes up to which compression is not worth its headers
+_WINDOW = {"gzip": 31, "deflate": 15}  # of zlib; what HTTP calls deflate is zlib's format
+_JSON, _BINARY = "application/json", "application/octet-stream"
+
+
+class Answer(NamedTuple):
+    """Status, headers and body; the parts of a body one after the other."""
+
+    status: int
+    headers: list[tuple[str, str]]
+    body: list[bytes | memoryview]
+
+
+class Head(NamedTuple):
+    """What the headers of an inference request say of its body."""
+
+    length: int | None  # of the body
+    json: int | None  # of the JSON at its beginning; None: all of it
+    coding: str  # how it is compressed, if it is
+    accepts: str  # how the answer is to be
+
+
+class Asked(NamedTuple):
+    """What a path asks for."""
+
+    what: str
+    name: str = ""
+    version: str = ""
+
+
+# Paths.
+
+_METHODS = {
+    "infer": "POST",
+    "index": "POST",
+    "load": "POST",
+    "unload": "POST",
+}
+_OF_MODEL = {"": "metadata", "ready": "ready", "infer": "infer", "config": "config", "stats": "stats"}
+_OF_SERVER = {
+    (): "server",
+    ("health", "live"): "live",
+    ("health", "ready"): "server ready",
+    ("models", "stats"): "stats",
+    ("repository", "index"): "index",
+}
+_SHARED_MEMORY = ("systemsharedmemory", "cudasharedmemory")
+
+
+def find(method: str, path: str) -> Asked:
+    """What is asked for by a path that begins with /v2. Raises `Refused`."""
+    parts = tuple(path.strip("/").split("/"))[1:]
+    asked = _find(parts)
+    if asked is None:
+        if parts[:1] and parts[0] in _SHARED_MEMORY:
+            raise Refused(501, NO_SHARED_MEMORY)
+        raise Refused(404, f"there is nothing at {path!r:.200}")
+    expected = _METHODS.get(asked.what, "GET")
+    if method != expected and (method, expected) != ("HEAD", "GET"):
+        raise Refused(405, f"{path!r:.200} is asked for by {expected}")
+    return asked
+
+
+def _find(parts: tuple[str, ...]) -> Asked | None:
+    if parts in _OF_SERVER:
+        return Asked(_OF_SERVER[parts])
+    if parts[:2] == ("repository", "models") and len(parts) == 4 and parts[3] in ("load", "unload"):
+        return Asked(parts[3], parts[2])
+    if parts[0] != "models" or len(parts) < 2:
+        return None
+    _, name, *rest = parts
+    version = ""
+    if rest[:1] == ["versions"] and len(rest) >= 2:
+        version, rest = rest[1], rest[2:]
+    what = _OF_MODEL.get(rest[0] if rest else "") if len(rest) <= 1 else None
+    return None if what is None else Asked(what, name, version)
+
+
+# Bodies.
+
+
+def read_head(get: Get, max_body: int) -> Head:
+    """What the headers say. Raises `Refused` before anything of the body is read."""
+    length, json = _number(get, "content-length"), _number(get, "inference-header-content-length")
+    if length is not None and length > max_body:
+        raise Refused(413, f"the body has {length} bytes; at most {max_body} are taken")
+    if length is not None and json is not None and json > length and get("content-encoding") is None:
+        raise Refused(400, f"Inference-Header-Content-Length is {json}; the body has {length} bytes")
+    coding = (get("content-encoding") or "").strip().lower()
+    coding = "" if coding == "identity" else coding
+    if coding and coding not in _WINDOW:
+        raise Refused(415, f"Content-Encoding: {coding!r:.40}; expected gzip or deflate")
+    return Head(length, json, coding, _chosen(get("accept-encoding")))
+
+
+def _number(get: Get, name: str) -> int | None:
+    value = get(name)
+    if value is None:
+        return None
+    if not (value.isascii() and value.isdecimal() and len(value) < 19):
+        raise Refused(400, f"{name}: {value!r:.40}; expected a number of bytes")
+    return int(value)
+
+
+def _chosen(accepts: str | None) -> str:
+    """How an answer is to be compressed: as a client asks that names one coding.
+
+    Libraries name several by themselves, whatever is sent, and tensors hardly shrink.
+    """
+    coding = (accepts or "").strip().lower()
+    return coding if coding in _WINDOW else ""
+
+
+class Incoming:
+    """The body of an inference request, as it comes: its JSON, and the binary data after it."""
+
+    def __init__(self, head: Head, max_body: int) -> None:
+        self._head, self._max = head, max_body
+        self._chunks: list[bytes] = []
+        self._size = 0
+
+    def add(self, chunk: bytes) -> None:
+        """The next bytes. Raises `Refused` if they are too many."""
+        self._size += len(chunk)
+        if self._size > self._max:
+            raise Refused(413, f"the body has more than {self._max} bytes")
+        self._chunks.append(chunk)
+
+    async def parts(self) -> tuple[bytes | memoryview, bytearray | None]:
+        """Its JSON, and its binary data if there may be any. Raises `Refused`."""
+        return await aside(self._size, self._parts)
+
+    def _parts(self) -> tuple[bytes | memoryview, bytearray | None]:
+        data = b"".join(self._chunks)
+        return _cut(decompress(data, self._head.coding, self._max) if self._head.coding else data, self._head.json)
+
+
+def _cut(data: bytes, json: int | None) -> tuple[bytes | memoryview, bytearray | None]:
+    if json is None:
+        return data, None
+    if json > len(data):
+        raise Refused(400, f"Inference-Header-Content-Length is {json}; the body has {len(data)} bytes")
+    both = memoryview(data)
+    return both[:json], bytearray(both[json:])
+
+
+def decompress(data: bytes, coding: str, most: int) -> bytes:
+    """What was compressed. Raises `Refused` for what was not, and for more bytes than `most`."""
+    parts, left = [], most
+    while data:
+        one = zlib.decompressobj(_WINDOW[coding])
+        try:
+            parts.append(one.decompress(data, left + 1))
+        except zlib.error as error:
+            raise Refused(400, f"the body is not {coding}: {error}") from None
+        left -= len(parts[-1])
+        if left < 0:
+            raise Refused(413, f"the body has more than {most} bytes when it is decompressed")
+        if not one.eof:
+            raise Refused(400, f"the body ends in the middle of {coding}")
+        data = one.unused_data
+    return b"".join(parts)
+
+
+def compress(data: bytes, coding: str) -> bytes:
+    """Compressed fast rather than well."""
+    one = zlib.compressobj(1, zlib.DEFLATED, _WINDOW[coding])
+    return one.compress(data) + one.flush()
+
+
+async def aside(size: int, function: Callable[[], T]) -> T:
+    """What a function returns that has so many bytes to look at: in a thread if they are many."""
+    return await anyio.to_thread.run_sync(function) if size > MUCH else function()
+
+
+# Answers.
+
+
+async def answer_of(served: Served, head: Head, incoming: Incoming, view: View | AsyncDataParallel) -> Answer:
+    """The answer to an inference request whose body has come. Raises what the call raises, and `Refused`."""
+    inference = await _inference(served, head, incoming)
+    results = await served.infer(inference, view)
+    size = sum([result.value.nbytes for result in results if hasattr(result.value, "nbytes")])
+    return await aside(size, lambda: written(served.name, inference, results, head.accepts))
+
+
+async def _inference(served: Served, head: Head, incoming: Incoming) -> Inference:
+    json, binary = await incoming.parts()
+    signature = served.signature
+    if head.json == 0:
+        return read_raw(binary or bytearray(), signature)
+    return await aside(len(json), lambda: read_json(json, binary, signature))
+
+
+def written(name: str, inference: Inference, results: Sequence[Result], coding: str = "") -> Answer:
+    """The answer that has these outputs."""
+    described: list[dict[str, Any]] = []
+    parts: list[bytes | memoryview] = []
+    for result in results:
+        said: dict[str, Any] = {"name": result.name, "datatype": result.datatype.name, "shape": result.shape}
+        if result.binary:
+            data = in_bytes(result.value)
+            said["parameters"] = {"binary_data_size": len(data)}
+            parts.append(data)
+        else:
+            said["data"] = in_json(result.name, result.value)
+        described.append(said)
+    body: dict[str, Any] = {"model_name": name, "model_version": VERSION, "outputs": described}
+    if inference.id:
+        body["id"] = inference.id
+    in_words = [result.value for result in results if not result.binary]
+    json = _encoder.encode(body) if not in_words or finite(in_words) else dumps(body)
+    headers = [("content-type", _BINARY if parts else _JSON)]
+    if parts:
+        headers.append(("inference-header-content-length", str(len(json))))
+    return _finished(200, headers, [json, *parts], coding)
+
+
+_encoder = msgspec.json.Encoder()
+
+
+def _finished(status: int, headers: list[tuple[str, str]], parts: list[bytes | memoryview], coding: str = "") -> Answer:
+    """The parts as bytes; those that are small, or compressed, in one."""
+    size = sum(map(len, parts))
+    if coding and size > _SMALL:
+        parts = [compress(b"".join(parts), coding)]
+        headers += [("content-encoding", coding), ("vary", "accept-encoding")]
+        size = len(parts[0])
+    elif size <= MUCH:
+        parts = [b"".join(parts)]
+    headers.append(("content-length", str(size)))
+    return Answer(status, headers, parts)
+
+
+def refusal(error: Exception) -> Answer:
+    """The answer to a request that is not served, in the protocol's words."""
+    status, text, _, retry_after = told(error)
+    if not isinstance(error, Refused):
+        log(error)
+    headers = [("content-type", _JSON)]
+    if retry_after is not None:
+        headers.append(("retry-after", str(retry_after)))
+    return _finished(status, headers, [_encoder.encode({"error": text})])
+
+
+async def report(models: Models, asked: Asked, body: Callable[[], Awaitable[bytes]]) -> Answer:
+    """The answer to all but inference. Raises `Refused`."""
+    what, name, version = asked
+    value: Any
+    status = 200
+    if what == "index":
+        value = models.index(_ready_only(await body()))
+    elif what == "load":
+        await models.load(name)
+        value = {}
+    elif what == "unload":
+        models.unload(name)
+        value = {}
+    elif what == "stats":
+        value = models.statistics(name, version)
+    elif what == "server":
+        value = models.metadata()
+    elif what == "live":
+        value = {"live": True}
+    elif what == "server ready":
+        value, status = {"ready": models.ready}, 200 if models.ready else 503
+    else:
+        served = models.find(name, version)
+        ready = served.model.ready
+        if what == "ready":
+            value, status = {"name": name, "ready": ready}, 200 if ready else 503
+        else:
+            value = served.metadata() if what == "metadata" else served.config()
+    return _finished(status, [("content-type", _JSON)], [_encoder.encode(value)])
+
+
+def _ready_only(body: bytes) -> bool:
+    if not body.strip():
+        return False
+    try:
+        said = msgspec.json.decode(body, type=Mapping[str, Any])
+    except msgspec.DecodeError as error:
+        raise Refused(400, f"the request is no JSON object: {error}") from None
+    return said.get("ready") is True

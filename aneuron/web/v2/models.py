@@ -1,0 +1,251 @@
+"""The models that the protocol serves: what is told of each, and how a request becomes a call and its result.
+
+Lives here: metadata, readiness, configuration, statistics, inference; as plain values, for HTTP and gRPC alike. Must
+not be here: how requests are read (requests.py) and answers written (http.py, grpc.py).
+"""
+
+import time
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from importlib.metadata import version
+from typing import Any, NamedTuple
+
+import torch
+
+from aneuron import AsyncDataParallel, Closed, OutputError, Signature, TensorSpec, View
+from aneuron.web.checks import check_models
+from aneuron.web.v2.datatypes import BYTES, Datatype, datatype_of
+from aneuron.web.v2.errors import Refused
+from aneuron.web.v2.requests import Inference, Terms
+
+VERSION = "1"  # each model has one: what it was swapped for answers under the same
+EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics", "parameters")
+Load = Callable[[str], Awaitable[None]]
+
+
+class Result(NamedTuple):
+    """An output of an answer."""
+
+    name: str
+    datatype: Datatype
+    shape: list[int]
+    value: Any  # a tensor, or the elements of BYTES
+    binary: bool
+
+
+class Served:
+    """One model under a name."""
+
+    def __init__(self, name: str, model: AsyncDataParallel, declared: Signature | None = None) -> None:
+        self.name, self.model = name, model
+        self._declared = declared
+        self._last = 0  # ms since 1970, of the last answer
+        self._known: Signature | None = None
+        signature = self._described()
+        if not signature.inputs:
+            raise ValueError(
+                f"{name}: nothing says what the model takes: give it example_inputs, or declare its signature"
+            )
+        for spec in signature.inputs:
+            datatype_of(spec)
+
+    def _described(self) -> Signature:
+        signature = self.model.signature
+        return signature if self._declared is None else signature.declared(self._declared)
+
+    @property
+    def signature(self) -> Signature:
+        """What it takes and returns, as far as it is known by now."""
+        known = self._known
+        if known is None:
+            known = self._described()
+            if known.outputs is not None:
+                self._known = known
+        return known
+
+    async def infer(self, inference: Inference, view: View | AsyncDataParallel) -> list[Result]:
+        """The outputs that a request asks for, in its order. Raises what the call raises, and `Refused`."""
+        signature = self.signature
+        if inference.empty:
+            outputs = _nothing(signature)
+        else:
+            args, kwargs = signature.arguments(inference.values)
+            if inference.terms != _USUAL:
+                view = view.options(**inference.terms._asdict())
+            output = await view(*args, **kwargs)
+            if signature.outputs is None:
+                signature = self.signature
+            outputs = dict(signature.named(output))
+        self._last = time.time_ns() // 1_000_000
+        if inference.outputs is None:
+            return [_result(name, value, inference.binary) for name, value in outputs.items()]
+        missing = [wanted.name for wanted in inference.outputs if wanted.name not in outputs]
+        if missing:
+            raise Refused(400, f"the model has no output {missing[0]!r}; it has {', '.join(map(repr, outputs))}")
+        return [_result(wanted.name, outputs[wanted.name], wanted.binary) for wanted in inference.outputs]
+
+    def metadata(self) -> dict[str, Any]:
+        """Its name, versions, inputs and outputs."""
+        signature = self.signature
+        return {
+            "name": self.name,
+            "versions": [VERSION],
+            "platform": "aneuron",
+            "inputs": list(map(_metadata, signature.inputs)),
+            "outputs": list(map(_metadata, signature.outputs or ())),
+        }
+
+    def config(self) -> dict[str, Any]:
+        """Triton's configuration of it, as far as there is such a thing here. Shapes have their rows in them."""
+        signature = self.signature
+        return {
+            "name": self.name,
+            "platform": "aneuron",
+            "backend": "aneuron",
+            "max_batch_size": 0,
+            "input": [_config(spec) for spec in signature.inputs],
+            "output": [_config(spec) for spec in signature.outputs or ()],
+            "dynamic_batching": {},
+        }
+
+    def statistics(self) -> dict[str, Any]:
+        """Triton's statistics: rows, executions, and for how long; of executions by size nothing is known."""
+        now = self.model.statistics()
+        calls, none = now.calls, _duration(0, 0.0)
+        return {
+            "name": self.name,
+            "version": VERSION,
+            "last_inference": self._last,
+            "inference_count": sum(core.rows for core in now.cores),
+            "execution_count": sum(core.batches for core in now.cores),
+            "inference_stats": {
+                "success": _duration(calls.completed, now.total_seconds.sum),
+                "fail": _duration(calls.failed, 0.0),
+                "queue": _duration(sum(now.queue_seconds.counts), now.queue_seconds.sum),
+                "compute_input": none,
+                "compute_infer": _duration(sum(now.device_seconds.counts), now.device_seconds.sum),
+                "compute_output": none,
+                "cache_hit": none,
+                "cache_miss": none,
+            },
+            "batch_stats": [],
+            "memory_usage": [],
+            "response_stats": {},
+        }
+
+
+_USUAL = Terms()
+
+
+class Models:
+    """All that a server serves."""
+
+    def __init__(
+        self,
+        door: Callable[..., Any],
+        models: Mapping[str, AsyncDataParallel],
+        signatures: Mapping[str, Signature] | None = None,
+        load: Load | None = None,
+    ) -> None:
+        check_models(door, models)
+        said = dict(signatures or {})
+        if strangers := said.keys() - models.keys():
+            raise LookupError(f"signatures={{{sorted(strangers)[0]!r}: ...}}: there is no such model; {list(models)}")
+        self.served = {name: Served(name, model, said.get(name)) for name, model in models.items()}
+        self._load = load
+
+    def find(self, name: str, version: str = "") -> Served:
+        """The model of a name. Raises `Refused`."""
+        served = self.served.get(name)
+        if served is None:
+            raise Refused(404, f"there is no model {name!r:.80}; there is {', '.join(map(repr, self.served))}")
+        if version and version != VERSION:
+            raise Refused(404, f"model {name!r} has no version {version!r:.40}; it has {VERSION!r}")
+        return served
+
+    def is_ready(self, name: str, version: str) -> bool:
+        """Whether there is such a model, and it serves."""
+        served = self.served.get(name)
+        return served is not None and version in ("", VERSION) and served.model.ready
+
+    @property
+    def ready(self) -> bool:
+        """Whether every model serves."""
+        return all(served.model.ready for served in self.served.values())
+
+    def metadata(self) -> dict[str, Any]:
+        """What the server is."""
+        return {"name": "aneuron", "version": version("aneuron"), "extensions": list(EXTENSIONS)}
+
+    def statistics(self, name: str = "", version: str = "") -> dict[str, Any]:
+        """Of one model, or of all."""
+        served: Iterable[Served] = [self.find(name, version)] if name else self.served.values()
+        return {"model_stats": [each.statistics() for each in served]}
+
+    def index(self, ready: bool = False) -> list[dict[str, str]]:
+        """Which models there are, and whether each serves; or those that do."""
+        found = []
+        for name, served in self.served.items():
+            if served.model.ready:
+                found.append({"name": name, "version": VERSION, "state": "READY", "reason": ""})
+            elif not ready:
+                found.append({"name": name, "version": VERSION, "state": "UNAVAILABLE", "reason": "not ready"})
+        return found
+
+    async def load(self, name: str) -> None:
+        """Have a model loaded anew. Raises `Refused` where that is not allowed, or fails."""
+        self.find(name)
+        if self._load is None:
+            raise Refused(403, "models are not loaded on request here")
+        try:
+            await self._load(name)
+        except (Refused, Closed):
+            raise
+        except Exception as error:
+            raise Refused(400, f"model {name!r} was not loaded, and serves as before: {error}") from error
+
+    def unload(self, name: str) -> None:
+        """Models stay: who serves one decides when it ends."""
+        self.find(name)
+        raise Refused(501, "models are not unloaded on request")
+
+
+def _metadata(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "datatype": _named(spec), "shape": list(spec.shape)}
+
+
+def _config(spec: TensorSpec) -> dict[str, Any]:
+    return {"name": spec.name, "data_type": datatype_of(spec).config, "dims": list(spec.shape)}
+
+
+def _named(spec: TensorSpec) -> str:
+    return datatype_of(spec).name
+
+
+def _duration(count: int, seconds: float) -> dict[str, int]:
+    return {"count": count, "ns": round(seconds * 1e9)}
+
+
+def _result(name: str, value: Any, binary: bool) -> Result:
+    """An output, as the protocol can have it."""
+    if isinstance(value, torch.Tensor):
+        spec = TensorSpec(name, value.dtype, tuple(value.shape))
+        try:
+            return Result(name, datatype_of(spec), list(value.shape), value, binary)
+        except ValueError as error:
+            raise OutputError(str(error)) from None
+    if isinstance(value, (list, tuple)) and all(isinstance(each, (str, bytes)) for each in value):
+        return Result(name, BYTES, [len(value)], value, binary)
+    raise OutputError(f"output {name!r} is a {type(value).__name__}: neither a tensor nor texts, one for each row")
+
+
+def _nothing(signature: Signature) -> dict[str, Any]:
+    """The outputs of no rows: the model is not asked."""
+    if signature.outputs is None:
+        raise Refused(400, "the request has no rows, and it is not known yet what the model returns")
+    found: dict[str, Any] = {}
+    for spec in signature.outputs:
+        if spec.whole or -1 not in spec.shape:
+            raise Refused(400, f"the request has no rows, and output {spec.name!r} belongs to all of them")
+        shape = [0 if size == -1 else size for size in spec.shape]
+        found[spec.name] = torch.empty(shape, dtype=spec.dtype) if isinstance(spec.dtype, torch.dtype) else []
+    return found

@@ -1,0 +1,309 @@
+"""What a request of the Open Inference Protocol asks for: inputs in the order of the model, outputs, terms.
+
+Lives here: the protocol's rules for an inference request, by HTTP and by gRPC, as data. Must not be here: sockets,
+waiting for the model (models.py), how an element lies in bytes (datatypes.py).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+
+from aneuron import Signature, TensorSpec
+from aneuron.web.v2.datatypes import BYTES, TABLE, Datatype, datatype_of, objects, tensor_from, tensor_of
+from aneuron.web.v2.errors import Refused
+
+Parameters = Mapping[str, Any]
+
+_SHARED_MEMORY = "shared_memory_region"
+_NO_STATE = ("sequence_id", "sequence_start", "sequence_end")
+NO_SHARED_MEMORY = "shared memory is unsupported: send the data with the request, in binary"
+
+
+class Input(msgspec.Struct):
+    """One input, as JSON has it."""
+
+    name: str
+    shape: list[int]
+    datatype: str
+    parameters: dict[str, Any] = {}
+    data: Any = None  # clients send null beside binary data
+
+
+class Output(msgspec.Struct):
+    """One output that is asked for."""
+
+    name: str
+    parameters: dict[str, Any] = {}
+
+
+class Body(msgspec.Struct):
+    """The JSON of an inference request."""
+
+    inputs: list[Input]
+    outputs: list[Output] = []
+    id: str = ""
+    parameters: dict[str, Any] = {}
+
+
+class Wanted(NamedTuple):
+    """An output that is asked for, and whether in binary."""
+
+    name: str
+    binary: bool
+
+
+class Terms(NamedTuple):
+    """On what terms the model is called."""
+
+    timeout: float | None = None  # s
+    priority: float = 0.0
+    tenant: str | None = None
+
+
+class Inference(NamedTuple):
+    """What a request asks for."""
+
+    id: str
+    values: list[Any]  # a tensor or a list for each of the model's inputs
+    empty: bool  # whether it has no rows
+    outputs: list[Wanted] | None  # None: all
+    binary: bool  # whether outputs are binary that say nothing else
+    terms: Terms
+    parameters: Parameters
+
+
+_decoder = msgspec.json.Decoder(Body)
+
+
+def read_json(head: bytes | memoryview, binary: bytearray | None, signature: Signature) -> Inference:
+    """The request that a JSON object makes, and the bytes that follow it. Raises `Refused`."""
+    try:
+        body = _decoder.decode(head)
+    except msgspec.DecodeError as error:
+        body = _lenient(head, error)
+    at = 0
+    given: dict[str, Any] = {}
+    for each in body.inputs:
+        spec, datatype = _described(each.name, each.datatype, each.shape, signature, given)
+        size = each.parameters.get("binary_data_size") if each.parameters else None
+        if size is None:
+            if each.data is None:
+                _check_region(each.name, each.parameters)
+                raise Refused(400, f"input {each.name!r} has no data: give it data, or binary_data_size")
+            given[each.name] = tensor_of(each.data, spec, datatype, each.shape)
+            continue
+        if each.data is not None:
+            raise Refused(400, f"input {each.name!r} has both data and binary_data_size")
+        if isinstance(size, bool) or not isinstance(size, int) or size < 0:
+            raise Refused(400, f"input {each.name!r}: binary_data_size is {size!r:.40}; expected a number of bytes")
+        if binary is None and not size:  # nothing, and clients say so without the header
+            given[each.name] = tensor_from(bytearray(), 0, 0, spec, datatype, each.shape)
+            continue
+        if binary is None:
+            raise Refused(
+                400,
+                f"input {each.name!r} has binary_data_size, and the header Inference-Header-Content-Length, which says "
+                "where binary data begins, is missing",
+            )
+        if at + size > len(binary):
+            raise Refused(400, f"input {each.name!r} has {size} bytes of binary data; {len(binary) - at} are left")
+        given[each.name] = tensor_from(binary, at, size, spec, datatype, each.shape)
+        at += size
+    if binary is not None and at != len(binary):
+        raise Refused(400, f"{len(binary) - at} bytes of binary data belong to no input")
+    everything = _flag(body.parameters, "binary_data_output", False)
+    outputs = []
+    for output in body.outputs:
+        _check_output(output.name, output.parameters)
+        binary_data = _flag(output.parameters, "binary_data", everything, f"output {output.name!r}")
+        outputs.append(Wanted(output.name, binary_data))
+    return _made(body.id, given, signature, outputs, everything, body.parameters)
+
+
+def _lenient(head: bytes | memoryview, error: msgspec.DecodeError) -> Body:
+    """JSON with NaN and Infinity in it, as Python's clients send them."""
+    if isinstance(error, msgspec.ValidationError):
+        raise Refused(400, f"the request is not as the protocol has it: {error}") from None
+    try:
+        return msgspec.convert(json.loads(bytes(head)), Body)
+    except ValueError:  # of either
+        raise Refused(400, f"the request is no JSON: {error}") from None
+
+
+def read_raw(data: bytearray, signature: Signature) -> Inference:
+    """A request that is nothing but the elements of the model's only input, of one row. Raises `Refused`."""
+    if len(signature.inputs) != 1:
+        raise Refused(
+            400,
+            f"a raw binary request has one input, and the model has {len(signature.inputs)}: send JSON, and its length "
+            "as Inference-Header-Content-Length",
+        )
+    spec = signature.inputs[0]
+    datatype = datatype_of(spec)
+    if datatype is BYTES:
+        value = objects([bytes(data)], 1, spec)
+    else:
+        value = tensor_from(data, 0, len(data), spec, datatype, _raw_shape(len(data), spec, datatype))
+    return Inference("", [value], False, None, True, Terms(), {})
+
+
+def _raw_shape(size: int, spec: TensorSpec, datatype: Datatype) -> list[int]:
+    shape = [1 if at == 0 and size_ == -1 else size_ for at, size_ in enumerate(spec.shape)]
+    known = 1
+    for each in shape:
+        known *= each if each != -1 else 1
+    if shape.count(-1) > 1 or (shape.count(-1) and size % (known * datatype.size)):
+        raise Refused(
+            400, f"input {spec.name!r} has shape {list(spec.shape)}, which {size} bytes do not say; send JSON with it"
+        )
+    return [size // (known * datatype.size) if each == -1 else each for each in shape]
+
+
+def read_message(message: Any, signature: Signature) -> Inference:
+    """The request that a ModelInferRequest makes. Raises `Refused`."""
+    raw = message.raw_input_contents
+    given: dict[str, Any] = {}
+    if raw and len(raw) != len(message.inputs):
+        raise Refused(400, f"there are {len(message.inputs)} inputs and {len(raw)} raw_input_contents; one for each")
+    for index, each in enumerate(message.inputs):
+        shape = list(each.shape)
+        spec, datatype = _described(each.name, each.datatype, shape, signature, given)
+        if not raw:
+            _check_region(each.name, each.parameters)
+            given[each.name] = _typed(each, spec, datatype, shape)
+            continue
+        if each.HasField("contents"):
+            raise Refused(
+                400, f"input {each.name!r} has contents, and the request raw_input_contents; only one of both"
+            )
+        data = bytearray(raw[index])
+        given[each.name] = tensor_from(data, 0, len(data), spec, datatype, shape)
+    outputs = [Wanted(each.name, True) for each in message.outputs]
+    for each in message.outputs:
+        _check_output(each.name, parameters_of(each.parameters))
+    return _made(message.id, given, signature, outputs, True, parameters_of(message.parameters))
+
+
+def _typed(each: Any, spec: TensorSpec, datatype: Datatype, shape: Sequence[int]) -> Any:
+    """The tensor of typed contents."""
+    if datatype.contents is None:
+        raise Refused(400, f"input {spec.name!r}: {datatype.name} has no typed contents; send raw_input_contents")
+    others = [name.name for name, _ in each.contents.ListFields() if name.name != datatype.contents]
+    if others:
+        raise Refused(400, f"input {spec.name!r} is {datatype.name}: expected {datatype.contents}, not {others[0]}")
+    found = list(getattr(each.contents, datatype.contents))
+    if datatype is BYTES:
+        count = 1
+        for size in shape:
+            count *= size
+        return objects(found, count, spec)
+    return tensor_of(found, spec, datatype, shape)
+
+
+def parameters_of(parameters: Any) -> dict[str, Any]:
+    """A map of InferParameter as plain values."""
+    found = {}
+    for name, value in parameters.items():
+        choice = value.WhichOneof("parameter_choice")
+        found[name] = getattr(value, choice) if choice else None
+    return found
+
+
+# The rules of both.
+
+
+def _described(
+    name: str, datatype: str, shape: Sequence[int], signature: Signature, given: Mapping[str, Any]
+) -> tuple[TensorSpec, Datatype]:
+    """What the model says of an input that a request has. Raises `Refused` unless it fits."""
+    spec = next((each for each in signature.inputs if each.name == name), None)
+    if spec is None:
+        raise Refused(400, f"the model has no input {name!r}; it has {_listed(signature.inputs)}")
+    if name in given:
+        raise Refused(400, f"input {name!r} is there twice")
+    expected = datatype_of(spec)
+    if datatype != expected.name:
+        known = "" if datatype in TABLE else ", which is no datatype of the protocol"
+        raise Refused(400, f"input {name!r} has datatype {datatype!r:.40}{known}; the model takes {expected.name}")
+    wanted = spec.shape
+    if len(shape) != len(wanted) or not all(
+        size >= 0 and want in (size, -1) for size, want in zip(shape, wanted, strict=True)
+    ):
+        raise Refused(400, f"input {name!r} has shape {list(shape)}; the model takes {list(wanted)}, -1 for any size")
+    return spec, expected
+
+
+def _made(
+    request_id: str,
+    given: Mapping[str, Any],
+    signature: Signature,
+    outputs: list[Wanted],
+    binary: bool,
+    parameters: Parameters,
+) -> Inference:
+    if len(given) != len(signature.inputs):
+        missing = [spec.name for spec in signature.inputs if spec.name not in given]
+        raise Refused(
+            400, f"the request lacks {', '.join(map(repr, missing))}; the model has {_listed(signature.inputs)}"
+        )
+    values = [given[spec.name] for spec in signature.inputs]
+    if signature.outputs is not None:
+        names = [spec.name for spec in signature.outputs]
+        for wanted in outputs:
+            if wanted.name not in names:
+                raise Refused(400, f"the model has no output {wanted.name!r}; it has {_listed(signature.outputs)}")
+    names = [wanted.name for wanted in outputs]
+    if len(set(names)) != len(names):
+        raise Refused(400, f"an output is asked for twice: {names}")
+    terms = _terms(parameters) if parameters else Terms()
+    return Inference(request_id, values, _is_empty(values, signature), outputs or None, binary, terms, parameters or {})
+
+
+def _is_empty(values: Sequence[Any], signature: Signature) -> bool:
+    """Whether there are no rows, which stand along the first dimension that is not fixed."""
+    for value, spec in zip(values, signature.inputs, strict=True):
+        if not spec.whole and -1 in spec.shape:
+            rows = len(value) if isinstance(value, list) else value.shape[spec.shape.index(-1)]
+            return not rows
+    return False
+
+
+def _terms(parameters: Parameters) -> Terms:
+    """The terms of the call. `timeout` is in microseconds; of `priority` the lower value comes first, 0 is usual."""
+    for name in _NO_STATE:
+        if parameters.get(name):
+            raise Refused(501, f"{name} is unsupported: the model keeps nothing between requests")
+    timeout, priority, tenant = (parameters.get(name) for name in ("timeout", "priority", "tenant"))
+    if isinstance(timeout, str) and timeout.isascii() and timeout.isdecimal():
+        timeout = int(timeout)
+    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0):
+        raise Refused(400, f"timeout is {timeout!r:.40}; expected microseconds, a whole number of 0 or more")
+    if priority is not None and (isinstance(priority, bool) or not isinstance(priority, int)):
+        raise Refused(400, f"priority is {priority!r:.40}; expected a whole number, of which the lower comes first")
+    if tenant is not None and not isinstance(tenant, str):
+        raise Refused(400, f"tenant is {tenant!r:.40}; expected a string")
+    return Terms(timeout / 1e6 if timeout else None, -float(priority or 0), tenant or None)
+
+
+def _flag(parameters: Parameters, name: str, default: bool, where: str = "the request") -> bool:
+    value = parameters.get(name, default) if parameters else default
+    if not isinstance(value, bool):
+        raise Refused(400, f"{where}: {name} is {value!r:.40}; expected true or false")
+    return value
+
+
+def _check_output(name: str, parameters: Parameters) -> None:
+    _check_region(name, parameters)
+    if parameters and parameters.get("classification"):
+        raise Refused(501, f"output {name!r}: classification is unsupported; ask for the output itself")
+
+
+def _check_region(name: str, parameters: Any) -> None:
+    if parameters and _SHARED_MEMORY in parameters:
+        raise Refused(501, f"{name!r}: {NO_SHARED_MEMORY}")
+
+
+def _listed(specs: Sequence[TensorSpec]) -> str:
+    return ", ".join(repr(spec.name) for spec in specs)
