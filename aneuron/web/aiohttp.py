@@ -131,7 +131,7 @@ def get(request: web.Request, name: str) -> RequestView:
     return view_of(name, request.config_dict[_HEALTH].models, *request.get(_TERMS, (None, None)))
 
 
-def of_request(request: web.Request, name: str, model: AsyncDataParallel) -> RequestView:
+def of_request(request: web.BaseRequest, name: str, model: AsyncDataParallel) -> RequestView:
     """A model on the terms of one request, as `get` hands it out, installed or not."""
     return RequestView(name, model, *request.get(_TERMS, (None, None)))
 

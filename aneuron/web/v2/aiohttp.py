@@ -8,7 +8,7 @@ Lives here: what is aiohttp's. Must not be here: what a request means (http.py a
     web.run_app(app, handler_cancellation=True)
 """
 
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 
 from aiohttp import web
 
@@ -34,34 +34,45 @@ def routes(
     where the server is told to notice: `web.run_app(app, handler_cancellation=True)`.
     """
     check_body(max_body)
-    handler = _handler(Models(routes, models, signatures, load), max_body)
+    served = V2(Models(routes, models, signatures, load), max_body)
+
+    async def handler(request: web.Request) -> web.StreamResponse:
+        rest = request.match_info.get("rest")  # of the path below an application that this one is in
+        return await served.answer(request, f"/v2/{rest}" if rest else "/v2")
+
     return [web.route("*", "/v2", handler), web.route("*", "/v2/{rest:.*}", handler)]
 
 
-def _handler(models: Models, max_body: int) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
-    async def handler(request: web.Request) -> web.StreamResponse:
+class V2:
+    """The protocol as a handler of requests whose paths begin with /v2: for `web.Server`, which has no router."""
+
+    def __init__(self, models: Models, max_body: int = MAX_BODY) -> None:
+        self._models, self._max_body = models, max_body
+
+    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request."""
+        return await self.answer(request, request.path)
+
+    async def answer(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
+        """Answer one request, taken for one of this path."""
+        models = self._models
         try:
-            path = "/v2" + (f"/{rest}" if (rest := request.match_info.get("rest")) else "")
             asked = find(request.method, path)
             if asked.what != "infer":
-                answer = await report(models, asked, lambda: _body(request, max_body))
-            else:
-                served = models.find(asked.name, asked.version)
-                head = read_head(request.headers.get, max_body)._replace(coding="")  # aiohttp has decompressed it
-                incoming = Incoming(head, max_body)
-                async for chunk in request.content.iter_any():
-                    incoming.add(chunk)
-                answer = await answer_of(served, head, incoming, of_request(request, asked.name, served.model))
+                return _sent(await report(models, asked, lambda: _body(request, self._max_body)))
+            served = models.find(asked.name, asked.version)
+            head = read_head(request.headers.get, self._max_body)._replace(coding="")  # aiohttp has decompressed it
+            incoming = Incoming(head, self._max_body)
+            async for chunk in request.content.iter_any():
+                incoming.add(chunk)
+            return _sent(await answer_of(served, head, incoming, of_request(request, asked.name, served.model)))
         except ConnectionError:
             raise  # the client left while it sent
         except Exception as error:
-            answer = refusal(error)
-        return await _sent(answer, request)
-
-    return handler
+            return _sent(refusal(error))
 
 
-async def _body(request: web.Request, most: int) -> bytes:
+async def _body(request: web.BaseRequest, most: int) -> bytes:
     chunks: list[bytes] = []
     async for chunk in request.content.iter_any():
         chunks.append(chunk)
@@ -70,7 +81,7 @@ async def _body(request: web.Request, most: int) -> bytes:
     return b"".join(chunks)
 
 
-async def _sent(answer: Answer, request: web.Request) -> web.StreamResponse:
+def _sent(answer: Answer) -> web.StreamResponse:
     headers = dict(answer.headers)
     if len(answer.body) == 1 and isinstance(answer.body[0], bytes):
         return web.Response(status=answer.status, headers=headers, body=answer.body[0])

@@ -56,6 +56,7 @@ TABLE = {  # in the order of the numbers that they have in Triton's configuratio
     )
 }
 _OF_DTYPE = {each.dtype: each for each in TABLE.values()}
+_SMALL = 1 << 16  # bytes that are copied faster than they are wrapped
 _LENGTH = struct.Struct("<I")  # before each element of BYTES
 
 
@@ -93,10 +94,17 @@ def tensor_from(data: bytearray, at: int, size: int, spec: TensorSpec, datatype:
         return torch.empty(tuple(shape), dtype=datatype.dtype)
     if at % datatype.size:
         data, at = data[at : at + size], 0
-    flat = torch.frombuffer(data, dtype=datatype.dtype, count=count, offset=at)
+    if datatype.dtype is torch.bfloat16:  # NumPy has none
+        return torch.frombuffer(data, dtype=torch.bfloat16, count=count, offset=at).view(tuple(shape))
+    # By NumPy: each operation of torch's gives the interpreter up, and waits for it again where other threads are busy.
+    array = np.frombuffer(data, _numpy(datatype.dtype), count, at).reshape(shape)
     if datatype.dtype is torch.bool:
-        flat = flat.view(torch.uint8) != 0  # any other byte but 0 and 1 is no bool of torch's
-    return flat.view(tuple(shape)) if len(shape) != 1 else flat
+        array = array != 0  # any other byte but 0 and 1 is no bool of torch's
+    return torch.from_numpy(array)
+
+
+def _numpy(dtype: torch.dtype) -> Any:
+    return np.uint8 if dtype is torch.bool else str(dtype).partition(".")[2]
 
 
 def _texts(data: memoryview, count: int, spec: TensorSpec) -> list[Any]:
@@ -127,10 +135,11 @@ def objects(found: Sequence[bytes], count: int, spec: TensorSpec) -> list[Any]:
 
 def in_bytes(value: Any) -> memoryview | bytes:
     """The elements of an output, one after the other; of a tensor where they lie."""
-    if isinstance(value, torch.Tensor):
-        flat = value.contiguous().view(-1)
-        array: Any = flat.view(torch.uint8).numpy()
-        return memoryview(array)
+    if type(value) is torch.Tensor:
+        if value.dtype is torch.bfloat16:
+            value = value.view(torch.int16)
+        array: Any = np.ascontiguousarray(value.numpy())
+        return array.tobytes() if array.nbytes <= _SMALL else memoryview(array).cast("B")
     return b"".join(chain.from_iterable((_LENGTH.pack(len(each)), each) for each in map(_encoded, value)))
 
 
@@ -158,7 +167,7 @@ def tensor_of(data: Any, spec: TensorSpec, datatype: Datatype, shape: Sequence[i
         names = ", ".join(sorted(kind.__name__ for kind in kinds - allowed))
         raise Refused(400, f"input {spec.name!r} is {datatype.name}, and there is {names} among its elements")
     try:
-        array = np.array(flat, dtype=np.float64 if floats else str(datatype.dtype).split(".")[1])
+        array = np.array(flat, dtype=np.float64 if floats else _numpy(datatype.dtype))
     except OverflowError:
         raise Refused(400, f"input {spec.name!r}: an element is too large for {datatype.name}") from None
     tensor = torch.from_numpy(array).to(datatype.dtype)

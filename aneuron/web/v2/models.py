@@ -227,7 +227,7 @@ def _duration(count: int, seconds: float) -> dict[str, int]:
 
 def _result(name: str, value: Any, binary: bool) -> Result:
     """An output, as the protocol can have it."""
-    if isinstance(value, torch.Tensor):
+    if type(value) is torch.Tensor:
         spec = TensorSpec(name, value.dtype, tuple(value.shape))
         try:
             return Result(name, datatype_of(spec), list(value.shape), value, binary)
