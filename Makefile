@@ -15,7 +15,7 @@ RUN := $(VENV)/bin/python
 # them, one after the other, and most of torch is never imported.
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(RUN) -m pip --disable-pip-version-check install --no-compile $(addprefix --constraint ,$(CONSTRAINTS))
-# Not README.md, which ruff would format too: its programs are set for reading.
+# Not README.md and docs, which ruff would format too: their programs are set for reading.
 SOURCES := aneuron benchmarks examples tests
 
 .PHONY: help demo test lint bench realwork soak compiled constraints clean
