@@ -15,17 +15,18 @@ RUN := $(VENV)/bin/python
 # them, one after the other, and most of torch is never imported.
 unexport PYTHONDONTWRITEBYTECODE
 PIP := $(RUN) -m pip --disable-pip-version-check install --no-compile $(addprefix --constraint ,$(CONSTRAINTS))
-# Not README.md, which ruff would format too: its programs are set for reading.
-SOURCES := aneuron benchmarks examples tests
+# Not README.md and docs, which ruff would format too: their programs are set for reading.
+SOURCES := aneuron benchmarks docs/*.py examples tests
 
-.PHONY: help demo test lint bench realwork soak compiled constraints clean
+.PHONY: help demo test lint docs bench realwork soak compiled constraints clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo    search the standard library with a real embedding model (a minute or two, after installation)'
 	@echo 'make test    run the tests, on the compiled core and on the same as Python'
-	@echo 'make lint    check style and types'
+	@echo 'make lint    check style and types, and build the docs'
+	@echo 'make docs    build the docs, to be read from build/site/index.html'
 	@echo 'make bench   measure against hand-written loops and other packages (some 25 minutes)'
 	@echo 'make realwork   measure real weights and inputs beside other packages (some ten minutes)'
 	@echo 'make soak    serve more than the cores can take, with faults, for SECONDS (ten minutes), then with engines that are killed'
@@ -53,6 +54,14 @@ lint: $(VENV)/.lint
 	$(RUN) -m ruff check $(SOURCES)
 	$(RUN) -m ruff format --check $(SOURCES)
 	$(RUN) -m mypy
+	$(MKDOCS)
+
+docs: $(VENV)/.docs
+	$(MKDOCS)
+	@echo 'Read build/site/index.html'
+
+# What mkdocs-material says of its successor, each time, is known. No network is needed, neither to build nor to read.
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --quiet --strict
 
 bench: $(VENV)/.bench compiled
 	$(RUN) -m benchmarks

@@ -162,7 +162,7 @@ async def test_clients_that_leave_while_queued_cost_nothing(server):
 
 
 async def test_a_client_that_is_half_closed_has_left(server):
-    """It goes on reading, which no server can tell; README has the table."""
+    """It goes on reading, which no server can tell; the guide has the table."""
     before = await server.state()
     await server.switch("closed")
     first = await server.connect()

@@ -1,4 +1,4 @@
-"""The programs in README.md run as printed."""
+"""The programs in README.md and docs/ run as printed."""
 
 import contextlib
 import re
@@ -13,12 +13,15 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-PROGRAMS = dict(re.findall(r"<!-- program: (.+?) -->\n```python\n(.*?)```", README, re.DOTALL))
+ROOT = Path(__file__).parent.parent
+PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))}
+PROGRAM = re.compile(r"<!-- program: (.+?) -->\n```python\n(.*?)```", re.DOTALL)
+FOUND = [(name, program, page) for page, text in PAGES.items() for name, program in PROGRAM.findall(text)]
+PROGRAMS = {name: program for name, program, _ in FOUND}
 
 
-def test_every_program_has_a_name_and_is_run():
-    assert len(PROGRAMS) == README.count("```python") >= 5
+def test_every_program_has_a_name_of_its_own_and_is_run():
+    assert len(PROGRAMS) == len(FOUND) == sum(text.count("```python") for text in PAGES.values()) >= 25
 
 
 @contextlib.contextmanager
@@ -35,6 +38,13 @@ def machine_of(name, monkeypatch):
         yield
 
 
+def names_of(name: str) -> dict:
+    """What a program has defined when it has run."""
+    names: dict = {"__name__": "program"}
+    exec(compile(PROGRAMS[name], f"program: {name}", "exec"), names)
+    return names
+
+
 OPTIONAL = {"flask", "django"}  # which nothing else here needs
 
 
@@ -46,15 +56,14 @@ def test_the_program(name, monkeypatch, tmp_path):
         pytest.importorskip("openvino")
     monkeypatch.chdir(tmp_path)
     with machine_of(name, monkeypatch):
-        exec(compile(PROGRAMS[name], f"README.md: {name}", "exec"), {"__name__": "readme"})
+        names_of(name)
 
 
 def test_the_web_handler_answers():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from fastapi.testclient import TestClient
-    names: dict = {"__name__": "readme"}
-    exec(compile(PROGRAMS["fastapi"], "README.md: fastapi", "exec"), names)
+    names = names_of("fastapi")
     for _ in range(2):  # two test clients, one module-level model
         with TestClient(names["app"]) as client:
             answer = client.post("/predict", json=[1.0, 2.0, 3.0, 4.0])
@@ -122,9 +131,7 @@ def client(name: str):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from starlette.testclient import TestClient
-    names: dict = {"__name__": "readme"}
-    exec(compile(PROGRAMS[name], f"README.md: {name}", "exec"), names)
-    return TestClient(names["app"])
+    return TestClient(names_of(name)["app"])
 
 
 def test_the_starlette_program_answers_and_refuses():
@@ -145,9 +152,7 @@ def test_the_handler_for_bytes_answers_and_refuses():
 async def test_the_aiohttp_program_answers():
     from aiohttp.test_utils import TestClient, TestServer
 
-    names: dict = {"__name__": "readme"}
-    exec(compile(PROGRAMS["aiohttp"], "README.md: aiohttp", "exec"), names)
-    async with TestClient(TestServer(names["app"])) as asker:
+    async with TestClient(TestServer(names_of("aiohttp")["app"])) as asker:
         answer = await asker.post("/predict", json=[1.0, 2.0, 3.0, 4.0])
         assert len(await answer.json()) == 2
         assert (await asker.get("/readyz")).status == 200
@@ -158,5 +163,5 @@ def test_the_parameter_table_names_every_parameter_in_order():
 
     from aneuron import AsyncDataParallel
 
-    table = re.findall(r"^\| `(\w+)` \|", README, re.MULTILINE)
+    table = re.findall(r"^\| `(\w+)` \|", PAGES["docs/reference/parameters.md"], re.MULTILINE)
     assert table == list(inspect.signature(AsyncDataParallel).parameters)
