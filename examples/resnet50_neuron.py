@@ -1,6 +1,6 @@
 """ResNet-50 on all NeuronCores: compile once, load the file on every core, await single images and a big batch.
 
-On an Inf2, Trn1 or Trn2 machine, with torch-neuronx of a Neuron SDK up to 2.31 and torchvision:
+On an Inf2, Trn1 or Trn2 machine, with torch-neuronx 2.9 (the last that traces) and torchvision:
 
     python examples/resnet50_neuron.py
 

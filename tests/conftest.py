@@ -1,8 +1,11 @@
 """What every test is held to: it draws the same numbers wherever and after whatever it runs, and its threads end."""
 
+import gc
 import os
 import random
+import sys
 import threading
+from types import SimpleNamespace
 
 import hypothesis
 import pytest
@@ -33,6 +36,26 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("pure"):
                 item.add_marker(pytest.mark.skip(reason="runs only as Python: ANEURON_PURE=1"))
+
+
+def pytest_collection_finish():
+    """Let no collection of garbage walk through what the imports made, which takes half a second. An application that
+    ends would have it walked again: only what asks for `freezing` freezes anything.
+    """
+    gc.collect()
+    gc.freeze()
+    if lifecycle := sys.modules.get("aneuron.web.lifecycle"):
+        lifecycle.gc = SimpleNamespace(collect=int, freeze=int, unfreeze=int)
+
+
+@pytest.fixture
+def freezing(monkeypatch):
+    """Applications freeze what is there, as outside of tests; when the test begins nothing is frozen."""
+    monkeypatch.setattr("aneuron.web.lifecycle.gc", gc)
+    gc.unfreeze()
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_report_header():

@@ -268,7 +268,7 @@ class History(Cores):
             assert self.bound[call] == self.gone.get(call, call.rows)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_random_histories(seed):
     History(seed).finish()
@@ -485,11 +485,11 @@ def test_a_call_a_little_over_a_batch_waits_no_longer_than_two_calls(small, larg
     if large == 17 and len(huge) > 1:
         return  # the batch in its middle waits among the huge ones
     one, two = (Callers([small, size], callers, huge=huge) for size in (large, pair))
-    one.run(until=5.0)
-    two.run(until=5.0)
+    one.run(until=2.0)
+    two.run(until=2.0)
     assert one.median(large) <= 2 * two.median(pair)
     both = Callers([small, large, pair], callers, huge=huge)  # in one scene
-    both.run(until=5.0)
+    both.run(until=2.0)
     assert both.median(large) <= 2 * both.median(pair)
 
 
@@ -830,7 +830,7 @@ class Crowd(Cores):
             self.open[call.terms.tenant] -= stop == call.rows
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_a_tenant_gets_half_of_its_share_under_max_pending_whatever_the_others_send(seed):
     crowd = Crowd(seed)
@@ -1020,8 +1020,8 @@ def crowd(n, terms):
     [lambda n: {}, lambda n: {"tenant": n}, lambda n: {"tenant": n, "priority": n % 5}, lambda n: {"rows": 9}],
     ids=["calls", "tenants", "tenants at five priorities", "large calls"],
 )
-def test_what_100_000_wait_with_costs_what_1000_do(terms):
-    few, many = crowd(1000, terms), crowd(100_000, terms)
+def test_what_20_000_wait_with_costs_what_1000_do(terms):
+    few, many = crowd(1000, terms), crowd(20_000, terms)
     assert many < 1.5 * few + 1000
     assert many < 100 * 280
 

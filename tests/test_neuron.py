@@ -6,9 +6,11 @@ import copy
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import warnings
+from pathlib import Path
 
 import doubles
 import pytest
@@ -505,7 +507,7 @@ def test_a_version_without_placement(machine, backend, monkeypatch):
     import torch_neuronx
 
     monkeypatch.delattr(torch_neuronx, "set_neuron_cores")
-    with pytest.raises(DeviceError, match="torch_neuronx has no set_neuron_cores; install a version that has"):
+    with pytest.raises(DeviceError, match="torch_neuronx has no set_neuron_cores; install one that has"):
         backend.load(traced(), 0, 2)
 
 
@@ -880,3 +882,13 @@ def test_a_child_process_is_told(machine, backend, monkeypatch):
         with pytest.raises(RuntimeError, match=f"started in process {parent}, and this is its child") as raised:
             use()
         assert backend.classify(raised.value) is Fault.FATAL
+
+
+def test_the_program_in_the_guide(machine, monkeypatch, tmp_path, capsys):
+    guide = (Path(__file__).parent.parent / "docs" / "guides" / "aws.md").read_text()
+    (program,) = re.findall(r"<!-- program: traced -->\n```python\n(.*?)```", guide, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 224 * 224, 2)).eval()
+    saved("model.pt", traced(net, torch.rand(4, 3, 224, 224)))
+    exec(compile(program, "aws.md", "exec"), {"__name__": "guide"})
+    assert capsys.readouterr().out == "torch.Size([10, 2])\n"

@@ -140,6 +140,14 @@ def test_cores_are_counted_in_sysfs(tmp_path, per_chip, total):
     assert count_cores(build(tmp_path, per_chip), {}) == total
 
 
+@pytest.mark.parametrize(("chips", "two_in_one", "physical"), [(1, 4, 8), (4, 16, 32), (16, 64, 128)])
+def test_the_chips_of_trn2_and_trn3_have_eight_cores(tmp_path, chips, two_in_one, physical):
+    """trn2.3xlarge and trn3.3xlarge; a server of a Trn3 Gen2 UltraServer; trn2.48xlarge, and one of Trn3 Gen1."""
+    build(tmp_path, [8] * chips)
+    assert count_cores(tmp_path, {}) == two_in_one
+    assert count_cores(tmp_path, {"NEURON_LOGICAL_NC_CONFIG": "1"}) == physical
+
+
 def test_cores_are_counted_by_their_directories(tmp_path):
     build(tmp_path, [None])
     for core in range(2):
@@ -165,7 +173,7 @@ def test_neuron_ls_counts_where_sysfs_does_not(tmp_path):
     assert count_cores(tmp_path, {}) == 8
 
 
-@pytest.mark.parametrize("answer", ["", "no devices found", "{}", "[1]", "[" * 100_000])
+@pytest.mark.parametrize("answer", ["", "no devices found", "{}", "[1]", "[" * 100_000], ids=range(5))
 def test_a_tool_that_says_something_else_says_nothing(tmp_path, answer):
     build(tmp_path, [None], answer)
     assert neuron_ls(tmp_path) is None

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from doubles import streams
 
 from aneuron import Fault
 from aneuron.backends.neuron import faults
@@ -44,6 +45,27 @@ def test_a_status_code(code, kind):
     error = raised(code)
     assert cause(error).kind is kind
     assert classify(error) is FAULTS[kind]
+
+
+@pytest.mark.parametrize(("code", "kind"), CODES)
+@pytest.mark.parametrize("wrap", ["{}", "backend='neuron' raised:\nRuntimeError: {}\n\nSet TORCHDYNAMO_VERBOSE=1"])
+def test_torchneuron_says_a_status_in_words(code, kind, wrap):
+    said = str(streams.execution_error("aten::addmm", code))
+    assert (code in streams.WORDS) == ("Unknown status" not in said)
+    error = RuntimeError(wrap.format(said))
+    assert cause(error).kind is kind
+    assert classify(error) is FAULTS[kind]
+    assert last_line(error).startswith("NRT EXECUTION FAILED: Async execution error: seq_id=7, ")
+
+
+def test_torchneurons_compiler():
+    said = (
+        'Compilation error occurred on Neuron for operation=aten::x;\nerror message="COMPILATION FAILED: status=70"\n'
+    )
+    error = RuntimeError(said + "python stack trace=\n")
+    assert cause(error).kind is Kind.INPUT
+    assert "compiler refuses" in cause(error).advice
+    assert last_line(error) == "COMPILATION FAILED: status=70"
 
 
 def test_the_table_is_all_tested():
@@ -109,6 +131,8 @@ def test_the_outermost_code_counts_and_of_several_in_a_text_the_last():
         ("NRT Error NRT_TIMEOUT(5): nrt_execute", Kind.CORE),
         ("the unit returned NRT_EXEC_UNIT_UNRECOVERABLE", Kind.CORE),
         ("NRT_OOB in an indirect copy", Kind.INPUT),
+        ("NRT_EXEC_HW_ERR_NC_UE", Kind.CORE),
+        ("NRT_EXEC_SW_NQ_OVERFLOW", Kind.SUSPECT),
         ("NRT Execution error occurred on Neuron for operation=aten::mm", Kind.SUSPECT),
         ("NRT Execution error occurred on Neuron for operation=aten::mm status=1003", Kind.INPUT),
         ("too many DGE notifications", Kind.SUSPECT),

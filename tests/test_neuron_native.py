@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import re
 import threading
 import warnings
+from pathlib import Path
 
 import doubles
 import numpy
@@ -11,8 +13,8 @@ import pytest
 import torch
 from doubles import device
 
-from aneuron import AsyncDataParallel, DeviceError, Fault
-from aneuron.backends.neuron import NeuronBackend, cores
+from aneuron import AsyncDataParallel, Buckets, DeviceError, Fault
+from aneuron.backends.neuron import NeuronBackend, cores, native
 from aneuron.testing import check_backend
 
 pytestmark = pytest.mark.skipif(not device.available, reason="this torch cannot have a device type written in Python")
@@ -73,11 +75,11 @@ def test_a_run_is_over_when_execute_returns(machine, backend, monkeypatch):
         def forward(self, x):
             self.seen = x + 1
 
-    monkeypatch.setenv("TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION", "1")
+    monkeypatch.setenv("TORCH_NEURONX_FALLBACK_ONLY_FOR_UNIMPLEMENTED_OPS", "1")
     core = backend.load(Silent().eval(), 1, 2)
     assert core.execute((X,), {}) is None
     machine.fail(1, 1003)
-    with pytest.raises(RuntimeError, match="status=1003") as raised:
+    with pytest.raises(RuntimeError, match="numerical errors") as raised:
         core.execute((X,), {})
     assert backend.classify(raised.value) is Fault.INPUT
 
@@ -93,10 +95,10 @@ class Failing(torch.nn.Module):
 
 
 def test_what_was_launched_before_an_error_is_waited_for(machine, backend, monkeypatch):
-    monkeypatch.setenv("TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION", "1")
+    monkeypatch.setenv("TORCH_NEURONX_FALLBACK_ONLY_FOR_UNIMPLEMENTED_OPS", "1")
     core = backend.load(Failing().eval(), 1, 2)
     machine.fail(1, 1003)
-    with pytest.raises(RuntimeError, match="status=1003") as raised:
+    with pytest.raises(RuntimeError, match="numerical errors") as raised:
         core.execute((X, True), {})
     assert isinstance(raised.value.__context__, LookupError)
     assert torch.equal(core.execute((X, False), {}), X + 1)  # not the next caller's
@@ -138,7 +140,7 @@ def test_a_lost_core(machine, backend, status, kind):
     core = backend.load(NET, 2, 2)
     machine.fail(2, status)
     for _ in range(2):
-        with pytest.raises(RuntimeError, match=f"NRT Execution error.*status={status}") as raised:
+        with pytest.raises(RuntimeError, match="NRT Execution error") as raised:
             core.execute((X,), {})
         assert backend.classify(raised.value) is kind
 
@@ -167,8 +169,115 @@ def test_what_is_no_model_for_the_device(machine, backend, tmp_path):
             backend.load(model, 0, 2)
     traced = torch.nn.Module()
     traced.part = type("Binding", (), {"set_neuron_devices": print})()
-    with pytest.raises(ValueError, match=r"traced with torch_neuronx \(SDK up to 2.31\).*has a native device instead"):
+    with pytest.raises(ValueError, match=r"traced with torch_neuronx \(up to 2.9\).*has a native device instead"):
         backend.load(traced, 0, 2)
+
+
+def test_inputs_that_the_device_refuses_cost_no_core(machine, monkeypatch, tmp_path):
+    """Its errors say a status in words: two of an input in a row are not the core's."""
+    core = NeuronBackend(compile=True, root=tmp_path).load(NET, 1, 2)
+    core.execute((X,), {})
+    for status in (1003, 1006, 1002) * 2:
+        machine.fail(1, status)
+        with pytest.raises(RuntimeError, match="NRT Execution error") as raised:
+            core.execute((X,), {})
+        assert NeuronBackend().classify(raised.value) is Fault.INPUT
+    machine.fail(1, 5)
+    with pytest.raises(RuntimeError, match="Operation timed out") as raised:
+        core.execute((X,), {})
+    assert "NEURON_RT_EXEC_TIMEOUT" in raised.value.__notes__[0]
+
+
+# Compiled.
+
+
+@pytest.mark.filterwarnings("ignore:it is not known how many rows")
+def test_every_shape_is_compiled_on_every_core(machine, tmp_path, caplog):
+    """Copies share their code, and with it what Dynamo has compiled: it takes eight programs of a code."""
+    backend = NeuronBackend(compile=True, root=tmp_path)
+    loaded = [backend.load(NET, core, None) for core in range(4)]
+    for _ in range(2):
+        for rows in range(1, 12):
+            for core in loaded:
+                x = torch.rand(rows, 4)
+                torch.testing.assert_close(core.execute((x,), {}), NET(x))
+    assert len(machine.executions) == 2 * 11 * 4  # one launch a call
+    assert not caplog.text
+
+
+def test_what_cannot_be_one_graph_is_refused_with_advice(machine, tmp_path):
+    class Looks(torch.nn.Module):
+        def forward(self, x):
+            return x + 1 if x.sum().item() > 0 else x - 1
+
+    core = NeuronBackend(compile=True, root=tmp_path).load(Looks().eval(), 0, 2)
+    with pytest.raises(RuntimeError, match="graph break") as raised:
+        core.execute((X,), {})
+    assert "without compile=True" in raised.value.__notes__[0]
+    assert NeuronBackend().classify(raised.value) is Fault.INPUT
+
+
+def test_buckets_are_compiled_when_the_model_starts(machine, tmp_path):
+    class Mean(torch.nn.Module):
+        def forward(self, x, mask):
+            return (x * mask).sum(1) / mask.sum(1)
+
+    async def main():
+        backend = NeuronBackend(compile=True, root=tmp_path)
+        mean = Mean().eval()
+        example = torch.ones(1, 8), torch.ones(1, 8)
+        async with AsyncDataParallel(
+            dict.fromkeys((1, 2, 4), mean),
+            [0, 1],
+            backend=backend,
+            example_inputs=example,
+            buckets=Buckets(sizes=(8, 16)),
+        ) as model:
+            known = compilations()
+            assert known == 2 * 3 * 2  # cores, numbers of rows, lengths
+            for rows, length in ((1, 3), (3, 8), (4, 16), (2, 9)):
+                x = torch.rand(rows, length)
+                result = await model(x, torch.ones(rows, length))
+                torch.testing.assert_close(result, x.mean(1))
+            assert compilations() == known
+
+    asyncio.run(main())
+
+
+def compilations():
+    return sum(len(known) for _, known in device._compiled.values())
+
+
+def test_dynamo_compiles_each_program_once(monkeypatch):
+    """torch's own Dynamo, with a backend that counts: what the double does not show."""
+    counted = []
+
+    def count(graph, example):
+        counted.append(tuple(example[-1].shape))
+        return graph.forward
+
+    def compile_(function, *, backend, **options):
+        assert backend == "neuron"
+        return device.unpatched_compile(function, backend=count, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    copies = [native.Programs(torch.nn.Sequential(torch.nn.Linear(4, width))) for width in range(1, 4)]
+    x = {rows: torch.rand(rows, 4) for rows in range(1, 7)}
+    for _ in range(2):
+        for rows, of_rows in x.items():
+            for width, programs in enumerate(copies, 1):
+                assert programs(of_rows).shape == (rows, width)
+    assert len(counted) == 6 * 3
+
+
+def test_a_program_for_each_constant(machine, tmp_path):
+    class Scale(torch.nn.Module):
+        def forward(self, x, by):
+            return x * by
+
+    core = NeuronBackend(compile=True, root=tmp_path).load(Scale().eval(), 0, 2)
+    for by in (*range(12), 2):
+        assert torch.equal(core.execute((X, by), {}), X * by)
 
 
 def test_a_compiled_model_of_unknown_rows_warns_once(tmp_path):
@@ -180,6 +289,19 @@ def test_a_compiled_model_of_unknown_rows_warns_once(tmp_path):
         warnings.simplefilter("error")
         backend.load(NET, 2, 2)
         NeuronBackend(root=tmp_path).load(NET, 3, None)
+
+
+def test_the_program_in_the_guide(machine, capsys):
+    exec(compile(programs()["native"], "aws.md", "exec"), {"__name__": "guide"})
+    assert capsys.readouterr().out.startswith("tensor([0.")
+    assert compilations() == 4 * 2 * 2  # cores, numbers of rows, lengths
+
+
+def programs():
+    guide = (Path(__file__).parent.parent / "docs" / "guides" / "aws.md").read_text()
+    found = re.findall(r"<!-- program: (.+?) -->\n```python\n(.*?)```", guide, re.DOTALL)
+    assert len(found) == guide.count("```python") == 2
+    return dict(found)
 
 
 def test_a_model_that_does_not_fit_names_the_core(machine, backend):

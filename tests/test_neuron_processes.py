@@ -1,115 +1,57 @@
 """Processes that share a machine's NeuronCores, each with its own view of them. Real processes, on the double."""
 
 import contextlib
-import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 from pathlib import Path
 
 import doubles
+import neuron_process
 import pytest
 
-TESTS = Path(__file__).parent
+pytestmark = pytest.mark.xdist_group("neuron processes")  # forked from one that has imported torch
+DOUBLES = Path(__file__).parent / "doubles"
 
-# Answers each line of device ids by the machine's numbers of the cores that a model on them ran on.
-CHILD = """
-import asyncio, json, os, sys, warnings
-warnings.simplefilter("ignore")
-import torch, {package} as package, aneuron
-from aneuron.backends.neuron import NeuronBackend, cores
-from doubles import machine
 
-net = package.trace(torch.nn.ReLU().eval(), torch.ones(1, 2))
-backend = NeuronBackend(root=os.environ["DOUBLE_NEURON_DIR"])
-
-async def use(ids):
-    x = torch.ones(1, 2)
-    async with aneuron.AsyncDataParallel(net, ids, backend=backend, batch_size=1, example_inputs=x) as model:
-        assert torch.equal(await model(x), x)
-
-def answer(ids):
-    if ids == "fork":
-        return forked()
-    machine.executions.clear()
-    asyncio.run(use(ids))
-    return sorted({{execution.core for execution in machine.executions}})
-
-def forked():
-    core = backend.load(net, 0, 1)
-    ours, childs = os.pipe()
-    if not os.fork():
-        texts = []
-        for use in (lambda: core.execute((torch.ones(1, 2),), {{}}), lambda: backend.load(net, 0, 1), backend.cores):
-            try:
-                use()
-                texts.append("nothing")
-            except RuntimeError as error:
-                texts.append(str(error))
-        os.write(childs, json.dumps(texts).encode())
-        os._exit(0)
-    os.wait()
-    return json.loads(os.read(ours, 10_000))
-
-print(json.dumps([len(backend.cores()), machine.visible]), flush=True)
-for line in sys.stdin:
-    try:
-        print(json.dumps(answer(json.loads(line))), flush=True)
-    except Exception as error:
-        print(json.dumps(f"{{type(error).__name__}}: {{error}}"), flush=True)
-"""
+@pytest.fixture(scope="module")
+def context():
+    made = multiprocessing.get_context("forkserver")
+    made.set_forkserver_preload(["aneuron"])
+    return made
 
 
 class Process:
     """A process on the machine."""
 
-    def __init__(self, root, package="torch_neuronx", **environ):
-        flavour = {"torch_neuronx": "neuronx", "torch_neuron": "neuron"}[package]
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("NEURON", "DOUBLE"))}
-        paths = [TESTS.parent, TESTS, TESTS / "doubles" / flavour]
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", CHILD.format(package=package)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env={
-                **clean,
-                **environ,
-                "PYTHONPATH": os.pathsep.join(map(str, paths)),
-                "DOUBLE_NEURON_DIR": str(root),
-                "OMP_NUM_THREADS": "1",
-            },
-        )
+    def __init__(self, context, root, package="torch_neuronx", **environ):
+        path = DOUBLES / {"torch_neuronx": "neuronx", "torch_neuron": "neuron"}[package]
+        environ |= {"DOUBLE_NEURON_DIR": str(root)}
+        self._ours, theirs = context.Pipe()
+        self._process = context.Process(target=neuron_process.run, args=(theirs, package, str(path), environ))
+        self._process.start()
+        theirs.close()
         self.pid = self._process.pid
-        self.count, self.taken = self._read()
-
-    def _read(self):
-        line = self._process.stdout.readline()
-        assert line, "the process has died"
-        return json.loads(line)
+        self.count, self.taken = self._ours.recv()
 
     def use(self, *ids):
         """Run a model on these device ids; the machine's numbers of the cores that it ran on, or the error."""
         return self.ask(list(ids) or None)
 
     def ask(self, what):
-        self._process.stdin.write(json.dumps(what) + "\n")
-        self._process.stdin.flush()
-        return self._read()
+        self._ours.send(what)
+        return self._ours.recv()
 
     def kill(self):
-        self._process.send_signal(signal.SIGKILL)
-        self._process.communicate()
+        self._process.kill()
+        self._process.join()
+        self._ours.close()
 
 
 @pytest.fixture
-def processes():
+def processes(context):
     with contextlib.ExitStack() as stack:
 
         def start(*args, **environ):
-            process = Process(*args, **environ)
+            process = Process(context, *args, **environ)
             stack.callback(process.kill)
             return process
 

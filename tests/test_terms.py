@@ -440,7 +440,7 @@ async def test_a_tenant_has_its_share_also_when_another_fills_the_room():
     loop, fates = asyncio.get_running_loop(), Counter()
 
     async def caller(tenant):
-        while loop.time() < 1.0:
+        while loop.time() < 0.5:
             try:
                 await model.options(tenant=tenant)(row())
                 fates[tenant, "answer"] += 1
@@ -452,7 +452,7 @@ async def test_a_tenant_has_its_share_also_when_another_fills_the_room():
         await asyncio.gather(*[caller("many") for _ in range(200)], caller("few"), caller("few"))
         calls = check_sum(model)
     assert fates["few", "refused"] == 0
-    assert fates["few", "answer"] >= 2 * 8  # each waits for a batch at most, and for its own
+    assert fates["few", "answer"] >= 2 * 4  # each waits for a batch at most, and for its own
     assert calls.failed + calls.refused == fates["many", "refused"]  # those that gave way had been accepted
     assert calls.failed > 0
 

@@ -371,6 +371,7 @@ async def test_an_error_of_the_application_drains_too():
     assert not model.ready
 
 
+@pytest.mark.usefixtures("freezing")
 def test_what_is_there_is_frozen_and_thawed():
     before = gc.get_freeze_count()
     with frozen(False):

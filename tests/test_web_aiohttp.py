@@ -230,6 +230,7 @@ async def test_a_model_that_fails_to_start_fails_the_start():
     await runner.cleanup()
 
 
+@pytest.mark.usefixtures("freezing")
 @pytest.mark.parametrize("freeze", [True, False])
 async def test_the_garbage_collector_is_spared_while_it_serves(gated, freeze):
     async with TestClient(TestServer(app_with(model_of(gated), freeze=freeze))):

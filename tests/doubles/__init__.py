@@ -45,7 +45,7 @@ def _installed(flavour: str, config: dict[str, Any]) -> Iterator[Machine]:
 
 
 def neuronx(**config: Any) -> contextlib.AbstractContextManager[Machine]:
-    """torch_neuronx, SDK up to 2.31; arguments are those of `Config`."""
+    """torch_neuronx up to 2.9, which traces; arguments are those of `Config`."""
     return _installed("neuronx", config)
 
 
@@ -56,7 +56,10 @@ def neuron(**config: Any) -> contextlib.AbstractContextManager[Machine]:
 
 @contextlib.contextmanager
 def native(**config: Any) -> Iterator[Machine]:
-    """TorchNeuron; it is there without an import, as the real one is. Needs `doubles.device.available`."""
+    """TorchNeuron, torch_neuronx 2.14.3; it is there without an import, as the real one is.
+
+    Needs `doubles.device.available`.
+    """
     with _installed("native", {"cores_per_chip": 8, "lnc": 2, "cores": 8, "family": "trn2", **config}) as machine:
         importlib.import_module("torch_neuronx")
         yield machine

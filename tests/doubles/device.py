@@ -4,6 +4,7 @@ The device type is torch's PrivateUse1, which keeps its name for the rest of the
 backends written in Python (`available`). Must not be here: time (streams.py).
 """
 
+import functools
 import logging
 import threading
 import weakref
@@ -22,6 +23,7 @@ aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.to.device, aten.to.dtype, aten.to.dtype_layout, aten.to.other}
 SHAPES = 8  # that a compiled function may see, as torch's recompile limit
 _thread = threading.local()
+_compiled: dict[int, tuple[Any, set[Any]]] = {}
 
 
 class NeuronTensor(torch.Tensor):
@@ -55,6 +57,7 @@ class NeuronTensor(torch.Tensor):
         if func is aten._has_compatible_shallow_copy_type.default:
             return False  # so that `Module.to` makes new parameters
         if func is aten._local_scalar_dense.default:
+            _break_graph()
             api.synchronize(args[0].device)
             return args[0].host.item()
         tensors: list[torch.Tensor] = []
@@ -150,40 +153,86 @@ def _empty_strided(size: Any, stride: Any, *, dtype: Any = None, device: Any = N
     return on_device(torch.empty_strided(size, stride, dtype=dtype), api.index(device))
 
 
-class CompiledGraph(torch.nn.Module):
-    """`torch.compile(..., backend="neuron")`: one launch a call. Beyond the limit of shapes it runs op by op."""
+class FailOnRecompileLimitHit(Exception):
+    """As torch._dynamo.exc has it, which takes a second to import."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+
+class CompiledGraph(torch.nn.Module):
+    """`torch.compile(..., backend="neuron")`: one launch a call, and a compilation for each shape.
+
+    Compilations are kept by the code that they are of, whichever module it belongs to, and whoever has called
+    `torch.compile`: beyond the limit the call runs op by op, or raises where the whole is to be one graph.
+    """
+
+    def __init__(self, function: Callable[..., Any], fullgraph: bool, dynamic: bool | None) -> None:
         super().__init__()
         self._orig_mod = function
-        self._shapes: set[Any] = set()
+        self._fullgraph, self._dynamic = fullgraph, dynamic
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        shapes = tuple((tuple(each.shape), each.dtype) for each in args if isinstance(each, torch.Tensor))
-        if shapes not in self._shapes and len(self._shapes) == SHAPES:
-            logging.getLogger("torch._dynamo").warning("torch._dynamo hit config.recompile_limit (%d)", SHAPES)
+        if self._dynamic:
+            raise RuntimeError("Dynamic shapes detected in the model, but torch-neuronx requires static shapes. ")
+        known = _known_to(self._orig_mod)
+        tensors: list[torch.Tensor] = []
+        tree_map_only(torch.Tensor, tensors.append, (args, kwargs))
+        what = tuple((tuple(each.shape), each.dtype, each.device) for each in tensors)
+        if what not in known and len(known) >= SHAPES:
+            text = f"torch._dynamo hit config.recompile_limit ({SHAPES})"
+            if self._fullgraph:
+                raise FailOnRecompileLimitHit(text)
+            logging.getLogger("torch._dynamo").warning(text)
             return self._orig_mod(*args, **kwargs)
-        self._shapes.add(shapes)
-        _thread.graph = graph = {}
+        _thread.graph, _thread.fullgraph = graph, _ = {}, self._fullgraph
         try:
             output = self._orig_mod(*args, **kwargs)
         finally:
             _thread.graph = None
-        for index, rows in graph.items():
-            api.queue(index).launch("graph", rows)
+        known.add(what)
+        _launch_graph(graph)
         return output
 
 
-def compile_(model: Any = None, *, backend: Any = "inductor", mode: str | None = None, **kwargs: Any) -> Any:
+def _known_to(function: Any) -> set[Any]:
+    """What has been compiled of a function's code. By the identity of the code: equal copies are others to Dynamo."""
+    code = (type(function).forward if isinstance(function, torch.nn.Module) else function).__code__
+    return _compiled.setdefault(id(code), (code, set()))[1]
+
+
+def _launch_graph(graph: dict[int, int]) -> None:
+    for index, rows in graph.items():
+        api.queue(index).launch("graph", rows)
+    graph.clear()
+
+
+def _break_graph() -> None:
+    """What only the host can go on from, within a graph."""
+    if getattr(_thread, "graph", None) is None:
+        return
+    if _thread.fullgraph:
+        raise RuntimeError("Unsupported Tensor.item() call with fullgraph=True: graph break")
+    _launch_graph(_thread.graph)
+
+
+def compile_(
+    model: Any = None,
+    *,
+    backend: Any = "inductor",
+    mode: str | None = None,
+    fullgraph: bool = False,
+    dynamic: bool | None = None,
+    **kwargs: Any,
+) -> Any:
     if backend != "neuron":
-        return unpatched_compile(model, backend=backend, mode=mode, **kwargs)
+        return unpatched_compile(model, backend=backend, mode=mode, fullgraph=fullgraph, dynamic=dynamic, **kwargs)
     if mode not in (None, "default"):
-        raise RuntimeError(f"mode={mode!r}: the neuron backend has mode 'default' only")
-    return CompiledGraph if model is None else CompiledGraph(model)
+        logging.getLogger().warning(f"Neuron backend does not support mode='{mode}', falling back to default mode.")
+    make = functools.partial(CompiledGraph, fullgraph=fullgraph, dynamic=dynamic)
+    return make if model is None else make(model)
 
 
 def install() -> None:
     api.reset(installed=True)
+    _compiled.clear()
     if torch._C._get_privateuse1_backend_name() != "neuron":
         _register()
     torch.neuron, torch.compile = api, compile_

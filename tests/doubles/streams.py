@@ -6,6 +6,7 @@ to the host has not arrived, and a fault has not been noticed. Must not be here:
 
 import contextlib
 import os
+import re
 import threading
 import time
 from collections import deque
@@ -15,6 +16,52 @@ from typing import Any
 import torch
 
 from doubles.hardware import Execution, machine
+
+# Its errors have no number of the status but for those that it has no words for.
+WORDS = {
+    1: "Non-specific failure",
+    2: "Invalid NEFF, instruction, or input",
+    3: "Invalid handle",
+    4: "Failed to allocate resource",
+    5: "Operation timed out",
+    6: "Hardware failure",
+    7: "Execution input queue full",
+    9: "Not enough NCs for loading NEFF",
+    10: "Unsupported NEFF version",
+    11: "Failed to allocate host memory",
+    13: "NRT not initialized",
+    14: "NRT already closed",
+    15: "Accessed an empty Queue",
+    1002: "Invalid input to exec()",
+    1003: "Execution completed with numerical errors (NaN)",
+    1004: "Execution completed with errors",
+    1005: "Neuron core busy/locked by another model/process",
+    1006: "one or more indirect memcopies and/or embedding updates are out of bound",
+    1100: "Collective operation pending",
+    1200: "Stuck in collectives op (missing notification(s)). Possibly caused by a hardware error on another worker",
+    1201: "An HBM encountered an unrepairable uncorrectable error and produced incorrect results",
+    1202: "An on-chip memory of Neuron Core encountered a parity error and produced incorrect results.",
+    1203: "A DMA engine encountered an unrecoverable error",
+    1204: "Software notification queue overflow",
+    1205: "HBM repairable uncorrectable error",
+    1206: "EFA network proxy failure",
+}
+
+
+def execution_error(operation: str, status: int) -> RuntimeError:
+    """What the failure of a launch looks like; the stack trace is empty unless it is asked for."""
+    words = WORDS.get(status, f"Unknown status (status: {status})")
+    return RuntimeError(
+        f"NRT Execution error occurred on Neuron for operation={operation}\n"
+        f'error message="NRT EXECUTION FAILED: Async execution error: seq_id=7, {words}"\npython stack trace=\n'
+    )
+
+
+def falls_back(operation: str) -> bool:
+    """Whether what fails on the device runs on the CPU: never a compiled graph, unless that is asked for."""
+    if operation == "graph":
+        return os.environ.get("TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION", "1") == "0"
+    return os.environ.get("TORCH_NEURONX_FALLBACK_ONLY_FOR_UNIMPLEMENTED_OPS") != "1"
 
 
 class Queue:
@@ -52,11 +99,11 @@ class Queue:
         try:
             core.strike()
         except RuntimeError as error:
-            if core.poison or os.environ.get("TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION") == "1":
-                text = f"NRT Execution error occurred on Neuron for operation={operation}: {error}"
-                self._error = self._error or RuntimeError(text)
-            else:
+            if not core.poison and falls_back(operation):
                 machine.fallbacks += 1
+            else:
+                (status,) = re.findall(r"status=(\d+)", str(error))
+                self._error = self._error or execution_error(operation, int(status))
 
     def synchronize(self, mark: int | None = None) -> None:
         """Wait until the first `mark` launches have ended, without the GIL. Raises what went wrong since the last."""
@@ -109,7 +156,7 @@ class Api:
         index = self.current_device() if index is None else index
         self.init()
         if not 0 <= index < self.device_count():
-            raise ValueError(f"Invalid device index {index}: {self.device_count()} devices are visible")
+            raise ValueError(f"Invalid device id: {index}. Valid range is 0 to {self.device_count() - 1}")
         return int(index)
 
     def init(self) -> None:
@@ -147,8 +194,8 @@ class Api:
     def synchronize(self, device: Any = None) -> None:
         self.queue(device).synchronize()
 
-    def get_device_name(self, device: Any = None) -> str:
-        return machine.config.family
+    def get_device_name(self, device: Any = 0) -> str:
+        return str(device) if isinstance(device, torch.device) else f"neuron:{device}"
 
     def memory_allocated(self, device: Any = None) -> int:
         return machine.core(self.index(device)).used

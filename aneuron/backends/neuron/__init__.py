@@ -30,7 +30,7 @@ _CUT = (
     "the Neuron package cuts and pads (on Inf1: if it was traced with dynamic_batch_size=True), and calls do not share "
     "runs; pass batch_size=, what the model was traced with, or {batch_size: model}"
 )
-_RECOMPILED = "it is compiled for each new number, and runs eagerly from the ninth on; pass batch_size="
+_RECOMPILED = "it is compiled for each new number, which takes minutes; pass batch_size="
 
 
 class NeuronBackend:
@@ -42,9 +42,13 @@ class NeuronBackend:
     `torch.jit.load` has put on a core takes memory there for as long as somebody holds it. A core that is closed frees
     its copy. A module without a graph for NeuronCores, or one compiled for several cores at once, is refused.
 
-    Where TorchNeuron is installed, which has a native device and no `trace`, the model is a plain `nn.Module`, copied
-    to `neuron:i`, and compiled there if `compile` is set. Set TORCH_NEURONX_DISABLE_FALLBACK_EXECUTION=1, or what fails
-    on the device may run on the CPU without a word.
+    Where TorchNeuron is installed (torch-neuronx 2.13 and later, for Trn2 and Trn3), which has a native device and no
+    `trace`, the model is a plain `nn.Module`, copied to `neuron:i`. With `compile` it is compiled there by
+    `torch.compile(backend="neuron", fullgraph=True, dynamic=False)`: a program for each shape, at the first run with
+    it, which takes minutes and holds the interpreter for part of that. Give `example_inputs`, so that all shapes are
+    compiled when the model starts. A `forward` that is not one graph, or a compilation that fails, raises. Without
+    `compile` it runs operation by operation, and operations that the device has not run on the CPU without a word; set
+    TORCH_NEURONX_FALLBACK_ONLY_FOR_UNIMPLEMENTED_OPS=1, or those that fail on the device do, too.
 
     torch_neuron, the package for Inf1, was last published for PyTorch 1.13, which is older than aneuron's (2.4): it is
     supported as its documentation has it, and tested on a double only.
@@ -67,9 +71,11 @@ class NeuronBackend:
     Loading raises `DeviceError`, with the likely cause, where the cores cannot be had or do not hold the model;
     `ValueError` or `FileNotFoundError` for what is no traced model.
 
-    Written from the documentation of the SDK up to 2.32:
+    Written from the documentation of the SDK up to 2.33, and tested on doubles of both packages; which one serves which
+    instance is in docs/guides/aws.md:
     https://awsdocs-neuron.readthedocs-hosted.com/en/latest/frameworks/torch/torch-neuronx/api-reference-guide/inference/api-torch-neuronx-trace.html,
-    .../api-torch-neuronx-core-placement.html, .../api-torch-neuronx-async-lazy-load.html, and
+    .../api-torch-neuronx-core-placement.html, .../api-torch-neuronx-async-lazy-load.html,
+    https://awsdocs-neuron.readthedocs-hosted.com/en/latest/torch/compile/reference-torch-compile.html, and
     https://awsdocs-neuron.readthedocs-hosted.com/en/latest/neuron-runtime/guides/configuration-guide.html.
 
         >>> backend = NeuronBackend()

@@ -38,9 +38,9 @@ _NO_PACKAGE = "a Neuron package: torch_neuronx, or torch_neuron for Inf1"
 class Found:
     """What a look at the machine found: how many cores this process would see, and what stands in their way.
 
-    `package`: "trace" (torch_neuronx up to SDK 2.31), "legacy" (torch_neuron, for Inf1), "native" (TorchNeuron's own
-    device), or "none". `cores` is 0 where there is a device but no package, or the other way round; `lacks` says what
-    is missing, `why` what the number comes from.
+    `package`: "trace" (torch_neuronx up to 2.9), "legacy" (torch_neuron, for Inf1), "native" (TorchNeuron,
+    torch_neuronx from 2.13 on), or "none". `cores` is 0 where there is a device but no package, or the other way round;
+    `lacks` says what is missing, `why` what the number comes from.
     """
 
     cores: int

@@ -3,7 +3,8 @@
 Lives here: the tables, and the search in an exception; pure. Must not be here: retries, the state of a core, anything
 of torch but the type of its errors.
 
-The codes are those of the runtime's `nrt_status.h`, their causes those of its troubleshooting guide,
+The codes are those of the runtime's `nrt_status.h`, TorchNeuron's words for them those of its `ErrorHandler`, their
+causes those of the runtime's troubleshooting guide,
 https://awsdocs-neuron.readthedocs-hosted.com/en/latest/neuron-runtime/nrt-troubleshoot.html.
 """
 
@@ -136,7 +137,7 @@ TEXTS = [
         ),
         (
             r"Unknown type name '__torch__\.torch\.classes\.neuron|Unknown builtin op: neuron::",
-            Cause(Kind.INPUT, "no package", "install the torch_neuronx that it was traced with (SDK up to 2.31)"),
+            Cause(Kind.INPUT, "no package", "install the torch_neuronx that it was traced with (up to 2.9)"),
         ),
         (
             r"Mismatch detected between Runtime configuration and NEFF",
@@ -152,9 +153,41 @@ TEXTS = [
     )
 ]
 
-_STATUS = re.compile(r"\bstatus=(\d+)|\bNRT_[A-Z_]+\((\d+)\)|\bNRT_([A-Z_]+)\b")
+# What TorchNeuron's errors have in place of a status.
+_NATIVE = re.compile(r"\b(NRT Execution|Compilation) error occurred on Neuron for operation=")
+_WORDS = {
+    "Non-specific failure": 1,
+    "Invalid NEFF, instruction, or input": 2,
+    "Invalid handle": 3,
+    "Failed to allocate resource": 4,
+    "Operation timed out": 5,
+    "Hardware failure": 6,
+    "input queue full": 7,
+    "Not enough NCs": 9,
+    "Unsupported NEFF version": 10,
+    "Failed to allocate host memory": 11,
+    "NRT not initialized": 13,
+    "NRT already closed": 14,
+    "Accessed an empty Queue": 15,
+    "Invalid input to exec()": 1002,
+    "completed with numerical errors": 1003,
+    "Execution completed with errors": 1004,
+    "Neuron core busy": 1005,
+    "updates are out of bound": 1006,
+    "Collective operation pending": 1100,
+    "Stuck in collectives": 1200,
+    "unrepairable uncorrectable error": 1201,
+    "encountered a parity error": 1202,
+    "DMA engine encountered": 1203,
+    "notification queue overflow": 1204,
+    "HBM repairable uncorrectable error": 1205,
+    "EFA network proxy failure": 1206,
+}
+_COMPILATION = Cause(Kind.INPUT, "compilation", "the Neuron compiler refuses the model, or an operation of it")
+
+_STATUS = re.compile(r"\bstatus=(\d+)|\bUnknown status \(status: (\d+)\)|\bNRT_[A-Z_]+\((\d+)\)|\bNRT_([A-Z_]+)\b")
 _RAISED = (RuntimeError, torch.jit.Error)  # the latter is none of the former
-_BY_NAME = {cause.name: code for code, cause in STATUS.items()} | {"OOB": 1006}  # as the developer guide has it
+_BY_NAME = {cause.name.removeprefix("EXEC_"): code for code, cause in STATUS.items()}
 
 
 class Repeated(RuntimeError):
@@ -176,21 +209,26 @@ def cause(error: BaseException) -> Cause | None:
         for pattern, named in TEXTS:
             if pattern.search(text):
                 return named
+        native = _NATIVE.search(text)
+        if native and native[1] == "Compilation":
+            return _COMPILATION
         code = status(text)
         if code is not None:
             lost = Kind.CORE if 1200 <= code <= 1299 else Kind.SUSPECT
             return STATUS.get(code) or Cause(lost, f"status {code}")
-        if "NRT Execution error occurred on Neuron" in text:  # TorchNeuron's
+        if native:
             return Cause(Kind.SUSPECT, "unknown")
     return None
 
 
 def status(text: str) -> int | None:
-    """The last status code in a text: the last line is the runtime's own."""
+    """The last status code in a text: the last line is the runtime's own. TorchNeuron's texts have it in words."""
     code = None
+    if _NATIVE.search(text):
+        code = next((code for words, code in _WORDS.items() if words in text), None)
     for match in _STATUS.finditer(text):
-        number = match[1] or match[2]
-        found = int(number) if number else _BY_NAME.get(match[3])
+        number = match[1] or match[2] or match[3]
+        found = int(number) if number else _BY_NAME.get(match[4].removeprefix("EXEC_"))
         code = found or code  # 0 is success
     return code
 
@@ -210,8 +248,11 @@ def classify(error: BaseException) -> Fault:
 
 
 def last_line(error: BaseException) -> str:
-    """What the device said: TorchScript puts its own traceback before it."""
-    lines = _text(error).strip().splitlines()
+    """What the device said: TorchScript puts its own traceback before it, TorchNeuron Python's after it."""
+    text = _text(error)
+    if said := _NATIVE.search(text) and re.search(r'error message="(.+?)"?$', text, re.MULTILINE):
+        return said[1]
+    lines = text.strip().splitlines()
     return lines[-1].strip() if lines else type(error).__name__
 
 

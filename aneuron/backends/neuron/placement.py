@@ -190,5 +190,7 @@ def _function(here: Package, name: str) -> Callable[..., Any]:
     found = _find(here, name)
     if found is None:
         assert here.module is not None
-        raise RuntimeError(f"{here.module.__name__} has no {name}; install a version that has (SDK 2.12 to 2.31)")
+        raise RuntimeError(
+            f"{here.module.__name__} has no {name}; install one that has (of SDK 2.12 to 2.31, the last is 2.9.0.2.15)"
+        )
     return found

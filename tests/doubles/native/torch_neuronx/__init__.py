@@ -10,6 +10,6 @@ sys.path.append(str(Path(__file__).parents[3]))  # a process of its own may have
 
 from doubles import device
 
-__version__ = "2.11.0"
+__version__ = "2.14.3.0"
 
 device.install()
