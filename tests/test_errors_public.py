@@ -61,7 +61,8 @@ ORDER = [
     "remote.meeting", "remote.supervision", "remote.processes", "remote.supervisor", "remote.messages",
     "remote.routing", "remote.sums", "remote.wire", "remote.engines", "remote.client", "remote.keeper",
     "remote.shared", "pool", "lifecycle", "remote.model", "calls", "parallel", "remote.server", "remote.engine",
-    "remote.virtual", "testing", "web", "cli", "__main__",
+    "remote.virtual", "testing", "web", "ray.sizing", "ray.arrays", "ray.replica", "ray.handles", "ray.serving", "ray",
+    "cli", "__main__",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.
