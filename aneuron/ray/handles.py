@@ -1,7 +1,7 @@
 """A deployment as its callers see it: called like the model.
 
-Lives here: deadlines, what is asked again, errors as they were raised. Must not be here: Ray; the handle, and the errors
-that mean a lost replica, are arguments.
+Lives here: deadlines, what is asked again, errors as they were raised. Must not be here: Ray; the handle and its errors
+are arguments.
 """
 
 import asyncio

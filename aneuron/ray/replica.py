@@ -11,12 +11,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from aneuron import AsyncDataParallel, Statistics
+from aneuron import AsyncDataParallel, Statistics, Timing
 from aneuron.ray.arrays import LARGE, foreign, owned
 from aneuron.ray.sizing import figures, needed
 from aneuron.remote.sources import digest
 from aneuron.sched.call import Terms
-from aneuron.stats import Timing
 
 logger = logging.getLogger("aneuron.ray")
 

@@ -179,8 +179,8 @@ def deployment(
 
 
 def view(handle: serve.handle.DeploymentHandle[Any]) -> HandleView:
-    """What calls such a deployment like the model: `y = await net(x)` with `net = view(handle)`, `net.timed`, `net.map`
-    and `net.options(timeout=, priority=, tenant=)`, in a deployment or in any program that awaits.
+    """What calls such a deployment like the model, given its handle: `await net(x)`, `net.timed(x)`, `net.map(source)`,
+    `net.options(timeout=, priority=, tenant=)`, in a deployment or in any program that awaits.
 
     A timeout counts from the call to its result, the way there and back included, and holds in the replica too: what
     cannot be met costs its cores nothing. Cancelling the call takes its rows out of the replica's queue. A call whose
