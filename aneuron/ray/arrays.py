@@ -1,0 +1,76 @@
+"""Arrays that Ray hands over as they lie in its object store: read-only, and other processes read them too.
+
+Lives here: copies. Must not be here: Ray, calls.
+"""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from aneuron import Rows, Shared
+from aneuron.tensors.nested import fill, walk
+
+LARGE = 2**18  # bytes that are copied at once; more would hold up the loop
+
+
+def foreign(value: Any, tensors: bool = False) -> int:
+    """The bytes of the arrays in a structure that may not be written to, and of its tensors, if so asked."""
+    return sum(_bytes(leaf) for leaf in _leaves(value, tensors))
+
+
+def owned(value: Any, tensors: bool = False) -> Any:
+    """The same structure with a copy of each array in it that may not be written to, and of each tensor, if so asked.
+
+    Ray hands over tensors of its object store where RAY_ENABLE_ZERO_COPY_TORCH_TENSORS is set; nothing shows it, and a
+    model that writes to one ends its process.
+
+        >>> import numpy
+        >>> array = numpy.zeros(2)
+        >>> array.flags.writeable = False
+        >>> owned({"x": array})["x"].flags.writeable
+        True
+    """
+    if isinstance(value, Rows):
+        return Rows([owned(each, tensors) for each in value])
+    if isinstance(value, Shared):
+        return Shared(owned(value.value, tensors))
+    leaves: list[Any] = []
+    walk(value, leaves, [], [])
+    if not any(_is_foreign(leaf, tensors) or isinstance(leaf, (Rows, Shared)) for leaf in leaves):
+        return value
+    return fill(value, iter([_copy(leaf, tensors) for leaf in leaves]))
+
+
+def _copy(leaf: Any, tensors: bool) -> Any:
+    if isinstance(leaf, (Rows, Shared)):
+        return owned(leaf, tensors)
+    if not _is_foreign(leaf, tensors):
+        return leaf
+    return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf.copy()
+
+
+def _leaves(value: Any, tensors: bool) -> Iterator[Any]:
+    """What is foreign in a structure, marks included."""
+    leaves: list[Any] = []
+    walk(value, leaves, [], [])
+    for leaf in leaves:
+        if isinstance(leaf, Rows):
+            for each in leaf:
+                yield from _leaves(each, tensors)
+        elif isinstance(leaf, Shared):
+            yield from _leaves(leaf.value, tensors)
+        elif _is_foreign(leaf, tensors):
+            yield leaf
+
+
+def _is_foreign(leaf: Any, tensors: bool) -> bool:
+    if isinstance(leaf, torch.Tensor):
+        return tensors
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(leaf, numpy.ndarray) and not leaf.flags.writeable
+
+
+def _bytes(leaf: Any) -> int:
+    return int(leaf.nbytes)

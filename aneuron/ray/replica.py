@@ -1,0 +1,179 @@
+"""What a replica does with its model: starts it, answers calls, follows its configuration, says how it is.
+
+Lives here: all of a replica that needs no Ray. Must not be here: Ray, how a deployment is asked for (serving.py).
+"""
+
+import asyncio
+import inspect
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from aneuron import AsyncDataParallel, Statistics, Timing
+from aneuron.ray.arrays import LARGE, foreign, owned
+from aneuron.ray.sizing import figures, needed
+from aneuron.remote.sources import digest
+from aneuron.sched.call import Terms
+
+logger = logging.getLogger("aneuron.ray")
+
+Factory = Callable[..., Any]  # makes an AsyncDataParallel, or is awaited for one
+
+_SETTABLE = ("max_pending", "num_workers", "split_size")  # while it serves
+
+
+class Replica:
+    """A model that a factory makes, from its start to its end, on one event loop."""
+
+    model: AsyncDataParallel
+
+    def __init__(self, factory: Factory, args: tuple[Any, ...], kwargs: Mapping[str, Any], tensors: bool) -> None:
+        self._factory, self._args, self._kwargs = factory, args, kwargs
+        self._tensors = tensors  # whether tensors, too, may lie in memory that is not this process's
+        self._config: Mapping[str, Any] = {}
+        self._seen: tuple[float, Statistics] | None = None  # when figures were asked for, and from what they were
+        self._changing = asyncio.Lock()
+
+    async def start(self, config: Mapping[str, Any] | None = None, most: int | None = None) -> None:
+        """Make the model and start it. `most` is the number of calls that Serve sends at a time."""
+        self._config = checked(config)
+        self.model = await self._make(self._config)
+        await self.model.start()
+        self._check_room(most)
+
+    async def _make(self, config: Mapping[str, Any]) -> AsyncDataParallel:
+        """What the factory makes; in a thread, since it may read weights."""
+        arguments = {**self._kwargs, **config}
+        if inspect.iscoroutinefunction(self._factory):
+            made = await self._factory(*self._args, **arguments)
+        else:
+            made = await asyncio.to_thread(self._factory, *self._args, **arguments)
+        if not isinstance(made, AsyncDataParallel):
+            raise TypeError(
+                f"{named(self._factory)} returned {made!r:.80}; the factory of a deployment returns an "
+                "aneuron.AsyncDataParallel, which the replica starts"
+            )
+        return made
+
+    def _check_room(self, most: int | None) -> None:
+        rows, cores = self.model._life.program.batch_size, len(self.model.statistics().cores)
+        want = needed(self.model.num_workers or 2 * cores, cores, rows) if rows else 0
+        if most is not None and most < want:
+            logger.warning(
+                "max_ongoing_requests=%d: with calls of one row the batches of this model do not fill; it has %d cores "
+                "and batch_size=%d, pass max_ongoing_requests=%d to deployment()",
+                most, cores, rows, want,
+            )  # fmt: skip
+
+    # Calls.
+
+    async def answer(
+        self, terms: Terms | None, timeout: float | None, timed: bool, inputs: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any | tuple[Any, Timing]:
+        """One call, on its terms; with its `Timing`, if asked."""
+        inputs, kwargs = await self._owned(inputs), await self._owned(kwargs)
+        terms = terms or Terms()
+        view = self.model.options(timeout=timeout, priority=terms.priority, tenant=terms.tenant)
+        return await (view.timed(*inputs, **kwargs) if timed else view(*inputs, **kwargs))
+
+    async def _owned(self, value: Any) -> Any:
+        try:
+            size = foreign(value, self._tensors)
+        except TypeError:  # what cannot be opened: the call will say so
+            return value
+        if not size:
+            return value
+        if size <= LARGE:
+            return owned(value, self._tensors)
+        return await asyncio.to_thread(owned, value, self._tensors)
+
+    # What Serve asks for.
+
+    async def reconfigure(self, config: Mapping[str, Any] | None) -> None:
+        """Become what the factory makes of another configuration, without losing a call."""
+        async with self._changing:
+            config = checked(config)
+            if config == self._config:
+                return
+            await become(self.model, await self._make(config))
+            self._config = config
+
+    def check_health(self) -> None:
+        """Raise if the model is not ready."""
+        if not self.model.ready:
+            states = ", ".join(f"{core.id} {core.state}" for core in self.model.statistics().cores)
+            raise RuntimeError(f"{self.model!r} is not ready; its cores: {states or 'none'}")
+
+    def figures(self) -> dict[str, float]:
+        """What an autoscaling policy may go by, since it was asked for last."""
+        now, statistics = time.monotonic(), self.model.statistics()
+        then, before = self._seen or (now, None)
+        self._seen = now, statistics
+        return figures(statistics, before, now - then)
+
+    async def close(self) -> None:
+        """Finish what was accepted, and free the cores."""
+        await self.model.aclose()
+
+
+async def become(model: AsyncDataParallel, other: AsyncDataParallel) -> None:
+    """Serve as another model would, which is not started: with what it was given as a model, by `swap`, and its
+    `max_pending`, `num_workers` and `split_size`.
+
+    Raises `ValueError` if they differ otherwise, and what `swap` raises; then nothing has changed.
+    """
+    given, wanted = model._given, other._given
+    others = [name for name in wanted if name not in _SETTABLE]
+    differing = [name for name in others if not await asyncio.to_thread(alike, given[name], wanted[name])]
+    if differing:
+        said = ", ".join(f"{name}={wanted[name]!r:.60} (it was {given[name]!r:.60})" for name in differing)
+        raise ValueError(
+            f"{said}: what may change while a replica serves is the model, {', '.join(_SETTABLE)}; for anything else "
+            "deploy anew, with other arguments of bind()"
+        )
+    max_pending = model._settings.checked_pending(other.max_pending)  # raises before anything is changed
+    source = other._life.program.source
+    if not await asyncio.to_thread(alike, model._life.program.source, source, sure=True):
+        await model.swap(source)
+    model.max_pending, model.split_size = max_pending, other.split_size
+    if other._given["num_workers"] is not None:
+        model.num_workers = other._given["num_workers"]
+
+
+def alike(one: Any, other: Any, sure: bool = False) -> bool:
+    """Whether two arguments mean the same. Of what cannot be pickled the text decides, unless that is not `sure`
+    enough.
+
+    >>> alike({"a": [1]}, {"a": [1]}), alike(8, 16), alike(len, len)
+    (True, False, True)
+    """
+    if one is other:
+        return True
+    try:
+        return digest(one) == digest(other)
+    except Exception:  # whatever a type of somebody's own raises
+        return not sure and _text(one) == _text(other)
+
+
+def _text(value: Any) -> str:
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))
+
+
+def checked(config: Any) -> Mapping[str, Any]:
+    """A `user_config`: arguments of the factory, by name."""
+    if config is None:
+        return {}
+    if not isinstance(config, Mapping) or not all(isinstance(name, str) for name in config):
+        raise TypeError(f"user_config={config!r:.80}: expected a mapping of the factory's keyword arguments, or None")
+    return config
+
+
+def named(factory: Factory) -> str:
+    """A factory, for an error.
+
+    >>> named(len)
+    'len'
+    """
+    return getattr(factory, "__qualname__", None) or f"{factory!r:.80}"
