@@ -8,7 +8,6 @@ import textwrap
 import warnings
 from pathlib import Path
 
-import doubles
 import pytest
 import torch
 from fake_cuda import FakeCuda
@@ -29,13 +28,7 @@ def machine_of(name, monkeypatch):
     """What the program is written for, and the file that it serves."""
     if name == "cuda":
         FakeCuda(monkeypatch, devices=1)
-    with doubles.neuronx(cores=2) if name == "neuron" else contextlib.nullcontext():
-        if name == "neuron":
-            import torch_neuronx
-
-            net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 224 * 224, 2)).eval()
-            torch_neuronx.trace(net, torch.rand(4, 3, 224, 224)).save("model.pt")
-        yield
+    yield
 
 
 def names_of(name: str) -> dict:
@@ -45,13 +38,11 @@ def names_of(name: str) -> dict:
     return names
 
 
-OPTIONAL = {"flask", "django"}  # which nothing else here needs
+ELSEWHERE = {"flask", "django", "neuron, traced", "neuron, native"}  # have tests of their own
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize("name", sorted(PROGRAMS.keys() - ELSEWHERE))
 def test_the_program(name, monkeypatch, tmp_path):
-    if name in OPTIONAL:
-        pytest.skip("has a test of its own")
     if name == "openvino":
         pytest.importorskip("openvino")
     monkeypatch.chdir(tmp_path)

@@ -886,7 +886,7 @@ def test_a_child_process_is_told(machine, backend, monkeypatch):
 
 def test_the_program_in_the_guide(machine, monkeypatch, tmp_path, capsys):
     guide = (Path(__file__).parent.parent / "docs" / "guides" / "aws.md").read_text()
-    (program,) = re.findall(r"<!-- program: traced -->\n```python\n(.*?)```", guide, re.DOTALL)
+    (program,) = re.findall(r"<!-- program: neuron, traced -->\n```python\n(.*?)```", guide, re.DOTALL)
     monkeypatch.chdir(tmp_path)
     net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 224 * 224, 2)).eval()
     saved("model.pt", traced(net, torch.rand(4, 3, 224, 224)))
