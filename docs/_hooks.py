@@ -8,6 +8,7 @@ import posixpath
 import re
 from pathlib import Path
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
@@ -19,6 +20,7 @@ PAGES = {
     "benchmarks/README.md": "benchmarks/method.md",
 }
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
+LOADS = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=.?https?://[^>]*>")
 FENCED = re.compile(r"^(```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
@@ -55,6 +57,12 @@ def on_page_markdown(markdown, page, config, files):
 
     parts = FENCED.split(markdown)
     return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in parts)
+
+
+def on_post_page(output, page, config):
+    """Refuse a page that would load something from the network."""
+    if found := LOADS.search(output):
+        raise PluginError(f"{page.file.src_uri} loads from elsewhere: {found[0]}; put it into docs/assets/")
 
 
 def _links(path):
