@@ -19,6 +19,7 @@ PAGES = {
     "SECURITY.md": "project/security.md",
     "benchmarks/README.md": "benchmarks/method.md",
 }
+LANGUAGES = {".py": "python", ".json": "json", ".sh": "bash", ".toml": "toml", ".yaml": "yaml", ".yml": "yaml"}
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
 LOADS = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=.?https?://[^>]*>")
 FENCED = re.compile(r"^(```.*?^```$)", re.MULTILINE | re.DOTALL)
@@ -88,4 +89,6 @@ def _page(path):
 
 def _content(path):
     text = (ROOT / path).read_text()
-    return text if path.endswith(".md") else f"# {path}\n\n```python\n{text}```\n"
+    if path.endswith(".md"):
+        return text
+    return f"# {path}\n\n```{LANGUAGES.get(Path(path).suffix, 'text')}\n{text}```\n"
