@@ -440,8 +440,8 @@ def _difference(new: Run, old: Run) -> Exception | None:
 OTHER_LOOP = (
     "this model runs on another event loop, and belongs to it until aclose(). From a thread that this loop has started "
     "(a handler without async) call anyio.from_thread.run(model, x), from any other, Flask's say, portal.call(model, "
-    "x) of one anyio.from_thread.start_blocking_portal() in which the model runs (docs/guides/web.md); or close it there "
-    "first, or make one instance for each loop"
+    "x) of one anyio.from_thread.start_blocking_portal() in which the model runs (docs/guides/web.md); or close it "
+    "there first, or make one instance for each loop"
 )
 
 

@@ -4,10 +4,13 @@ import re
 
 import griffe
 
-# `name: what it is`, and what continues it four spaces further in: items of a list.
-ITEM = re.compile(r"^(\w+(?:, \w+)*): (.+(?:\n {4}(?! *>>>).+)*)", re.MULTILINE)
+# What the first lines of a module say to who changes it.
+HOUSE = re.compile(r"^Lives here: .+(?:\n.+)*\n*", re.MULTILINE)
 # A session of the interpreter, with what it prints.
 SESSION = re.compile(r"^( *)>>> .+(?:\n\1\S.*)*", re.MULTILINE)
+# Lines of `name: what it is`, each continued four spaces further in.
+ITEM = re.compile(r"(\w+(?:, \w+)*): (.+(?:\n {4}.+)*)", re.MULTILINE)
+ITEMS = re.compile(rf"(?:^|(?<=\n\n)){ITEM.pattern}(?:\n{ITEM.pattern})*(?=\n\n|\Z)")
 
 
 class Docstrings(griffe.Extension):
@@ -21,8 +24,9 @@ class Docstrings(griffe.Extension):
 
 def markdown(text):
     """The same as Markdown."""
-    text = SESSION.sub(lambda match: _fenced(match[0], len(match[1])), text)
-    return re.sub(r"\n(- \*\*)", r"\n\n\1", ITEM.sub(r"- **`\1`**: \2", text))
+    text = HOUSE.sub("", text)
+    text = ITEMS.sub(lambda items: ITEM.sub(r"- **`\1`**: \2", items[0]), text)
+    return SESSION.sub(lambda match: _fenced(match[0], len(match[1])), text)
 
 
 def _fenced(session, indent):

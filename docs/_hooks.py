@@ -8,6 +8,7 @@ import posixpath
 import re
 from pathlib import Path
 
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parent.parent
@@ -18,7 +19,9 @@ PAGES = {
     "SECURITY.md": "project/security.md",
     "benchmarks/README.md": "benchmarks/method.md",
 }
+LANGUAGES = {".py": "python", ".json": "json", ".sh": "bash", ".toml": "toml", ".yaml": "yaml", ".yml": "yaml"}
 LINK = re.compile(r"(\]\()([^)\s#:]+)(#[^)\s]*)?(\))")
+LOADS = re.compile(r"<(?:script|link|img|iframe)\b[^>]*\b(?:src|href)=.?https?://[^>]*>")
 FENCED = re.compile(r"^(```.*?^```$)", re.MULTILINE | re.DOTALL)
 
 
@@ -57,6 +60,12 @@ def on_page_markdown(markdown, page, config, files):
     return "".join(part if part.startswith("```") else LINK.sub(link, part) for part in parts)
 
 
+def on_post_page(output, page, config):
+    """Refuse a page that would load something from the network."""
+    if found := LOADS.search(output):
+        raise PluginError(f"{page.file.src_uri} loads from elsewhere: {found[0]}; put it into docs/assets/")
+
+
 def _links(path):
     """The files of the repository that a page links to."""
     text = FENCED.sub("", (ROOT / path).read_text())
@@ -80,4 +89,6 @@ def _page(path):
 
 def _content(path):
     text = (ROOT / path).read_text()
-    return text if path.endswith(".md") else f"# {path}\n\n```python\n{text}```\n"
+    if path.endswith(".md"):
+        return text
+    return f"# {path}\n\n```{LANGUAGES.get(Path(path).suffix, 'text')}\n{text}```\n"

@@ -32,6 +32,7 @@ axes.invert_yaxis()
 axes.set(
     xlabel="docstrings a second, beside sentence-transformers", title="all-MiniLM-L6-v2, float32, two CPUs with AVX2"
 )
+axes.set_xlim(right=1.1 * max(max(values) for _, *values in rows))
 axes.grid(True, axis="x", color="#dddddd", linewidth=0.6)
 axes.set_axisbelow(True)
 axes.spines[["top", "right"]].set_visible(False)

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -15,8 +16,8 @@ from fake_cuda import FakeCuda
 ROOT = Path(__file__).parent.parent
 PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))}
 PROGRAM = re.compile(r"<!-- program: (.+?) -->\n```python\n(.*?)```", re.DOTALL)
-FOUND = [(name, program, page) for page, text in PAGES.items() for name, program in PROGRAM.findall(text)]
-PROGRAMS = {name: program for name, program, _ in FOUND}
+FOUND = [found for text in PAGES.values() for found in PROGRAM.findall(text)]
+PROGRAMS = dict(FOUND)
 
 
 def test_every_program_has_a_name_of_its_own_and_is_run():
@@ -38,10 +39,10 @@ def names_of(name: str) -> dict:
     return names
 
 
-ELSEWHERE = {"flask", "django", "neuron, traced", "neuron, native"}  # have tests of their own
+APART = {"flask", "django", "engines", "neuron, traced", "neuron, native"}  # which have tests of their own
 
 
-@pytest.mark.parametrize("name", sorted(PROGRAMS.keys() - ELSEWHERE))
+@pytest.mark.parametrize("name", sorted(PROGRAMS.keys() - APART))
 def test_the_program(name, monkeypatch, tmp_path):
     if name == "openvino":
         pytest.importorskip("openvino")
@@ -67,6 +68,13 @@ def test_the_web_handler_answers():
 def test_a_handler_without_async_answers():
     with client("sync handler") as asker:
         assert len(asker.post("/predict", json=[1.0, 2.0, 3.0, 4.0]).json()) == 2
+
+
+def test_engines_import_the_file_that_starts_them(tmp_path, capsys):
+    file = tmp_path / "service.py"
+    file.write_text(PROGRAMS["engines"])
+    runpy.run_path(str(file), run_name="__main__")
+    assert capsys.readouterr().out.count(" ready ") == 2
 
 
 def run_alone(name: str, then: str) -> None:
