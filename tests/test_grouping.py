@@ -390,7 +390,7 @@ def test_work_needs_lengths():
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm") or "ANEURON_PURE" in os.environ, reason="once is enough")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_two_thousand_lengths_keep_a_bounded_memory(dtype):
+def test_a_thousand_lengths_keep_a_bounded_memory(dtype):
     """Kernels and allocators keep something for each shape, and there are few."""
     program = f"""
 import asyncio, os, random, torch
@@ -411,11 +411,11 @@ async def main():
             return self.down(torch.nn.functional.gelu(self.up(x)))
     backend = CpuBackend(cores=1, threads_per_core=1, dtype=torch.{dtype})
     async with AsyncDataParallel(Net().eval(), backend=backend, buckets=Buckets(max=2000)) as model:
-        lengths = random.Random(0).sample(range(1, 2001), 2000)
+        lengths = random.Random(0).sample(range(1, 2001), 1000)
         xs = [torch.rand(1, length, 8) for length in lengths]
         await model(torch.rand(1, 2000, 8))
         before = resident()
-        for at in range(0, 2000, 8):
+        for at in range(0, 1000, 8):
             await asyncio.gather(*map(model, xs[at : at + 8]))
         print(len(shapes), resident() - before)
 
