@@ -1,9 +1,9 @@
 """Search in one application of Ray Serve: an encoder and a reranker, each in replicas of its own, and HTTP in front.
 
-    python examples/ray_service.py                      # a small cluster on this machine; asks itself, and ends
-    serve run examples.ray_service:app                  # on a cluster that is there; with `pip install 'aneuron[ray]'`
+python examples/ray_service.py                      # a small cluster on this machine; asks itself, and ends
+serve run examples.ray_service:app                  # on a cluster that is there; with `pip install 'aneuron[ray]'`
 
-    curl -X POST localhost:8000/search -H 'Content-Type: application/json' -d '{"query": [1, 0, 0, 0], "best": 2}'
+curl -X POST localhost:8000/search -H 'Content-Type: application/json' -d '{"query": [1, 0, 0, 0], "best": 2}'
 """
 
 import asyncio
