@@ -23,7 +23,7 @@ DOCUMENTS = torch.eye(FEATURES).repeat(8, 1) + torch.arange(8 * FEATURES).unsque
 
 
 def make_encoder(scale: float = 1.0, max_pending: int = 512) -> AsyncDataParallel:
-    """Runs in the replica; `user_config` may change `scale` (the model is swapped) and `max_pending` while it serves."""
+    """Runs in the replica; `user_config` may change `scale` (by a swap) and `max_pending` while it serves."""
     net = torch.nn.Linear(FEATURES, FEATURES, bias=False).eval()
     torch.nn.init.eye_(net.weight).data.mul_(scale)
     return AsyncDataParallel(
@@ -43,6 +43,8 @@ aneuron.ray.answer_errors(front)
 
 
 class Question(BaseModel):
+    """What a client sends."""
+
     query: list[float]
     best: int = 3
     timeout: float = 5.0

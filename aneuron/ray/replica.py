@@ -143,8 +143,8 @@ async def become(model: AsyncDataParallel, other: AsyncDataParallel) -> None:
 
 
 def alike(one: Any, other: Any, sure: bool = False) -> bool:
-    """Whether two arguments mean the same: by what they hold or, unless that is not `sure` enough, by their text, as for
-    backends, which hold locks and caches of their own.
+    """Whether two arguments mean the same: by what they hold or, unless that is not `sure` enough, by their text, since
+    backends hold locks and caches of their own.
 
     >>> alike({"a": [1]}, {"a": [1]}), alike(8, 16), alike(print, print, sure=True)
     (True, False, True)
