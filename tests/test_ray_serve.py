@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 
 import numpy as np
@@ -29,7 +30,11 @@ from aneuron.web.starlette import get, install
 
 ROOT = pathlib.Path(__file__).parents[1]
 ONE_LOOP = os.environ.get("RAY_SERVE_THROUGHPUT_OPTIMIZED") == "1"
-pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("ray")]
+pytestmark = [
+    pytest.mark.filterwarnings("ignore"),
+    pytest.mark.xdist_group("ray"),
+    pytest.mark.asyncio(loop_scope="module"),  # of one loop: Serve keeps a handle for the loop it was first used on
+]
 
 
 class Scale(torch.nn.Module):
@@ -82,6 +87,11 @@ def http(path, body=None, headers=None, method=None):
             return answer.status, answer.headers, answer.read()
     except urllib.error.HTTPError as error:
         return error.code, error.headers, error.read()
+
+
+def flood(path):
+    with ThreadPoolExecutor(48) as threads:
+        return list(threads.map(lambda _: http(path, [3.0]), range(48)))
 
 
 def row(value):
@@ -163,12 +173,12 @@ async def test_one_of_two_replicas_is_killed_under_load():
 
 async def test_another_user_config_swaps_the_models_and_loses_no_call():
     deployment = aneuron.ray.deployment(make, num_replicas=2, user_config={"factor": 3.0})
-    handle = run(deployment)
+    handle = run(deployment, name="rolling")  # where nothing else is being replaced
     until = asyncio.Event()
     under_load = asyncio.create_task(load(aneuron.ray.view(handle), until))
     await asyncio.sleep(1)
     new = deployment.options(user_config={"factor": 5.0})
-    await asyncio.to_thread(lambda: serve.run(new.bind(), name="app", route_prefix="/app"))
+    await asyncio.to_thread(lambda: serve.run(new.bind(), name="rolling", route_prefix="/rolling"))
     await asyncio.sleep(0.5)
     y = [(await handle.remote(row(1.0)))[0, 0].item() for _ in range(8)]
     until.set()
@@ -201,11 +211,7 @@ def test_an_ingress_in_the_replica_answers_errors():
     assert http("/app/readyz")[0] == 200
     status, _, body = http("/app/predict", [3.0], {"X-Request-Timeout-Ms": "50"})
     assert (status, json.loads(body)["error"]) == (504, "DeadlineExceeded")
-
-    async def flood():
-        return await asyncio.gather(*(asyncio.to_thread(http, "/app/predict", [3.0]) for _ in range(48)))
-
-    answers = asyncio.run(flood())
+    answers = flood("/app/predict")
     refused = [headers["Retry-After"] for status, headers, _ in answers if status == 503]
     assert {status for status, _, _ in answers} == {200, 503}
     assert all(int(seconds) >= 1 for seconds in refused)
@@ -238,11 +244,7 @@ def test_a_front_answers_the_errors_of_handles():
         assert json.loads(http(path, [3.0])[2])[0] == 6.0
         status, _, body = http(path, [])
         assert (status, "Traceback" in body.decode()) == (422, False)
-
-        async def flood(path=path):
-            return await asyncio.gather(*(asyncio.to_thread(http, path, [3.0]) for _ in range(48)))
-
-        answers = asyncio.run(flood())
+        answers = flood(path)
         assert {status for status, _, _ in answers} == {200, 429}
         assert all(int(headers["Retry-After"]) >= 1 for status, headers, _ in answers if status == 429)
 
