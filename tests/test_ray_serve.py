@@ -23,6 +23,8 @@ ray = pytest.importorskip("ray", reason="Ray is an environment of its own: make 
 
 import torch
 from ray import serve
+from ray.serve.context import _get_global_client
+from ray.serve.schema import ServeDeploySchema
 
 import aneuron.ray
 from aneuron import AsyncDataParallel, CpuBackend, DeadlineExceeded, QueueFull, Rows, ShapeError, SimulatedBackend
@@ -171,15 +173,32 @@ async def test_one_of_two_replicas_is_killed_under_load():
     assert len(errors) <= 4, errors  # those that it had
 
 
+rolling = aneuron.ray.deployment(make).bind()
+
+
+async def deploy(config):
+    """As `serve deploy` does it: `serve.run` gives each deployment a new version, and so replaces all replicas."""
+    deployments = [{"name": "make", "num_replicas": 2, "user_config": config}]
+    app = {"name": "rolling", "route_prefix": "/rolling", "import_path": "test_ray_serve:rolling"}
+    schema = ServeDeploySchema.model_validate({"applications": [app | {"deployments": deployments}]})
+    await asyncio.to_thread(lambda: _get_global_client().deploy_apps(schema))
+
+
 async def test_another_user_config_swaps_the_models_and_loses_no_call():
-    deployment = aneuron.ray.deployment(make, num_replicas=2, user_config={"factor": 3.0})
-    handle = run(deployment, name="rolling")  # where nothing else is being replaced
+    serve.start()
+    await deploy({"factor": 3.0})
+    while True:
+        await asyncio.sleep(0.5)
+        app = serve.status().applications.get("rolling")
+        if app is not None and app.status == "RUNNING":
+            break
+        assert app is None or app.status != "DEPLOY_FAILED", app
+    handle = serve.get_app_handle("rolling")
     until = asyncio.Event()
     under_load = asyncio.create_task(load(aneuron.ray.view(handle), until))
-    await asyncio.sleep(1)
-    new = deployment.options(user_config={"factor": 5.0})
-    await asyncio.to_thread(lambda: serve.run(new.bind(), name="rolling", route_prefix="/rolling"))
-    await asyncio.sleep(0.5)
+    await asyncio.sleep(2)
+    await deploy({"factor": 5.0})
+    await asyncio.sleep(12)
     y = [(await handle.remote(row(1.0)))[0, 0].item() for _ in range(8)]
     until.set()
     factors, errors, pids = await under_load
