@@ -18,13 +18,14 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --no-compile $(addprefi
 # Not README.md and docs, which ruff would format too: their programs are set for reading.
 SOURCES := aneuron benchmarks docs/*.py examples tests
 
-.PHONY: help demo test lint docs bench realwork soak compiled constraints clean
+.PHONY: help demo test ray lint docs bench realwork soak compiled constraints clean
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 
 help:
 	@echo 'make demo    search the standard library with a real embedding model (a minute or two, after installation)'
 	@echo 'make test    run the tests, on the compiled core and on the same as Python'
+	@echo 'make ray     run the tests of Ray Serve on a cluster of this machine, in both modes (ten minutes)'
 	@echo 'make lint    check style and types, and build the docs'
 	@echo 'make docs    build the docs, to be read from build/site/index.html'
 	@echo 'make bench   measure against hand-written loops and other packages (some 25 minutes)'
@@ -49,6 +50,16 @@ test: $(VENV)/.test $(VENV)/.tools compiled
 	@if $(RUN) -c 'from aneuron import _native; raise SystemExit(bool(_native.why_pure))'; then set -x; \
 		ANEURON_PURE=1 $(RUN) -m pytest --numprocesses 2 --dist loadgroup -m 'core or pure' \
 			$$(grep -rlE --include='test_*.py' 'mark\.(core|pure)\b' tests | sort); fi
+
+# Ray is large and its cluster slow to start: neither is in the environment of `make test`. Ray's own warnings are no
+# failures of ours; a Unix socket's path may not be long.
+ray: export RAY_USAGE_STATS_ENABLED := 0
+ray: export RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S := 1
+ray: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+ray: $(VENV)/.test $(VENV)/.ray compiled
+	for mode in 0 1; do \
+		RAY_SERVE_THROUGHPUT_OPTIMIZED=$$mode $(RUN) -m pytest -o filterwarnings=ignore tests/test_ray_serve.py || exit 1; \
+		ray stop --force >/dev/null; done
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check $(SOURCES)

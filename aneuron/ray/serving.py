@@ -142,7 +142,8 @@ def deployment(
         `max_ongoing_requests` as a target.
 
     A replica is healthy while its model is `ready`; Serve replaces one that is not (after 30 s, as it is configured).
-    On shutdown Serve waits for the calls, then the model drains. Another `user_config` makes each replica call the
+    On shutdown Serve waits for the calls, then the model drains. Another `user_config` in the file of `serve deploy`
+    (`serve.run` replaces all replicas each time) makes each replica call the
     factory again and become what that makes: another model by `swap`, while the old one serves; `max_pending`,
     `num_workers`, `split_size`; no call fails. Whatever else differs fails the update, and Serve replaces the replica.
 
