@@ -30,6 +30,7 @@ class Server:
 
     def __init__(self, module: str, settings: Mapping[str, object]) -> None:
         self.module = module
+        self.features = int(str(settings.get("features", FEATURES)))
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}/predict"
         values = {"port": self.port, **settings}
@@ -64,14 +65,14 @@ class Server:
 
     async def _answers(self, session: aiohttp.ClientSession) -> bool:
         try:
-            async with session.post(self.url, data=bytes(4 * FEATURES)) as response:
+            async with session.post(self.url, data=bytes(4 * self.features)) as response:
                 return response.status == 200
         except aiohttp.ClientError:
             return False
 
     async def _check(self, session: aiohttp.ClientSession, caller: int) -> None:
         for _ in range(CALLS):
-            x = torch.full((1, FEATURES), float(caller)) + torch.rand(1, FEATURES)
+            x = torch.full((1, self.features), float(caller)) + torch.rand(1, self.features)
             async with session.post(self.url, data=x.numpy().tobytes()) as response:
                 body = await response.read()
                 if response.status in REFUSALS:
@@ -93,6 +94,10 @@ class Server:
             return sum(map(_memory, self._processes()))
         except OSError:
             return float("nan")
+
+    def cpu(self) -> float:
+        """Seconds of CPU that all its processes have used."""
+        return sum(map(_cpu, self._processes()))
 
     def said(self) -> str:
         """The end of its output."""
@@ -137,6 +142,14 @@ def _memory(pid: int) -> float:
     except (ProcessLookupError, FileNotFoundError):
         return 0.0  # it has ended
     return sum(int(line.split()[1]) * 1024.0 for line in lines if line.startswith("Pss:"))
+
+
+def _cpu(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (ProcessLookupError, FileNotFoundError):
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def _free_port() -> int:

@@ -1,6 +1,6 @@
 -- Each request asks for a row of its own, and every answer must be that of a row that was asked for and not yet answered.
 --
--- Row k is k, k + 1/16, ... k + 15/16, its answer twice that plus one: exact in single precision up to 2^18 rows. wrk
+-- Row k of n numbers is k, k + 1/n, ... its answer twice that plus one: exact in single precision up to 2^18 rows of 16 or 64. wrk
 -- does not say on which connection an answer came; that each caller gets its own is checked before (processes.py).
 local ffi = require("ffi")
 ffi.cdef [[
@@ -8,8 +8,8 @@ typedef struct { long seconds, nanoseconds; } moment;
 int clock_gettime(int clock, moment *now);
 ]]
 
-local FEATURES, ROWS = 16, 2 ^ 18
-local row, now = ffi.new("float[?]", FEATURES), ffi.new("moment")
+local ROWS, now = 2 ^ 18, ffi.new("moment")
+local FEATURES, row
 local asked, last, head, threads = {}, 0, "", {}
 
 local function microseconds()
@@ -29,7 +29,9 @@ end
 
 function setup(thread) table.insert(threads, thread) end
 
-function init()
+function init(args)
+  FEATURES = tonumber(args[1])
+  row = ffi.new("float[?]", FEATURES)
   answers, wrong, refused, failed, took = 0, 0, 0, 0, {}
   head = table.concat({
     "POST " .. wrk.path .. " HTTP/1.1", "Host: " .. wrk.host .. ":" .. wrk.port,

@@ -212,6 +212,20 @@ def test_the_command_line_measures_real_servers(tmp_path):
     assert (tmp_path / "http.txt").read_text() == done.stdout
 
 
+@needs_wrk
+def test_the_servers_of_serve_are_measured(tmp_path):
+    for needed in ("granian", "uvloop"):
+        pytest.importorskip(needed)
+    command = [sys.executable, "-m", "benchmarks.serving", "--only", "aiohttp", "granian RSGI", "--connections", "8"]
+    command += ["--seconds", "1", "--repetitions", "1", "--results", str(tmp_path / "seen.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    seen = json.loads((tmp_path / "seen.json").read_text())["seen"]["8"]
+    assert set(seen) == {"aiohttp", "granian RSGI"}, done.stdout
+    assert all(turn["answers/s"] > 0 and turn["us of CPU"] > 0 for (turn,) in seen.values())
+    assert "| 8 | granian RSGI |" in done.stdout
+
+
 PEERS = {
     "litserve": """
 from benchmarks.servers.litserve_app import Api

@@ -17,7 +17,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: simul
 import torch
 
 import aneuron
-from benchmarks.floors import FEATURES, Core, Floor, model
+from benchmarks import floors
+from benchmarks.floors import Core, Floor, model
 
 PREFIX = "BENCHMARK_"
 BEHIND = ("aneuron", "floor", "executor")
@@ -34,6 +35,7 @@ CORES = int(setting("cores", "4"))
 BATCH = int(setting("batch", "8"))
 SECONDS = float(setting("seconds", "0.005"))
 MAX_PENDING = int(setting("max_pending", "0")) or None
+FEATURES = int(setting("features", str(floors.FEATURES)))
 WORKERS = int(setting("workers", "1"))
 SHARE = setting("share") or None  # the name of engines that all workers use
 WHAT = setting("behind", "aneuron")
