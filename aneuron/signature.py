@@ -70,6 +70,8 @@ class Signature:
             Shared(value) if spec.whole else Rows(value) if isinstance(spec.dtype, type) else value
             for spec, value in zip(self.inputs, values, strict=True)
         ]
+        if len(marked) == 1 and self.inputs[0].steps == (0,):  # the lone tensor of most models
+            return (marked[0],), {}
         return (tuple(marked), {}) if self._arrange is None else self._arrange(marked)
 
     def named(self, output: Any) -> Iterator[tuple[str, Any]]:
@@ -79,7 +81,7 @@ class Signature:
                 yield _name(steps, "output"), value
             return
         for spec in self.outputs:
-            yield spec.name, _at(spec.steps, output)
+            yield spec.name, output if not spec.steps else _at(spec.steps, output)
 
     def declared(self, other: "Signature") -> "Signature":
         """The same in the words of a declaration. Raises `ShapeError` where that is of another number of tensors."""

@@ -29,17 +29,26 @@ SERVERS = {
     "granian RSGI": "granian-rsgi",
     "granian embedded, ASGI": "embedded-asgi",
     "granian embedded, RSGI": "embedded-rsgi",
+    "v2 on aiohttp": "v2-aiohttp",
+    "v2 on aiohttp, routed": "v2-aiohttp-app",
+    "v2 on uvicorn": "v2-uvicorn",
+    "mosec": "mosec",
 }
+V2_HEAD = (
+    b'{"inputs":[{"name":"input0","shape":[1,64],"datatype":"FP32","parameters":{"binary_data_size":256}}],'
+    b'"parameters":{"binary_data_output":true}}'
+)
 CONNECTIONS = (1, 32, 256)
 SCENE = {"cores": 4, "batch": 8, "seconds": 0.005, "features": 64}
 YARDSTICK = "aiohttp"
 
 CAVEATS = """
-One bare handler, on every server, that awaits aneuron's model on four simulated cores of 5 ms and cancels its call if
-the client leaves. A row is 64 float32 numbers, raw bytes in and out. Servers are processes of their own with one worker
-each, on uvloop; they take turns, another one first each time, while the others are stopped. Medians of {repetitions}
-repetitions of {seconds} s; x is beside "{yardstick}", the median of the repetitions' ratios. us of CPU are all that a
-server's processes used, for each answer.
+One bare handler, on every server but the last ones, that awaits aneuron's model on four simulated cores of 5 ms and
+cancels its call if the client leaves. A row is 64 float32 numbers, raw bytes in and out; of "v2" the Open Inference
+Protocol, JSON before the bytes. mosec has a process a core and its window of 10 ms. Servers are processes of their
+own with one worker each, on uvloop; they take turns, another one first each time, while the others are stopped.
+Medians of {repetitions} repetitions of {seconds} s; x is beside "{yardstick}", the median of the repetitions' ratios.
+us of CPU are all that a server's processes used, for each answer.
 """
 
 
@@ -61,7 +70,7 @@ async def look(server: Server, connections: int, seconds: int) -> Turn:
     server.resume()
     try:
         cpu = server.cpu()
-        seen = await wrk.load(server.url, connections, seconds, server.features)
+        seen = await wrk.load(server.url, connections, seconds, server.features, server.head)
         cpu = server.cpu() - cpu
     finally:
         server.pause()
@@ -70,9 +79,19 @@ async def look(server: Server, connections: int, seconds: int) -> Turn:
     return Turn(seen.answers_per_second, cpu / max(1, len(seen.latencies)), seen.latencies)
 
 
+def contender(what: str) -> Server:
+    """A server, not started."""
+    module = "mosec_app" if what == "mosec" else "raw_app"
+    server = Server(f"benchmarks.servers.{module}", {**SCENE, "server": what})
+    if what.startswith("v2"):
+        server.url = server.url.replace("/predict", "/v2/models/net/infer")
+        server.head = V2_HEAD
+    return server
+
+
 async def measure(args: argparse.Namespace) -> dict[int, Seen]:
     """What was seen of each server at each number of connections."""
-    contenders = {name: Server("benchmarks.servers.raw_app", {**SCENE, "server": SERVERS[name]}) for name in args.only}
+    contenders = {name: contender(SERVERS[name]) for name in args.only}
     fails: dict[str, str] = {}
     found: dict[int, Seen] = {}
     try:

@@ -1,7 +1,8 @@
 -- Each request asks for a row of its own, and every answer must be that of a row that was asked for and not yet answered.
 --
--- Row k of n numbers is k, k + 1/n, ... its answer twice that plus one: exact in single precision up to 2^18 rows of 16 or 64. wrk
--- does not say on which connection an answer came; that each caller gets its own is checked before (processes.py).
+-- Row k of n numbers is k, k + 1/n, ... its answer twice that plus one: exact in single precision up to 2^18 rows of 16
+-- or 64. wrk does not say on which connection an answer came; that each caller gets its own is checked before
+-- (processes.py). A second argument is the JSON of the Open Inference Protocol that goes before each row.
 local ffi = require("ffi")
 ffi.cdef [[
 typedef struct { long seconds, nanoseconds; } moment;
@@ -9,7 +10,7 @@ int clock_gettime(int clock, moment *now);
 ]]
 
 local ROWS, now = 2 ^ 18, ffi.new("moment")
-local FEATURES, row
+local FEATURES, row, json
 local asked, last, head, threads = {}, 0, "", {}
 
 local function microseconds()
@@ -18,6 +19,7 @@ local function microseconds()
 end
 
 local function answered(body) -- the row, or nil
+  if json ~= "" then body = body:sub(-4 * FEATURES) end
   if #body ~= 4 * FEATURES then return nil end
   local y = ffi.cast("const float *", body)
   local k = (y[0] - 1) / 2
@@ -30,12 +32,13 @@ end
 function setup(thread) table.insert(threads, thread) end
 
 function init(args)
-  FEATURES = tonumber(args[1])
+  FEATURES, json = tonumber(args[1]), args[2] or ""
   row = ffi.new("float[?]", FEATURES)
   answers, wrong, refused, failed, took = 0, 0, 0, 0, {}
   head = table.concat({
     "POST " .. wrk.path .. " HTTP/1.1", "Host: " .. wrk.host .. ":" .. wrk.port,
-    "Content-Type: application/octet-stream", "Content-Length: " .. 4 * FEATURES, "\r\n",
+    "Content-Type: application/octet-stream", "Content-Length: " .. #json + 4 * FEATURES,
+    json == "" and "\r\n" or "Inference-Header-Content-Length: " .. #json .. "\r\n\r\n" .. json,
   }, "\r\n")
 end
 

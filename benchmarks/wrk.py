@@ -43,13 +43,13 @@ def there() -> bool:
     return shutil.which("wrk") is not None
 
 
-async def load(url: str, connections: int, seconds: float, features: int = FEATURES) -> Seen:
+async def load(url: str, connections: int, seconds: float, features: int = FEATURES, head: bytes = b"") -> Seen:
     """Keep so many connections busy, each with one request at a time, from one thread; whole seconds, at least one.
 
     Raises `WrongAnswer` where one answer is not that of a row which was asked for and waits for its answer.
     """
     command = ["wrk", "--threads", "1", "--connections", str(connections), "--duration", str(max(1, round(seconds)))]
-    command += ["--timeout", str(PATIENCE), "--script", str(SCRIPT), url, "--", str(features)]
+    command += ["--timeout", str(PATIENCE), "--script", str(SCRIPT), url, "--", str(features), head.decode()]
     pipe = asyncio.subprocess.PIPE
     process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
     try:

@@ -94,17 +94,24 @@ async def of_aiohttp(request: Any) -> Any:
     return web.Response(body=await answer(await request.read()), content_type=servers.MEDIA_TYPE)
 
 
-async def _aiohttp(routed: bool) -> None:
+async def _aiohttp(routed: bool, protocol: bool) -> None:
     from aiohttp import web
+
+    from aneuron.web.v2 import aiohttp as v2
+    from aneuron.web.v2.models import Models
 
     runner: Any
     async with model:
         if routed:
             app = web.Application()
-            app.router.add_post("/predict", of_aiohttp)
+            if protocol:
+                app.add_routes(v2.routes(net=model))
+            else:
+                app.router.add_post("/predict", of_aiohttp)
             runner = web.AppRunner(app, access_log=None, handler_cancellation=True)
         else:
-            runner = web.ServerRunner(web.Server(of_aiohttp, access_log=None, handler_cancellation=True))
+            handler: Any = v2.V2(Models(v2.routes, {"net": model})) if protocol else of_aiohttp
+            runner = web.ServerRunner(web.Server(handler, access_log=None, handler_cancellation=True))
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", servers.PORT, backlog=2048).start()
         await asyncio.Event().wait()
@@ -132,16 +139,34 @@ async def _embedded(interface: str) -> None:
     await made.serve()
 
 
+def v2_asgi() -> Any:
+    """The Open Inference Protocol without a router."""
+    from aneuron.web.v2 import starlette as v2
+    from aneuron.web.v2.models import Models
+
+    protocol = v2.V2(Models(v2.routes, {"net": model}))
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await (asgi if scope["type"] == "lifespan" else protocol)(scope, receive, send)
+
+    return app
+
+
 def main(server: str) -> None:
     import uvloop
 
-    if server == "uvicorn":
+    if server == "v2-uvicorn":
+        import uvicorn
+
+        uvicorn.run(v2_asgi(), port=servers.PORT, loop="uvloop", http="httptools", access_log=False,
+                    log_level="warning")  # fmt: skip
+    elif server == "uvicorn":
         import uvicorn
 
         uvicorn.run(asgi, port=servers.PORT, loop="uvloop", http="httptools", access_log=False, log_level="warning")
-    elif server.startswith("aiohttp"):
+    elif "aiohttp" in server:
         with contextlib.suppress(KeyboardInterrupt):
-            uvloop.run(_aiohttp(routed=server == "aiohttp-app"))
+            uvloop.run(_aiohttp(server.endswith("app"), server.startswith("v2")))
     elif server.startswith("embedded"):
         uvloop.run(_embedded(server.partition("-")[2]))
     else:

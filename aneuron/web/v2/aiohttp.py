@@ -63,8 +63,11 @@ class V2:
             served = models.find(asked.name, asked.version)
             head = read_head(request.headers.get, self._max_body)._replace(coding="")  # aiohttp has decompressed it
             incoming = Incoming(head, self._max_body)
-            async for chunk in request.content.iter_any():
-                incoming.add(chunk)
+            if request.content.is_eof():  # it has come whole, with the head
+                incoming.add(request.content.read_nowait())
+            else:
+                async for chunk in request.content.iter_any():
+                    incoming.add(chunk)
             return _sent(await answer_of(served, head, incoming, of_request(request, asked.name, served.model)))
         except ConnectionError:
             raise  # the client left while it sent

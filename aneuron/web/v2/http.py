@@ -6,6 +6,7 @@ aiohttp.py), the rules of a request (requests.py).
 
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
 import anyio.to_thread
@@ -72,6 +73,7 @@ _OF_SERVER = {
 _SHARED_MEMORY = ("systemsharedmemory", "cudasharedmemory")
 
 
+@lru_cache(256)
 def find(method: str, path: str) -> Asked:
     """What is asked for by a path that begins with /v2. Raises `Refused`."""
     parts = tuple(path.strip("/").split("/"))[1:]
@@ -214,30 +216,48 @@ async def _inference(served: Served, head: Head, incoming: Incoming) -> Inferenc
     signature = served.signature
     if head.json == 0:
         return read_raw(binary or bytearray(), signature)
-    return await aside(len(json), lambda: read_json(json, binary, signature))
+    return await aside(len(json), lambda: read_json(json, binary, signature, served.remembered))
+
+
+@lru_cache(512)
+def _head_of(name: str, outputs: tuple[tuple[str, str, tuple[int, ...], int], ...]) -> bytes:
+    """The JSON of an answer that is all in binary: it is the same for requests that are alike."""
+    described = [
+        {"name": name, "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": size}}
+        for name, datatype, shape, size in outputs
+    ]
+    return _encoder.encode({"model_name": name, "model_version": VERSION, "outputs": described})
 
 
 def written(name: str, inference: Inference, results: Sequence[Result], coding: str = "") -> Answer:
     """The answer that has these outputs."""
+    if not inference.id and all(result.binary for result in results):
+        data = [in_bytes(result.value) for result in results]
+        said = [
+            (result.name, result.datatype.name, tuple(result.shape), len(each))
+            for result, each in zip(results, data, strict=True)
+        ]
+        return _binary(_head_of(name, tuple(said)), data, coding)
     described: list[dict[str, Any]] = []
     parts: list[bytes | memoryview] = []
     for result in results:
-        said: dict[str, Any] = {"name": result.name, "datatype": result.datatype.name, "shape": result.shape}
+        one: dict[str, Any] = {"name": result.name, "datatype": result.datatype.name, "shape": result.shape}
         if result.binary:
-            data = in_bytes(result.value)
-            said["parameters"] = {"binary_data_size": len(data)}
-            parts.append(data)
+            parts.append(in_bytes(result.value))
+            one["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
-            said["data"] = in_json(result.name, result.value)
-        described.append(said)
+            one["data"] = in_json(result.name, result.value)
+        described.append(one)
     body: dict[str, Any] = {"model_name": name, "model_version": VERSION, "outputs": described}
     if inference.id:
         body["id"] = inference.id
     in_words = [result.value for result in results if not result.binary]
     json = _encoder.encode(body) if not in_words or finite(in_words) else dumps(body)
-    headers = [("content-type", _BINARY if parts else _JSON)]
-    if parts:
-        headers.append(("inference-header-content-length", str(len(json))))
+    return _binary(json, parts, coding) if parts else _finished(200, [("content-type", _JSON)], [json], coding)
+
+
+def _binary(json: bytes, parts: list[bytes | memoryview], coding: str) -> Answer:
+    headers = [("content-type", _BINARY), ("inference-header-content-length", str(len(json)))]
     return _finished(200, headers, [json, *parts], coding)
 
 

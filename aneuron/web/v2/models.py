@@ -15,7 +15,7 @@ from aneuron import AsyncDataParallel, Closed, OutputError, Signature, TensorSpe
 from aneuron.web.checks import check_models
 from aneuron.web.v2.datatypes import BYTES, Datatype, datatype_of
 from aneuron.web.v2.errors import Refused
-from aneuron.web.v2.requests import Inference, Terms
+from aneuron.web.v2.requests import Inference, Seen, Terms
 
 VERSION = "1"  # each model has one: what it was swapped for answers under the same
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics", "parameters")
@@ -40,6 +40,7 @@ class Served:
         self._declared = declared
         self._last = 0  # ms since 1970, of the last answer
         self._known: Signature | None = None
+        self.remembered: dict[bytes, Seen] = {}  # by the JSON of requests, what it said
         signature = self._described()
         if not signature.inputs:
             raise ValueError(
@@ -60,6 +61,7 @@ class Served:
             known = self._described()
             if known.outputs is not None:
                 self._known = known
+                self.remembered.clear()  # what was asked for before could not be checked
         return known
 
     async def infer(self, inference: Inference, view: View | AsyncDataParallel) -> list[Result]:
