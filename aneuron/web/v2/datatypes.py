@@ -55,20 +55,22 @@ TABLE = {  # in the order of the numbers that they have in Triton's configuratio
         Datatype("BF16", torch.bfloat16, None, "TYPE_BF16"),
     )
 }
-_OF_DTYPE = {each.dtype: each for each in TABLE.values()}
+_OF_DTYPE: dict[Any, Datatype] = {each.dtype: each for each in TABLE.values()} | {str: BYTES, bytes: BYTES}
 _SMALL = 1 << 16  # bytes that are copied faster than they are wrapped
 _LENGTH = struct.Struct("<I")  # before each element of BYTES
 
 
 def datatype_of(spec: TensorSpec) -> Datatype:
     """The datatype of an input or output. Raises `ValueError` for what the protocol has no word for."""
-    if spec.dtype in (str, bytes):
-        return BYTES
-    found = _OF_DTYPE.get(spec.dtype) if isinstance(spec.dtype, torch.dtype) else None
+    return datatype(spec.name, spec.dtype)
+
+
+def datatype(name: str, dtype: torch.dtype | type) -> Datatype:
+    """The same for what has this name and dtype."""
+    found = _OF_DTYPE.get(dtype)
     if found is None:
         raise ValueError(
-            f"{spec.name!r} is of {spec.dtype}, which the Open Inference Protocol has no datatype for; it has "
-            f"{', '.join(TABLE)}"
+            f"{name!r} is of {dtype}, which the Open Inference Protocol has no datatype for; it has {', '.join(TABLE)}"
         )
     return found
 

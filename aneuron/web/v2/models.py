@@ -13,7 +13,7 @@ import torch
 
 from aneuron import AsyncDataParallel, Closed, OutputError, Signature, TensorSpec, View
 from aneuron.web.checks import check_models
-from aneuron.web.v2.datatypes import BYTES, Datatype, datatype_of
+from aneuron.web.v2.datatypes import BYTES, Datatype, datatype, datatype_of
 from aneuron.web.v2.errors import Refused
 from aneuron.web.v2.requests import Inference, Seen, Terms
 
@@ -230,9 +230,8 @@ def _duration(count: int, seconds: float) -> dict[str, int]:
 def _result(name: str, value: Any, binary: bool) -> Result:
     """An output, as the protocol can have it."""
     if type(value) is torch.Tensor:
-        spec = TensorSpec(name, value.dtype, tuple(value.shape))
         try:
-            return Result(name, datatype_of(spec), list(value.shape), value, binary)
+            return Result(name, datatype(name, value.dtype), list(value.shape), value, binary)
         except ValueError as error:
             raise OutputError(str(error)) from None
     if isinstance(value, (list, tuple)) and all(isinstance(each, (str, bytes)) for each in value):
