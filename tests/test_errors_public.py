@@ -61,7 +61,7 @@ ORDER = [
     "remote.meeting", "remote.supervision", "remote.processes", "remote.supervisor", "remote.messages",
     "remote.routing", "remote.sums", "remote.wire", "remote.engines", "remote.client", "remote.keeper",
     "remote.shared", "pool", "lifecycle", "remote.model", "calls", "parallel", "remote.server", "remote.engine",
-    "remote.virtual", "testing", "web", "cli", "__main__",
+    "remote.virtual", "testing", "web", "cli.reading", "serve", "cli", "__main__",
 ]  # fmt: skip
 
 # Design § 3, all of it; a parameter arrives with the issue that makes it work, not before.
@@ -255,6 +255,14 @@ def modules():
     return found
 
 
+# What those may import that use the front door: requests have views of their own, a service is a web application.
+FRONT = {
+    "web": {"", "arguments", "options", "sched.call"},
+    "serve": {"", "web", "cli.reading"},
+    "cli": {"", "tensors.likeness", "serve"},
+}
+
+
 def place(name):
     """Where in the listing a file stands; those of a folder without places of their own stand where the folder does."""
     return ORDER.index(name) if name in ORDER else ORDER.index(name.partition(".")[0])
@@ -295,11 +303,9 @@ def test_a_file_imports_only_files_above_it(name):
     known = modules()
     for target in ours(ast.parse(known[name].read_text()).body, known):
         folder = name.partition(".")[0]
-        if folder in ("web", "cli"):
-            own = target.partition(".")[0] == folder
-            allowed = (
-                {"", "arguments", "options", "sched.call"} if folder == "web" else {"", "tensors.likeness"}
-            )  # requests have views of their own
+        if folder in FRONT:
+            allowed = FRONT[folder]  # of folders all that is in them
+            own = target.partition(".")[0] in {folder, *allowed}
             assert own or target in allowed, f"{name} imports aneuron.{target}; it may use the front door only"
         else:
             assert target, f"{name} imports the front door, which imports everything"
@@ -386,7 +392,7 @@ def test_the_package_needs_torch_and_anyio_only():
     others = {"neuron", "cuda", "onnx", "openvino", "converting"}  # import what they are for, when it is needed
     others = {f"backends.{name}" for name in others} | {"_native.build"}
     for name, path in modules().items():
-        if name.partition(".")[0] in ("web", "cli") or name in others:
+        if name.partition(".")[0] in FRONT or name in others:
             continue
         assert {module.partition(".")[0] for module in every_import(path)} <= allowed
 
