@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from aneuron.cli import info, tune
+from aneuron.cli import info, serve, tune
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="aneuron", description="Run PyTorch models on many cores from asyncio.")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     info.add(subparsers)
+    serve.add(subparsers)
     tune.add(subparsers)
     args = parser.parse_args(argv)
     try:

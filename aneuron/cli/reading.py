@@ -40,7 +40,7 @@ def model(text: str) -> Written:
         )
     value, name, path = attribute(text)
     written = path
-    if _makes_a_model(value):
+    if makes_a_model(value):
         try:
             value, written = value(), f"{path}()"
         except Exception as error:
@@ -76,7 +76,7 @@ def attribute(text: str) -> tuple[Any, str, str]:
     return value, name, path
 
 
-def _makes_a_model(value: Any) -> bool:
+def makes_a_model(value: Any) -> bool:
     """Whether it is called without arguments; a model takes one at least."""
     if isinstance(value, (type, torch.nn.Module)) or not callable(value):
         return isinstance(value, type)

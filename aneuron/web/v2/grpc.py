@@ -5,7 +5,7 @@ models.py), how messages are built (messages.py).
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 import grpc
@@ -37,7 +37,7 @@ class GrpcServer:
     """A server of the Open Inference Protocol over gRPC; models are started by whoever serves them.
 
     signatures, load: as for `aneuron.web.v2.starlette.routes`. max_body: bytes that a message may have.
-    options: of the gRPC server, `[("grpc.max_connection_age_ms", 60_000)]`, say.
+    options: of the gRPC server, `[("grpc.max_connection_age_ms", 60_000)]`, say. interceptors: of it, too.
 
     A client's deadline is the call's, as is its `timeout` parameter; who leaves cancels the call. The answers of a
     stream come in the order in which they are ready, with the ids of their requests; what fails says so in its place.
@@ -55,6 +55,7 @@ class GrpcServer:
         max_body: int = MAX_BODY,
         load: Load | None = None,
         options: list[tuple[str, Any]] | None = None,
+        interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         **models: AsyncDataParallel,
     ) -> None:
         check_body(max_body)
@@ -65,6 +66,7 @@ class GrpcServer:
             ("grpc.so_reuseport", 0),  # a port in use is an error, not shared without a word
             *(options or ()),
         ]
+        self._interceptors = list(interceptors)
         self._server: Any = None
 
     async def listen(self, address: str, credentials: "grpc.ServerCredentials | None" = None) -> int:
@@ -72,7 +74,7 @@ class GrpcServer:
 
         Raises OSError where the address cannot be had.
         """
-        server = grpc.aio.server(options=self._options)
+        server = grpc.aio.server(options=self._options, interceptors=self._interceptors)
         server.add_generic_rpc_handlers((_Handlers(self._models),))
         try:
             port = (

@@ -1,0 +1,236 @@
+"""Settings made into models: paths and `module:attribute` looked up, arguments that are written made into objects.
+
+Lives here: what is made, and loaded anew. Must not be here: starting and swapping (app.py, reloading.py), which keys
+there are (config.py).
+"""
+
+import importlib
+import os
+import sys
+from argparse import ArgumentTypeError
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+import aneuron
+from aneuron import AsyncDataParallel, Pool, Signature, TensorSpec
+from aneuron.cli import reading
+from aneuron.serve.config import MAX_PENDING, ConfigError, ModelSettings, Settings, Table, arguments
+
+_BACKENDS = {
+    name: f"{title}Backend"
+    for name, title in (
+        ("cpu", "Cpu"), ("cuda", "Cuda"), ("neuron", "Neuron"), ("onnx", "Onnx"), ("openvino", "OpenVino"),
+        ("simulated", "Simulated"),
+    )
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Made:
+    """A model that is to be served, not started, and how what it runs is had anew."""
+
+    name: str
+    source: str  # as it was written
+    model: AsyncDataParallel
+    signature: Signature | None
+    reload: Callable[[], Any]  # blocking; raises `ConfigError`
+
+
+def make(settings: Settings) -> list[Made]:
+    """All models, not started. Raises `ConfigError` for what is not there and what does not fit together."""
+    pools = {name: _made(f"pools.{name}", Pool, _objects(f"pools.{name}", a)) for name, a in settings.pools.items()}
+    made = [_model(each, pools) for each in settings.models]
+    names: dict[int, str] = {}
+    for each in made:
+        if not (each.signature or each.model.signature).inputs:
+            raise ConfigError(
+                f"models.{each.name}.example_inputs is missing: nothing says what the model takes; expected a shape, "
+                "as 1x128:int64, a .pt file or module:attribute, or a declaration in its place (signature)"
+            )
+        if (other := names.setdefault(id(each.model), each.name)) != each.name:
+            raise ConfigError(
+                f"models.{other} and models.{each.name} are one and the same AsyncDataParallel; it has one name"
+            )
+    return made
+
+
+def _model(asked: ModelSettings, pools: Mapping[str, Pool]) -> Made:
+    where = f"models.{asked.name}"
+    found = _found(f"{where}.model", asked.source)
+    signature = _signature(f"{where}.signature", asked.signature)
+
+    def reload() -> Any:
+        return _found(f"{where}.model", asked.source, anew=True)
+
+    if isinstance(found, AsyncDataParallel):
+        if asked.arguments:
+            key, value = next(iter(asked.arguments.items()))
+            raise ConfigError(
+                f"{where}.{key} = {value!r:.80}: {asked.source!r} is an AsyncDataParallel, which has its arguments"
+            )
+        if found.max_pending is None:
+            found.max_pending = MAX_PENDING
+        reload = _no_reload(asked)
+        return Made(asked.name, str(asked.source), found, signature, reload)
+    own = arguments(asked.arguments)
+    said = {key: value for key, value in asked.arguments.items() if key not in own}
+    given = {"max_pending": MAX_PENDING, **_objects(where, said)}
+    if own:
+        given["pool"] = _made(where, Pool, _objects(where, own))
+    elif isinstance(pool := given.get("pool"), str):
+        given["pool"] = pools[pool]
+    return Made(asked.name, str(asked.source), _made(where, AsyncDataParallel, given, found), signature, reload)
+
+
+def _no_reload(asked: ModelSettings) -> Callable[[], Any]:
+    def reload() -> Any:
+        raise ConfigError(
+            f"models.{asked.name}: {asked.source!r} is an AsyncDataParallel; name its module, or a function that makes "
+            "one, to have it loaded anew"
+        )
+
+    return reload
+
+
+def _made(where: str, kind: Callable[..., Any], given: Table, *model: Any) -> Any:
+    """Raises what is not meant as `ConfigError`: the constructor's own words, and whose they are."""
+    try:
+        return kind(*model, **given)
+    except (TypeError, ValueError, NotImplementedError, LookupError, aneuron.AneuronError) as error:
+        raise ConfigError(f"{where}: {error}") from error
+
+
+# What is named.
+
+
+def _found(where: str, source: str | Mapping[str, str], anew: bool = False) -> Any:
+    """The model that a text names, or a mapping of them by size."""
+    if isinstance(source, Mapping):
+        return {_size(where, size): _found(f"{where}.{size}", text, anew) for size, text in source.items()}
+    if os.path.exists(source):
+        return os.path.abspath(source)
+    if not reading.is_name(source):
+        raise ConfigError(
+            f"{where} = {source!r}: there is no such file ({os.path.abspath(source)}), and it is not of the form "
+            "module:attribute, as nets:encoder is for `encoder` in nets.py"
+        )
+    if anew and (module := sys.modules.get(source.partition(":")[0])) is not None:
+        try:
+            importlib.reload(module)
+        except Exception as error:
+            raise ConfigError(f"{where} = {source!r} cannot be imported anew: {_told(error)}") from error
+    value = _attribute(where, source)
+    if reading.makes_a_model(value):
+        try:
+            value = value()
+        except Exception as error:
+            raise ConfigError(f"{where} = {source!r} makes no model: {_told(error)}") from error
+    if not callable(value) and not isinstance(value, (str, os.PathLike, Mapping)):
+        raise ConfigError(
+            f"{where} = {source!r} is {value!r:.80}: expected a model, an AsyncDataParallel, or what makes one"
+        )
+    if isinstance(value, torch.nn.Module) and value.training:
+        with suppress(NotImplementedError):  # an exported program's module: its mode was fixed
+            value = value.eval()
+    return value
+
+
+def _size(where: str, text: str) -> int | tuple[int, int]:
+    """A batch size, `8`, or one and a bucket, `8x64`."""
+    parts = text.split("x")
+    if not 1 <= len(parts) <= 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise ConfigError(f"{where}: {text!r} is no batch size, as 8 is, nor one and a bucket, as 8x64 is")
+    return int(text) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
+
+
+def _attribute(where: str, text: str) -> Any:
+    try:
+        return reading.attribute(text)[0]
+    except ArgumentTypeError as error:
+        raise ConfigError(f"{where} = {text!r}: {error}") from error
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+# What is written.
+
+
+def _objects(where: str, given: Table) -> dict[str, Any]:
+    """Arguments as the constructors take them."""
+    return {key: _object(f"{where}.{key}", key, value) for key, value in given.items()}
+
+
+def _object(where: str, key: str, value: Any) -> Any:
+    if key == "backend":
+        return _backend(where, value)
+    if key == "example_inputs" and value is not None:
+        return _example(where, value)
+    if key == "buckets" and value is not None:
+        return _made(where, aneuron.Buckets, value)
+    if key == "max_pending" and isinstance(value, Mapping):
+        return _made(where, aneuron.Work, value)
+    if key == "outputs" and value is not None:
+        return {int(name) if name.isdecimal() else name: verdict for name, verdict in value.items()}
+    if key == "context" and value is not None:
+        return _attribute(where, value)
+    return value
+
+
+def _backend(where: str, value: str | Mapping[str, Any]) -> Any:
+    """A name, `module:attribute`, or a table with a `name` and what that backend's constructor takes."""
+    if isinstance(value, str):
+        return (
+            _attribute(where, value) if ":" in value else value if value != "simulated" else aneuron.SimulatedBackend()
+        )
+    given = dict(value)
+    name = given.pop("name", None)
+    if name not in _BACKENDS:
+        raise ConfigError(f"{where}.name = {name!r:.80}: expected one of {', '.join(_BACKENDS)}")
+    if isinstance(dtype := given.get("dtype"), str):
+        given["dtype"] = _dtype(where, dtype)
+    return _made(where, getattr(aneuron, _BACKENDS[name]), given)
+
+
+def _example(where: str, value: str | list[str] | Mapping[str, str]) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _example(f"{where}.{name}", each) for name, each in value.items()}
+    if isinstance(value, list):
+        return tuple(_example(where, each) for each in value)
+    if reading.is_name(value):
+        found = _attribute(where, value)
+        return found() if callable(found) and not isinstance(found, torch.Tensor) else found
+    try:
+        return reading.inputs(value).value
+    except ArgumentTypeError as error:
+        raise ConfigError(f"{where} = {value!r}: {error}") from error
+
+
+def _signature(where: str, given: Mapping[str, Any] | None) -> Signature | None:
+    """A declaration: `inputs` and `outputs`, a list of tables with `name`, `dtype` and `shape` each."""
+    if given is None:
+        return None
+    sides = {key: None if specs is None else tuple(_spec(f"{where}.{key}", spec) for spec in specs)
+             for key, specs in given.items()}  # fmt: skip
+    return _made(where, Signature, sides)  # type: ignore[no-any-return]
+
+
+def _spec(where: str, given: Mapping[str, Any]) -> TensorSpec:
+    spec = dict(given)
+    if isinstance(dtype := spec.get("dtype"), str):
+        spec["dtype"] = {"str": str, "bytes": bytes}.get(dtype) or _dtype(where, dtype)
+    if isinstance(shape := spec.get("shape"), list):
+        spec["shape"] = tuple(shape)
+    return _made(where, TensorSpec, spec)  # type: ignore[no-any-return]
+
+
+def _dtype(where: str, name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ConfigError(f"{where}.dtype = {name!r}: expected the name of a dtype, as float32 or bfloat16")
+    return dtype

@@ -1,0 +1,516 @@
+"""`aneuron serve` on real sockets, and as a process with signals."""
+
+import asyncio
+import base64
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+from pathlib import Path
+
+import aiohttp
+import grpc
+import pytest
+import torch
+
+import aneuron
+from aneuron.serve.app import Service
+from aneuron.serve.config import ConfigError, settings_of
+from aneuron.serve.loading import make
+from aneuron.testing import PuppetBackend, settle
+
+ROOT = Path(__file__).parents[1]
+NETS = """
+import torch
+import aneuron
+
+class Scale(torch.nn.Module):
+    def forward(self, x):
+        return x * {factor}
+
+net = Scale().eval()
+backend = aneuron.SimulatedBackend(cores=2, service_time=0.005)
+
+def make():
+    return Scale().eval()
+"""
+
+
+@pytest.fixture
+def nets(tmp_path, monkeypatch):
+    """Writes the module of the models with another factor."""
+
+    def write(factor):
+        (tmp_path / "serve_nets.py").write_text(NETS.format(factor=factor))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python knows a file by its second and size
+    write(2)
+    yield write
+    sys.modules.pop("serve_nets", None)
+
+
+NET = {"model": "serve_nets:net", "example_inputs": "1x2", "batch_size": 8}
+
+
+class Running:
+    """A service in this process, and a client of it."""
+
+    def __init__(self, service, port, grpc_port, session):
+        self.service, self.port, self.grpc_port, self.session = service, port, grpc_port, session
+
+    async def ask(self, path, method="GET", **options):
+        async with self.session.request(method, path, **options) as response:
+            return response.status, await response.read()
+
+    async def infer(self, value, name="net"):
+        tensor = {"name": "input0", "shape": [1, 2], "datatype": "FP32", "data": [value, value]}
+        status, body = await self.ask(f"/v2/models/{name}/infer", "POST", json={"inputs": [tensor]})
+        return status, json.loads(body)["outputs"][0]["data"][0] if status == 200 else json.loads(body)["error"]
+
+    @contextlib.asynccontextmanager
+    async def stub(self, method):
+        """A raw method of the gRPC service: bytes to bytes."""
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{self.grpc_port}") as channel:
+            yield channel.unary_unary(f"/inference.GRPCInferenceService/{method}")
+
+
+@contextlib.asynccontextmanager
+async def serving(models=None, pools=None, made=None, **server):
+    settings = settings_of({"server": {"http": 0, **server}, "models": models or {"net": NET}, "pools": pools or {}})
+    service = Service(settings.server, make(settings) if made is None else made)
+    listening = asyncio.get_running_loop().create_future()
+    task = asyncio.ensure_future(service.run(lambda *ports: listening.set_result(ports)))
+    await asyncio.wait([task, listening], return_when=asyncio.FIRST_COMPLETED)
+    if not listening.done():
+        await task
+    port, grpc_port = listening.result()
+    scheme = "http" if "tls_cert" not in server else "https"
+    try:
+        async with aiohttp.ClientSession(f"{scheme}://127.0.0.1:{port}") as session:
+            yield Running(service, port, grpc_port, session)
+    finally:
+        if not service._stopping.is_set():
+            service.stop(at_once=True)
+        await task
+
+
+# What is served.
+
+
+async def test_one_service_has_the_protocol_probes_metrics_and_console(nets):
+    async with serving() as running:
+        for path in ("/livez", "/readyz", "/v2/health/ready", "/v2/models/net"):
+            assert (await running.ask(path))[0] == 200
+        assert await running.infer(3.0) == (200, 6.0)
+        _, metrics = await running.ask("/metrics")
+        assert re.search(rb'aneuron_requests_total\{model="net",outcome="completed",pid="\d+"\} 1.0', metrics)
+        assert b"process_resident_memory_bytes" in metrics
+        status, page = await running.ask("/console")
+        assert (status, page[:9].lower()) == (200, b"<!doctype")
+        assert (await running.ask("/elsewhere"))[0] == 404
+
+
+async def test_what_is_switched_off_is_not_there(nets):
+    async with serving(metrics=False, console=False) as running:
+        assert [(await running.ask(path))[0] for path in ("/metrics", "/console")] == [404, 404]
+
+
+async def test_two_models_on_one_pool_over_http_and_grpc(nets):
+    pools = {"cores": {"backend": "serve_nets:backend"}}
+    models = {"a": {**NET, "pool": "cores"}, "b": {**NET, "model": "serve_nets:make", "pool": "cores", "weight": 3.0}}
+    async with serving(models, pools, grpc=0) as running:
+        assert await running.infer(1.0, "a") == await running.infer(1.0, "b") == (200, 2.0)
+        async with running.stub("ServerReady") as ready:
+            assert await ready(b"") == b"\x08\x01"
+        a, b = running.service._models.values()
+        assert a.pool is b.pool
+
+
+async def test_large_bodies_are_refused_before_they_are_read(nets):
+    async with serving(max_body=1000) as running:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 1001\r\n\r\n")
+        assert b" 413 " in await reader.readline()
+        writer.close()
+        assert await running.infer(3.0) == (200, 6.0)
+
+
+async def test_each_start_and_the_address_are_a_line_in_the_log(nets, caplog):
+    caplog.set_level("INFO", "aneuron.serve")
+    async with serving() as running:
+        pass
+    said = [record.getMessage() for record in caplog.records if record.name == "aneuron.serve"]
+    assert re.fullmatch(r"net: started serve_nets:net on \d+ cores in [\d.]+ s", said[0])
+    assert said[1:] == [
+        f"listening on http://127.0.0.1:{running.port}",
+        "draining: not ready from now on",
+        "net: ended; 0 calls completed, 0 failed",
+    ]
+
+
+# Who may do what.
+
+OPEN = ["/livez", "/readyz", "/v2", "/v2/health/live", "/v2/health/ready", "/v2/models/net", "/v2/models/net/ready"]
+GUARDED = ["/metrics", "/console", "/console/events", "/v2/models/net/config", "/v2/models/net/stats",
+           "/v2/models/stats", "/elsewhere", "/v2/models%2Fnet%2Fconfig", "/v2/models/net%2Fstats"]  # fmt: skip
+
+
+@pytest.fixture
+def token_file(tmp_path):
+    path = tmp_path / "token"
+    path.write_text("secret\n")
+    return str(path)
+
+
+async def test_all_but_probes_and_inference_need_the_token(nets, token_file):
+    async with serving(token_file=token_file, allow_load=True) as running:
+        for path in OPEN:
+            assert (await running.ask(path))[0] == 200
+        assert await running.infer(3.0) == (200, 6.0)
+        for path in GUARDED:
+            status, body = await running.ask(aiohttp.client.URL(path, encoded=True))
+            assert status == 401, path
+            assert "error" in json.loads(body) or not path.startswith("/v2")
+        for path in ("/v2/repository/index", "/v2/repository/models/net/load", "/v2/repository%2Findex"):
+            assert (await running.ask(aiohttp.client.URL(path, encoded=True), "POST"))[0] == 401
+        right = {"Authorization": "Bearer secret"}
+        in_a_browser = {"Authorization": "Basic " + base64.b64encode(b"anyone:secret").decode()}
+        assert (await running.ask("/metrics", headers=right))[0] == 200
+        assert (await running.ask("/v2/repository/index", "POST", headers=right))[0] == 200
+        assert (await running.ask("/console", headers=in_a_browser))[0] == 200
+        for wrong in ("Bearer secre", "Bearer", "secret", "Basic secret", "Basic !", "Bearer s\u00e9cret"):
+            assert (await running.ask("/metrics", headers={"Authorization": wrong}))[0] == 401
+
+
+async def test_the_token_over_grpc(nets, token_file):
+    async with serving(token_file=token_file, grpc=0) as running:
+        async with running.stub("ServerLive") as live:
+            assert await live(b"") == b"\x08\x01"
+        async with running.stub("RepositoryIndex") as index:
+            with pytest.raises(grpc.aio.AioRpcError) as error:
+                await index(b"")
+            assert error.value.code() is grpc.StatusCode.UNAUTHENTICATED
+            assert b"net" in await index(b"", metadata=[("authorization", "Bearer secret")])
+
+
+@pytest.mark.parametrize("text", ["", "two words", "caf\u00e9"])
+def test_a_token_that_cannot_be_sent(nets, tmp_path, text):
+    (tmp_path / "token").write_text(text)
+    settings = settings_of({"server": {"token_file": "token"}, "models": {"net": NET}})
+    with pytest.raises(ConfigError, match=r"server.token_file = 'token': expected one line"):
+        Service(settings.server, make(settings))
+
+
+def test_a_token_file_that_is_not_there(nets):
+    settings = settings_of({"server": {"token_file": "nowhere"}, "models": {"net": NET}})
+    with pytest.raises(ConfigError, match=r"server.token_file = 'nowhere': it cannot be read: No such file"):
+        Service(settings.server, make(settings))
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl for a certificate")
+async def test_tls_over_http_and_grpc(nets, tmp_path):
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
+    subprocess.run([*command, "-keyout", "key.pem", "-out", "cert.pem"], check=True, capture_output=True)
+    async with serving(tls_cert="cert.pem", tls_key="key.pem", grpc=0) as running:
+        trusting = ssl.create_default_context(cafile="cert.pem")
+        assert (await running.ask("/readyz", ssl=trusting))[0] == 200
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await running.ask("/readyz")
+        credentials = grpc.ssl_channel_credentials((tmp_path / "cert.pem").read_bytes())
+        async with grpc.aio.secure_channel(f"localhost:{running.grpc_port}", credentials) as channel:
+            assert await channel.unary_unary("/inference.GRPCInferenceService/ServerLive")(b"") == b"\x08\x01"
+    (tmp_path / "key.pem").write_text("none")
+    with pytest.raises(ConfigError, match=r"server.tls_cert = 'cert.pem', .*: expected a certificate in PEM"):
+        async with serving(tls_cert="cert.pem", tls_key="key.pem"):
+            pass
+
+
+# Loading anew.
+
+
+async def test_nothing_is_loaded_anew_unless_it_is_allowed(nets):
+    async with serving() as running:
+        nets(3)
+        status, body = await running.ask("/v2/repository/models/net/load", "POST")
+        assert status != 200
+        assert "error" in json.loads(body)
+        running.service.reload()  # as SIGHUP does
+        await settle()
+        assert await running.infer(1.0) == (200, 2.0)
+
+
+async def test_a_post_swaps_under_load_and_no_call_is_lost(nets, caplog):
+    caplog.set_level("INFO", "aneuron.serve")
+    models = {"net": {**NET, "backend": "serve_nets:backend"}}
+    async with serving(models, allow_load=True) as running:
+        seen, going = [], True
+
+        async def client(value):
+            while going:
+                seen.append((value, await running.infer(value)))
+
+        async with asyncio.TaskGroup() as group:
+            for value in range(1, 17):
+                group.create_task(client(float(value)))
+            nets(3)
+            assert (await running.ask("/v2/repository/models/net/load", "POST"))[0] == 200
+            assert await running.infer(1.0) == (200, 3.0)
+            going = False
+        assert {status for _, (status, _) in seen} == {200}
+        assert {answer / value for value, (_, answer) in seen} <= {2.0, 3.0}
+    assert any(re.fullmatch(r"net: swapped for serve_nets:net in [\d.]+ s", r.getMessage()) for r in caplog.records)
+
+
+async def test_a_file_is_read_again(nets, tmp_path):
+    def save(factor):
+        script = torch.jit.trace(lambda x: x * factor, torch.ones(1, 2))
+        script.save(str(tmp_path / "new.pt"))
+        os.replace(tmp_path / "new.pt", tmp_path / "net.pt")
+
+    save(2)
+    async with serving({"net": {**NET, "model": "net.pt", "batch_size": 1}}, allow_load=True) as running:
+        save(5)
+        assert (await running.ask("/v2/repository/models/net/load", "POST"))[0] == 200
+        assert await running.infer(1.0) == (200, 5.0)
+
+
+@pytest.mark.parametrize("text", ["raise OSError('the weights are gone')", "net = 3", "import torch\nnet = torch.sum"])
+async def test_what_cannot_be_loaded_leaves_the_old_model(nets, tmp_path, text):
+    async with serving(allow_load=True) as running:
+        (tmp_path / "serve_nets.py").write_text(text)
+        status, body = await running.ask("/v2/repository/models/net/load", "POST")
+        assert status == 400
+        assert "serves as before" in json.loads(body)["error"]
+        assert await running.infer(1.0) == (200, 2.0)
+        assert (await running.ask("/v2/repository/models/other/load", "POST"))[0] == 404
+
+
+async def test_a_model_that_brings_its_own_arguments_says_how_it_could_be_loaded_anew(nets, tmp_path):
+    with (tmp_path / "serve_nets.py").open("a") as file:
+        file.write("served = aneuron.AsyncDataParallel(net, example_inputs=torch.ones(1, 2))\n")
+    async with serving({"net": {"model": "serve_nets:served"}}, allow_load=True) as running:
+        status, body = await running.ask("/v2/repository/models/net/load", "POST")
+        assert (status, "name its module" in json.loads(body)["error"]) == (400, True)
+
+
+# Starting and ending.
+
+
+@pytest.mark.parametrize("key", ["http", "grpc"])
+async def test_a_port_in_use_is_told_before_anything_is_loaded(nets, key):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        settings = settings_of({"server": {"http": 0, key: port}, "models": {"net": NET}})
+        made = make(settings)
+        with pytest.raises(ConfigError, match=rf"server.{key} = {port}: cannot listen on 127.0.0.1: Address already"):
+            await Service(settings.server, made).run()
+        assert not made[0].model.statistics().cores
+
+
+async def test_an_address_of_another_machine(nets):
+    with pytest.raises(ConfigError, match=r"server.http = 0: cannot listen on 192.0.2.1: Cannot assign"):
+        async with serving(host="192.0.2.1"):
+            pass
+
+
+async def test_a_model_that_does_not_start_ends_those_that_have(nets, tmp_path):
+    with (tmp_path / "serve_nets.py").open("a") as file:
+        file.write("def refuses(x):\n    raise OSError('no device')\n")
+    models = {"net": NET, "other": {**NET, "model": "serve_nets:refuses"}}
+    settings = settings_of({"server": {"http": 0}, "models": models})
+    made = make(settings)
+    with pytest.raises(OSError, match="no device") as error:
+        await Service(settings.server, made).run()
+    assert error.value.__notes__[-1] == "while the model 'other' was started, from serve_nets:refuses"
+    assert not made[0].model.ready
+
+
+async def test_who_is_stopped_before_it_serves_ends_at_once(nets, tmp_path):
+    with (tmp_path / "serve_nets.py").open("a") as file:
+        file.write("slow = aneuron.SimulatedBackend(cores=1, load_time=0.2)\n")
+    settings = settings_of({"server": {"http": 0}, "models": {"net": {**NET, "backend": "serve_nets:slow"}}})
+    service = Service(settings.server, make(settings))
+    task = asyncio.ensure_future(service.run())
+    await settle()
+    service.stop()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_readiness_goes_first_then_what_was_accepted_is_answered(nets):
+    backend = PuppetBackend(cores=1)
+    async with serving(made=[puppets(backend)], drain_delay=0.3) as running:
+        model = running.service._models["net"]
+        call = asyncio.ensure_future(running.infer(1.0))
+        while not model.statistics().calls.running:
+            await asyncio.sleep(0.001)
+        running.service.stop()
+        for path, expected in (("/readyz", 503), ("/v2/health/ready", 503), ("/livez", 200)):
+            async with running.session.get(path) as response:  # it still listens
+                assert response.status == expected
+                assert response.headers["Connection"] == "close"
+        while await listens(running.port):
+            await asyncio.sleep(0.01)
+        assert not call.done()
+        backend[0].release()
+        assert await call == (200, -1.0)
+
+
+async def test_a_second_signal_refuses_what_waits(nets):
+    backend = PuppetBackend(cores=1)
+    async with serving(made=[puppets(backend)], drain_delay=1000.0) as running:
+        model = running.service._models["net"]
+        calls = [asyncio.ensure_future(running.infer(1.0)) for _ in range(20)]
+        while model.statistics().calls.waiting + model.statistics().calls.running < 20:
+            await asyncio.sleep(0.001)
+        running.service.stop()
+        running.service.stop()
+        await settle()  # what waits is refused before the core is free
+        backend[0].release()
+        answers = await asyncio.gather(*calls)
+        assert {status for status, _ in answers} <= {200, 503}
+        assert 503 in {status for status, _ in answers}
+
+
+def puppets(backend):
+    """A model whose cores execute when they are told to."""
+    model = aneuron.AsyncDataParallel(torch.neg, backend=backend, batch_size=1, num_workers=1, check_rows=False)
+    (one,) = make(settings_of({"models": {"net": NET}}))
+    signature = aneuron.Signature((aneuron.TensorSpec("input0", torch.float32, (-1, 2)),))
+    return type(one)("net", "test", model, signature, one.reload)
+
+
+async def listens(port):
+    try:
+        (await asyncio.open_connection("127.0.0.1", port))[1].close()
+    except OSError:
+        return False
+    return True
+
+
+# As a process.
+
+
+@contextlib.asynccontextmanager
+async def process(tmp_path, *arguments):
+    """`aneuron serve` with these arguments, its log so far, and its URL."""
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    started = await asyncio.create_subprocess_exec(
+        sys.executable, "-W", "ignore", "-m", "aneuron", "serve", *arguments, "--http", "0",
+        cwd=tmp_path, env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"},
+        stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    log = []
+
+    async def read():
+        async for line in started.stderr:
+            log.append(line.decode())
+
+    reading = asyncio.ensure_future(read())
+    try:
+        async with asyncio.timeout(300):  # not reached, unless it hangs
+            while not (found := re.search(r"listening on (http://\S+)", "".join(log))):
+                assert not reading.done(), "".join(log)
+                await asyncio.sleep(0.02)
+            yield started, log, found[1]
+            await reading
+    finally:
+        if started.returncode is None:
+            started.kill()
+        await started.wait()
+        await reading
+
+
+async def clients(url, number, seen, going):
+    """Ask until nobody answers, or `going` ends; note what came."""
+
+    async def client(session, value):
+        tensor = {"name": "input0", "shape": [1, 2], "datatype": "FP32", "data": [value, value]}
+        while going():
+            try:
+                async with session.post(f"{url}/v2/models/net/infer", json={"inputs": [tensor]}) as response:
+                    answer = await response.json()
+                seen.append((value, response.status, answer.get("outputs", [{}])[0].get("data", [None])[0]))
+            except aiohttp.ClientConnectorError:
+                return  # it listens no more
+            except aiohttp.ClientConnectionError as error:
+                seen.append((value, type(error).__name__, None))
+
+    connector = aiohttp.TCPConnector(limit=number)
+    async with aiohttp.ClientSession(connector=connector) as session, asyncio.TaskGroup() as group:
+        for value in range(1, number + 1):
+            group.create_task(client(session, float(value)))
+
+
+MODEL = ("serve_nets:net", "--set", 'example_inputs="1x2"', "--set", "batch_size=8", "--set",
+         'backend="serve_nets:backend"', "--set", "server.drain_delay=0.3")  # fmt: skip
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+async def test_sigterm_under_load_loses_no_accepted_request(nets, tmp_path):
+    async with process(tmp_path, *MODEL) as (server, log, url):
+        seen = []
+        load = asyncio.ensure_future(clients(url, 32, seen, lambda: True))
+        while len(seen) < 200:
+            await asyncio.sleep(0.01)
+        server.send_signal(signal.SIGTERM)
+        await load
+        assert await server.wait() == 0
+    answered = [(value, answer) for value, status, answer in seen if status == 200]
+    assert all(answer == 2 * value for value, answer in answered)
+    # The kernel resets who has connected and was not let in any more: they have no call.
+    assert {status for _, status, _ in seen} <= {200, "ClientOSError", "ServerDisconnectedError"}, log
+    assert f"net: ended; {len(answered)} calls completed, 0 failed" in "".join(log)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs POSIX signals")
+async def test_sighup_under_load_swaps_and_loses_none(nets, tmp_path):
+    async with process(tmp_path, *MODEL, "--allow-load") as (server, log, url):
+        seen = []
+        load = asyncio.ensure_future(clients(url, 32, seen, lambda: server.returncode is None and not done))
+        done = False
+        while len(seen) < 100:
+            await asyncio.sleep(0.01)
+        nets(3)
+        server.send_signal(signal.SIGHUP)
+        while "net: swapped for serve_nets:net" not in "".join(log):
+            await asyncio.sleep(0.01)
+        after = len(seen) + 32  # those that are under way
+        while len(seen) < after + 100:
+            await asyncio.sleep(0.01)
+        done = True
+        await load
+        server.send_signal(signal.SIGTERM)
+        assert await server.wait() == 0
+    assert {status for _, status, _ in seen} == {200}
+    assert {answer / value for value, _, answer in seen} == {2.0, 3.0}
+    assert {answer / value for value, _, answer in seen[after:]} == {3.0}
+    assert f"net: ended; {len(seen)} calls completed, 0 failed" in "".join(log)
+
+
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["nope.toml"], "'nope.toml' cannot be read: No such file or directory; expected a file of settings"),
+    (["bad.toml"], "server.htp = 1: there is no such key; do you mean http?"),
+    (["serve_nets:net", "--set", "batch_sise=8"], "models.net.batch_sise = 8: there is no such key; do you mean"),
+    (["serve_nets:net"], "models.net.example_inputs is missing: nothing says what the model takes"),
+    (["a.toml", "b.toml"], "one file has all settings"),
+])  # fmt: skip
+def test_the_command_says_what_is_wrong_in_one_line(nets, tmp_path, capsys, arguments, said):
+    from aneuron.cli import main
+
+    (tmp_path / "bad.toml").write_text("[server]\nhtp = 1\n[models.net]\nmodel = 'serve_nets:net'\n")
+    assert main(["serve", "--http", "0", *arguments]) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aneuron serve:")]
+    assert len(errors) == 1
+    assert said in errors[0]
