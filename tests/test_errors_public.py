@@ -53,7 +53,7 @@ ORDER = [
     "backends.neuron.faults", "backends.neuron.machine", "backends.neuron.cores", "backends.neuron.placement",
     "backends.neuron.native", "backends.neuron", "backends.cuda", "backends.graphs", "backends.onnx",
     "backends.converting",
-    "backends.openvino", "stats", "program", "observing", "engine", "engine.loading", "engine.execution",
+    "backends.openvino", "stats", "signature", "program", "observing", "engine", "engine.loading", "engine.execution",
     "engine.threads", "engine.board", "engine.lane", "engine.onloop", "engine.dispatcher", "engine.futures",
     "engine.recovery", "engine.admission", "engine.settling", "engine.cores", "engine.run", "map", "map.sources",
     "map.window", "options", "remote", "remote.failures", "remote.frames", "remote.link", "remote.memory",
@@ -64,7 +64,8 @@ ORDER = [
     "remote.virtual", "testing", "web", "ray", "cli.reading", "serve", "cli", "__main__",
 ]  # fmt: skip
 
-# What uses the front door, and what else it may import: web requests and handles of Ray have views of their own.
+# What uses the front door, and what else it may import: web requests and handles of Ray have views of their own, a
+# service is a web application.
 OUTSIDE = {
     "web": {"", "arguments", "options", "sched.call"},
     "serve": {"", "web", "cli.reading"},
@@ -118,6 +119,8 @@ def test_what_the_design_promises_is_exported():
         "CoreStatistics",
         "EngineStatistics",
         "Histogram",
+        "Signature",
+        "TensorSpec",
         "Map",
         "OnnxBackend",
         "OpenVinoBackend",
@@ -245,6 +248,7 @@ def test_the_properties_are_those_of_the_design():
     }
     assert settable == {
         "num_workers": True, "split_size": True, "max_pending": True, "ready": False, "pool": False, "weight": False,
+        "signature": False,
     }  # fmt: skip
 
 
@@ -263,7 +267,6 @@ def modules():
     return found
 
 
-# What those may import that use the front door: requests have views of their own, a service is a web application.
 def place(name):
     """Where in the listing a file stands; those of a folder without places of their own stand where the folder does."""
     return ORDER.index(name) if name in ORDER else ORDER.index(name.partition(".")[0])
