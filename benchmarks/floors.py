@@ -28,9 +28,10 @@ class Core:
     with what it was given meanwhile when that has ended.
     """
 
-    def __init__(self, seconds: float, batch: int) -> None:
+    def __init__(self, seconds: float, batch: int, features: int = FEATURES) -> None:
         self.seconds = seconds
         self.batch = batch
+        self.features = features
         self._lock = threading.Lock()
         self._free = 0.0  # when it will have done all that it was given
         self.executions = 0
@@ -38,10 +39,10 @@ class Core:
 
     def run(self, x: torch.Tensor) -> torch.Tensor:
         n = x.shape[0]
-        if n > self.batch or n < 1 or x.shape[1] != FEATURES:
-            raise ValueError(f"fixed shape [{self.batch}, {FEATURES}], got {tuple(x.shape)}")
+        if n > self.batch or n < 1 or x.shape[1] != self.features:
+            raise ValueError(f"fixed shape [{self.batch}, {self.features}], got {tuple(x.shape)}")
         if n < self.batch:
-            padded = torch.zeros(self.batch, FEATURES)
+            padded = torch.zeros(self.batch, self.features)
             padded[:n] = x
         else:
             padded = x

@@ -17,7 +17,7 @@ class Inference(Worker):
 
     def __init__(self) -> None:
         super().__init__()
-        self.core = Core(servers.SECONDS, servers.BATCH)
+        self.core = Core(servers.SECONDS, servers.BATCH, servers.FEATURES)
 
     def deserialize(self, data: bytes) -> torch.Tensor:
         return servers.tensor(data)
