@@ -1094,7 +1094,7 @@ class Foreign:
 
 def test_so_they_are_where_their_kind_is_that_of_floats():
     with pytest.raises(ShapeError, match="cannot become a tensor"):
-        signature._dtype(Foreign)
+        signature.dtype_of(Foreign)
 
 
 # Any of it, nested at random.
