@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import gc
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import aiohttp
@@ -365,6 +367,32 @@ async def test_readiness_goes_first_then_what_was_accepted_is_answered(nets):
         assert not call.done()
         backend[0].release()
         assert await call == (200, -1.0)
+
+
+def test_who_connects_while_the_door_closes_does_not_hold_up_the_end(nets):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # asyncio itself leaves sockets behind then
+        asyncio.run(connect_while_the_door_closes())
+        gc.collect()
+
+
+async def connect_while_the_door_closes():
+    body = json.dumps({"inputs": [{"name": "input0", "shape": [1, 2], "datatype": "FP32", "data": [1, 1]}]}).encode()
+    request = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
+    for _ in range(10):
+        late = []
+        async with serving(drain_delay=0.01, drain_timeout=None) as running:
+            running.service.stop()
+            with contextlib.suppress(OSError):
+                while len(late) < 1000:
+                    late.append(socket.create_connection(("127.0.0.1", running.port)))
+                    late[-1].send(request)
+                    await asyncio.sleep(0)
+            ended = running.service._task
+            async with asyncio.timeout(60):
+                await asyncio.wait([ended])
+        for each in late:
+            each.close()
 
 
 async def test_a_second_signal_refuses_what_waits(nets):

@@ -29,6 +29,7 @@ from aneuron.web.problems import problem
 from aneuron.web.v2.aiohttp import routes
 
 BACKLOG = 2048
+LET_IN = 0.1  # seconds within which who has connected has begun to ask
 Listening = Callable[[int, int | None], None]  # is told the ports of HTTP and gRPC
 
 
@@ -92,6 +93,9 @@ class Service:
         finally:
             for each in list(runner.sites):
                 await each.stop()  # nobody is let in any more
+            # aiohttp ignores what a connection sends that begins while it ends the idle ones, and waits for it until
+            # `drain_timeout`: those that were let in last begin before that, and are answered.
+            await asyncio.sleep(LET_IN)
             if grpc is not None:
                 await grpc.aclose(server.drain_timeout)
             await runner.cleanup()  # answers what it has, closes the models
