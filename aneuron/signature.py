@@ -33,7 +33,9 @@ class TensorSpec:
     dtype: torch.dtype | type
     shape: tuple[int, ...]
     whole: bool = False
-    steps: Steps = field(default=(), repr=False, compare=False)  # the way to it, from the arguments or the output
+    rows: int | None = field(default=None, repr=False, compare=False)  # the dimension that counts its rows, if it has
+    # The way to it, from the arguments or the output; None where only its name is known.
+    steps: Steps | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +78,8 @@ class Signature:
 
     def named(self, output: Any) -> Iterator[tuple[str, Any]]:
         """What a call has returned, by name, in order. Raises `OutputError` where something is not there."""
-        if self.outputs is None:
-            for steps, value in _leaves(output, ()):
-                yield _name(steps, "output"), value
+        if self.outputs is None or any(spec.steps is None for spec in self.outputs):
+            yield from _found(output, self.outputs)
             return
         for spec in self.outputs:
             yield spec.name, output if not spec.steps else _at(spec.steps, output)
@@ -112,24 +113,26 @@ def outputs_of(output: Output, rows: int, carried: Carried | None) -> tuple[Tens
 def _input(path: Path, leaf: Any, example: Compiled) -> TensorSpec:
     name = _name(path.steps, "input")
     if type(leaf) is Rows:
-        return TensorSpec(name, _type_of(leaf), (-1,), steps=path.steps)
+        return TensorSpec(name, _type_of(leaf), (-1,), rows=0, steps=path.steps)
     if type(leaf) is Shared:
         if not hasattr(leaf.value, "shape"):
             raise ShapeError(f"{path.text} is {leaf!r}: no tensor, and so nothing that can be described")
-        return TensorSpec(name, dtype_of(leaf.value.dtype), tuple(leaf.value.shape), True, path.steps)
-    return TensorSpec(name, dtype_of(leaf.dtype), _sizes(leaf.shape, example.free(path.text)), steps=path.steps)
+        return TensorSpec(name, dtype_of(leaf.value.dtype), tuple(leaf.value.shape), True, steps=path.steps)
+    free = example.free(path.text)  # its rows first
+    return TensorSpec(name, dtype_of(leaf.dtype), _sizes(leaf.shape, free), rows=free[0], steps=path.steps)
 
 
 def _output(path: Path, leaf: Any, dim: int, rows: int, lengths: Sequence[int]) -> TensorSpec:
     name = _name(path.steps, "output")
     if type(leaf) is Rows:
-        return TensorSpec(name, _type_of(leaf), (-1,), steps=path.steps)
+        return TensorSpec(name, _type_of(leaf), (-1,), rows=0, steps=path.steps)
     whole = type(leaf) is Shared
     value = leaf.value if whole else leaf
     if not hasattr(value, "shape"):
-        return TensorSpec(name, object, (), whole, path.steps)
+        return TensorSpec(name, object, (), whole, steps=path.steps)
     own = [] if whole or not -value.ndim <= dim < value.ndim or value.shape[dim] != rows else [dim % value.ndim]
-    return TensorSpec(name, dtype_of(value.dtype), _sizes(value.shape, [*own, *lengths]), whole, path.steps)
+    shape = _sizes(value.shape, [*own, *lengths])
+    return TensorSpec(name, dtype_of(value.dtype), shape, whole, own[0] if own else None, path.steps)
 
 
 def _type_of(objects: Rows[Any]) -> type:
@@ -157,6 +160,18 @@ def _leaves(value: Any, steps: Steps) -> Iterator[tuple[Steps, Any]]:
         yield from _leaves(child, (*steps, step))
 
 
+def _found(output: Any, declared: Sequence[TensorSpec] | None) -> Iterator[tuple[str, Any]]:
+    """What is in an output, by its own names; or by declared ones: theirs where all are there, else by position."""
+    found = {_name(steps, "output"): value for steps, value in _leaves(output, ())}
+    names = list(found) if declared is None else [spec.name for spec in declared]
+    if not set(names) <= found.keys():
+        if len(names) != len(found):
+            raise OutputError(f"{len(names)} outputs are declared, {names}, and the model returned {list(found)}")
+        found = dict(zip(names, found.values(), strict=True))
+    for name in names:
+        yield name, found[name]
+
+
 def _at(steps: Steps, value: Any) -> Any:
     """What stands at the end of a way."""
     try:
@@ -178,5 +193,6 @@ def _renamed(what: str, own: Sequence[TensorSpec], said: Sequence[TensorSpec] | 
             f"{[spec.name for spec in own]}"
         )
     return tuple(
-        TensorSpec(new.name, new.dtype, new.shape, old.whole, old.steps) for new, old in zip(said, own, strict=True)
+        TensorSpec(new.name, new.dtype, new.shape, old.whole, old.rows, old.steps)
+        for new, old in zip(said, own, strict=True)
     )

@@ -13,7 +13,7 @@ import aneuron
 from aneuron import Signature, TensorSpec
 from aneuron.web.v2.datatypes import TABLE, datatype_of, in_bytes, tensor_from
 from aneuron.web.v2.errors import Refused, told
-from aneuron.web.v2.http import Asked, compress, decompress, find, read_head, written
+from aneuron.web.v2.http import Asked, check_max_body, compress, decompress, find, read_head, written
 from aneuron.web.v2.messages import message
 from aneuron.web.v2.models import Models, Served, _result
 from aneuron.web.v2.requests import Terms, Wanted, read_json, read_message, read_raw
@@ -74,6 +74,14 @@ class TestRequestsInJson:
             (request([1.0, None]), "there is NoneType"),
             (request([1.0, 1e300]), "too large for FP32"),
             (request(data=()), "0 elements"),
+            (request([[1.0, 2.0, 3.0], [4.0]], shape=[2, 2]), "unequal lengths"),
+            (request(data=(), shape=[2**63, 2]), "more than there can be"),
+            (b'{"inputs": [{"name": "\xff"}]}', "no JSON"),
+            (b'{"inputs": [], "id": "\\ud800"}', "no JSON"),
+            pytest.param(b'{"inputs": [{"name": "x", "data": ' + b"[" * 100_000, "no JSON", id="deep"),
+            (request() | {"parameters": {"timeout": 10**400}}, "microseconds"),
+            (request() | {"parameters": {"timeout": "9" * 5000}}, "microseconds"),
+            (request() | {"parameters": {"priority": -(10**400)}}, "a number without end"),
             ({"inputs": [request()["inputs"][0]] * 2}, "twice"),
             ({"inputs": [{"name": "x", "shape": [1, 2], "datatype": "FP32"}]}, "no data"),
             (request(parameters={"binary_data_size": 8}), "both data and"),
@@ -131,6 +139,11 @@ class TestRequestsInJson:
 
     def test_no_rows(self):
         assert read(request([], shape=[0, 2])).empty
+        body = {"inputs": [
+            {"name": "b", "shape": [1], "datatype": "BYTES", "data": ["x"]},
+            {"name": "a", "shape": [0], "datatype": "INT64", "data": []},
+        ]}  # fmt: skip
+        refusal(400, "unequal rows", read, body, None, TWO)
 
 
 class TestBinaryRequests:
@@ -285,6 +298,9 @@ class TestHttp:
             ("POST", "/v2/models/net", 405),
             ("GET", "/v2/systemsharedmemory/status", 501),
             ("POST", "/v2/cudasharedmemory/region/r/register", 501),
+            ("GET", "/v2/trace/setting", 501),
+            ("GET", "/v2/models/net/trace/setting", 501),
+            ("POST", "/v2/logging", 501),
         ],
     )
     def test_paths_that_lead_nowhere(self, method, path, status):
@@ -294,7 +310,7 @@ class TestHttp:
         def read(**headers):
             return read_head({name.replace("_", "-"): value for name, value in headers.items()}.get, 100)
 
-        assert read(content_length="50", accept_encoding="gzip")[:] == (50, None, "", "gzip")
+        assert read(content_length="50", accept_encoding="gzip") == (None, "", "gzip")
         assert read(accept_encoding="gzip, deflate").accepts == ""
         for headers, status in (
             ({"content_length": "101"}, 413),
@@ -315,6 +331,7 @@ class TestHttp:
             refusal(400, "in the middle", decompress, compress(data, coding)[:-1], coding, len(data))
             refusal(400, f"not {coding}", decompress, data, coding, len(data))
         assert decompress(gzip.compress(b"a") + gzip.compress(b"b"), "gzip", 9) == b"ab"
+        refusal(400, "more than 16 members", decompress, gzip.compress(b"") * 17, "gzip", 9)
         assert zlib.decompress(compress(data, "deflate")) == data
 
     def test_answers_mix_binary_and_json(self):
@@ -351,6 +368,14 @@ class TestErrors:
         assert (said.status, said.code) == (status, code)
         assert "secret" not in said.text
 
+    def test_names_of_any_length_are_not_said_again(self):
+        named = refusal(400, "no input", read, request(name="\u00e9" * 100_000))
+        assert len(told(named).text) < 600
+
+    def test_bodies_have_a_bound(self):
+        with pytest.raises(ValueError, match="max_body=None"):
+            check_max_body(None)
+
     def test_models_that_cannot_be_served(self):
         with pytest.raises(ValueError, match="example_inputs"):
             Served("net", aneuron.AsyncDataParallel(torch.nn.Identity().eval()))
@@ -371,6 +396,38 @@ class TestDeclared:
             results = await served.infer(read(request([-1.0, 2.0])), model)
             assert [(each.name, each.value.tolist()) for each in results] == [("y", [[0.0, 2.0]])]
             assert served.metadata()["outputs"] == [{"name": "y", "datatype": "FP32", "shape": [-1, 2]}]
+
+    @pytest.mark.parametrize("started", [False, True])
+    @pytest.mark.parametrize("example", [None, torch.zeros(1, 2)])
+    @pytest.mark.parametrize("names", [("y", "z"), ("one", "two")])
+    async def test_several_outputs(self, started, example, names):
+        """By their own names, or by position; also where somebody has asked before the model was started."""
+        said = {names[0]: "y", names[1]: "z"}
+        declared = Signature(
+            (TensorSpec("x", torch.float32, (-1, 2)),),
+            tuple(TensorSpec(name, torch.float32, (-1, 2)) for name in said),
+        )
+        model = aneuron.AsyncDataParallel(lambda x: {"y": x, "z": -x}, backend="cpu", example_inputs=example)
+        served = Served("net", model, declared)
+        if started:
+            await model.start()
+        assert [each["name"] for each in served.metadata()["outputs"]] == list(said)
+        for _ in range(2):
+            results = await served.infer(read(request(), None, declared), model)
+            assert {each.name: each.value.tolist() for each in results} == {names[0]: [[1, 2]], names[1]: [[-1, -2]]}
+        await model.aclose()
+
+    async def test_no_rows_of_any_length_are_not_guessed(self):
+        model = aneuron.AsyncDataParallel(
+            torch.nn.ReLU().eval(), backend="cpu", example_inputs=torch.ones(1, 4), device_ids=[0],
+            buckets=aneuron.Buckets(dim=1, sizes=(4, 8)),
+        )  # fmt: skip
+        served = Served("net", model)
+        async with model:
+            body = {"name": "input0", "datatype": "FP32", "data": [], "shape": [0, 5]}
+            inference = read({"inputs": [body]}, None, served.signature)
+            with pytest.raises(Refused, match="has a length"):
+                await served.infer(inference, model)
 
     async def test_without_an_example_inputs_go_by_position(self):
         model = aneuron.AsyncDataParallel(lambda a, b: {"n": a, "b": b}, backend="cpu")

@@ -71,7 +71,10 @@ class Service:
     ) -> None:
         server = self._settings
         runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=server.drain_timeout or 10**9
+            app,
+            handler_cancellation=True,
+            access_log=None,
+            shutdown_timeout=10**9 if server.drain_timeout is None else server.drain_timeout,
         )
         grpc: Any = None
         try:

@@ -10,13 +10,23 @@ Lives here: what is aiohttp's. Must not be here: what a request means (http.py a
 
 from collections.abc import AsyncIterator, Mapping
 
-from aiohttp import web
+from aiohttp import ClientPayloadError, web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from aneuron import AsyncDataParallel, Signature
 from aneuron.web.aiohttp import of_request
-from aneuron.web.checks import check_body
 from aneuron.web.v2.errors import Refused
-from aneuron.web.v2.http import MAX_BODY, Answer, Incoming, answer_of, find, read_head, refusal, report
+from aneuron.web.v2.http import (
+    MAX_BODY,
+    Answer,
+    Incoming,
+    answer_of,
+    check_max_body,
+    find,
+    read_head,
+    refusal,
+    report,
+)
 from aneuron.web.v2.models import Load, Models
 
 
@@ -33,7 +43,7 @@ def routes(
     `client_max_size` of the application does not bound them, `max_body` does. A client that leaves cancels its call
     where the server is told to notice: `web.run_app(app, handler_cancellation=True)`.
     """
-    check_body(max_body)
+    check_max_body(max_body)
     served = V2(Models(routes, models, signatures, load), max_body)
 
     async def handler(request: web.Request) -> web.StreamResponse:
@@ -59,29 +69,32 @@ class V2:
         try:
             asked = find(request.method, path)
             if asked.what != "infer":
-                return _sent(await report(models, asked, lambda: _body(request, self._max_body)))
+                return _sent(await report(models, asked, lambda: self._read(request)))
             served = models.find(asked.name, asked.version)
             head = read_head(request.headers.get, self._max_body)._replace(coding="")  # aiohttp has decompressed it
-            incoming = Incoming(head, self._max_body)
+            incoming = await self._read(request)
+            return _sent(await answer_of(served, head, incoming, of_request(request, asked.name, served.model)))
+        except Exception as error:  # whatever it is, the client is told
+            if isinstance(error, ConnectionError) and (request.transport is None or request.transport.is_closing()):
+                raise  # it left while it sent
+            response = _sent(refusal(error))
+            if request.content.exception() is not None:  # nobody knows where the next request begins
+                response.force_close()
+            return response
+
+    async def _read(self, request: web.BaseRequest) -> Incoming:
+        """The body of a request. Raises `Refused`."""
+        incoming = Incoming(self._max_body)
+        try:
             if request.content.is_eof():  # it has come whole, with the head
                 incoming.add(request.content.read_nowait())
             else:
                 async for chunk in request.content.iter_any():
                     incoming.add(chunk)
-            return _sent(await answer_of(served, head, incoming, of_request(request, asked.name, served.model)))
-        except ConnectionError:
-            raise  # the client left while it sent
-        except Exception as error:
-            return _sent(refusal(error))
-
-
-async def _body(request: web.BaseRequest, most: int) -> bytes:
-    chunks: list[bytes] = []
-    async for chunk in request.content.iter_any():
-        chunks.append(chunk)
-        if sum(map(len, chunks)) > most:
-            raise Refused(413, f"the body has more than {most} bytes")
-    return b"".join(chunks)
+        except (ClientPayloadError, HttpProcessingError, web.RequestPayloadError) as error:
+            request.content.feed_eof()  # or aiohttp reads on, meets the same, and closes before the answer is out
+            raise Refused(400, f"the body cannot be read: {error}") from None
+        return incoming
 
 
 def _sent(answer: Answer) -> web.StreamResponse:

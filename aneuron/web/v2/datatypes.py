@@ -187,8 +187,8 @@ def _flat(data: Any, spec: TensorSpec) -> list[Any]:
         raise Refused(400, f"input {spec.name!r}: its data is no array")
     flat: list[Any] = data
     while flat and type(flat[0]) is list:
-        if any(type(each) is not list for each in flat):
-            raise Refused(400, f"input {spec.name!r}: its data is nested to different depths")
+        if any(type(each) is not list or len(each) != len(flat[0]) for each in flat):
+            raise Refused(400, f"input {spec.name!r}: its data is nested to different depths, or of unequal lengths")
         flat = list(chain.from_iterable(flat))
     return flat
 

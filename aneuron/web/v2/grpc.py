@@ -9,18 +9,18 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from typing import Any
 
 import grpc
+from google.protobuf.message import DecodeError
 
 from aneuron import AsyncDataParallel, Signature
-from aneuron.web.checks import check_body
-from aneuron.web.problems import log
 from aneuron.web.v2.datatypes import TABLE, in_bytes
 from aneuron.web.v2.errors import Refused, told
-from aneuron.web.v2.http import MAX_BODY, aside
+from aneuron.web.v2.http import MAX_BODY, aside, check_max_body, weight
 from aneuron.web.v2.messages import SERVICE, message
 from aneuron.web.v2.models import VERSION, Load, Models, Result
 from aneuron.web.v2.requests import NO_SHARED_MEMORY, Inference, read_message
 
-_STREAMED = 1000  # requests of one stream that may be in progress; then no more of them are read
+_STREAMED = 256  # requests of one stream whose answers have not been sent; then no more of them are read
+_FOR_EVER = 10.0**9  # s
 _FINAL = "triton_enable_empty_final_response"
 _UNSUPPORTED = {
     **{
@@ -58,7 +58,7 @@ class GrpcServer:
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         **models: AsyncDataParallel,
     ) -> None:
-        check_body(max_body)
+        check_max_body(max_body)
         self._models = Models(GrpcServer, models, signatures, load)
         self._options = [
             ("grpc.max_receive_message_length", max_body),
@@ -72,8 +72,10 @@ class GrpcServer:
     async def listen(self, address: str, credentials: "grpc.ServerCredentials | None" = None) -> int:
         """Serve on `host:port` (port 0: any; `unix:path`), with TLS if there are credentials; the port.
 
-        Raises OSError where the address cannot be had.
+        Raises OSError where the address cannot be had, RuntimeError where it listens already.
         """
+        if self._server is not None:
+            raise RuntimeError("it listens already; another address needs another GrpcServer")
         server = grpc.aio.server(options=self._options, interceptors=self._interceptors)
         server.add_generic_rpc_handlers((_Handlers(self._models),))
         try:
@@ -89,10 +91,13 @@ class GrpcServer:
         return int(port)
 
     async def aclose(self, grace: float | None = None) -> None:
-        """Take no more requests, and wait for those in progress: `grace` seconds, then they are cancelled."""
+        """Take no more requests, and wait for those in progress; after `grace` seconds they are cancelled.
+
+        None: they have all the time that they need.
+        """
         if self._server is not None:
-            await self._server.stop(grace)
-            self._server = None
+            server, self._server = self._server, None
+            await server.stop(_FOR_EVER if grace is None else grace)  # gRPC's own None is at once
 
     async def __aenter__(self) -> "GrpcServer":
         return self
@@ -120,12 +125,11 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
             "RepositoryIndex": lambda asked: {"models": models.index(asked.ready)},
             "RepositoryModelUnload": lambda asked: models.unload(asked.model_name),
         }
+        # Requests come as bytes: of what it cannot read gRPC says things of its own, and ends all others of a stream.
         self._methods = {
-            "ModelInfer": grpc.unary_unary_rpc_method_handler(
-                self._one, self._infer.FromString, self._response.SerializeToString
-            ),
+            "ModelInfer": grpc.unary_unary_rpc_method_handler(self._one, None, self._response.SerializeToString),
             "ModelStreamInfer": grpc.stream_stream_rpc_method_handler(
-                self._stream, self._infer.FromString, self._streamed.SerializeToString
+                self._stream, None, self._streamed.SerializeToString
             ),
             "RepositoryModelLoad": self._unary("RepositoryModelLoad", self._load),
         }
@@ -143,22 +147,23 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
         """The handler of a method whose answer is made of plain values."""
         request, response = message(f"{name}Request"), message(f"{name}Response")
 
-        async def handler(asked: Any, context: Any) -> Any:
+        async def handler(asked: bytes, context: Any) -> Any:
             try:
-                return response(**(await answer(asked) or {}))
-            except Exception as error:
+                return response(**(await answer(_read(request, asked)) or {}))
+            except Exception as error:  # whatever it is, the client is told
                 await _abort(context, error)
 
-        return grpc.unary_unary_rpc_method_handler(handler, request.FromString, response.SerializeToString)
+        return grpc.unary_unary_rpc_method_handler(handler, None, response.SerializeToString)
 
     async def _load(self, asked: Any) -> None:
         await self._models.load(asked.model_name)
 
-    async def _one(self, request: Any, context: Any) -> Any:
+    async def _one(self, data: bytes, context: Any) -> Any:
         """One inference."""
         try:
-            return await self._answer(request, context.time_remaining())
-        except Exception as error:
+            request = await aside(len(data), lambda: _read(self._infer, data))
+            return await self._answer(request, len(data), context.time_remaining())
+        except Exception as error:  # whatever it is, the client is told
             await _abort(context, error)
 
     async def _stream(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
@@ -167,16 +172,13 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
         room = asyncio.Semaphore(_STREAMED)
         running: set[asyncio.Task[None]] = set()
 
-        async def one(request: Any) -> None:
-            try:
-                ready.put_nowait(await self._streamed_answer(request, context.time_remaining()))
-            finally:
-                room.release()
+        async def one(data: bytes) -> None:
+            ready.put_nowait(await self._streamed_answer(data, context.time_remaining()))
 
         async def read() -> None:
-            async for request in requests:
+            async for data in requests:
                 await room.acquire()
-                task = asyncio.ensure_future(one(request))
+                task = asyncio.ensure_future(one(data))
                 running.add(task)
                 task.add_done_callback(running.discard)
             await asyncio.gather(*running)
@@ -186,35 +188,35 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
         try:
             while (answer := await ready.get()) is not None:
                 yield answer
+                room.release()  # not before it has been sent: a client that reads nothing is read no more of
             reading.result()
         finally:
             for task in (reading, *running):
                 task.cancel()
 
-    async def _streamed_answer(self, request: Any, left: float | None) -> Any:
+    async def _streamed_answer(self, data: bytes, left: float | None) -> Any:
+        request = self._infer()
         try:
-            answer = await self._answer(request, left)
+            request = await aside(len(data), lambda: _read(self._infer, data))
+            answer = await self._answer(request, len(data), left)
             if _FINAL in request.parameters:
                 answer.parameters["triton_final_response"].bool_param = True
             return self._streamed(infer_response=answer)
-        except Exception as error:
-            if not isinstance(error, Refused):
-                log(error)
+        except Exception as error:  # whatever it is, the client is told
             empty = self._response(model_name=request.model_name, id=request.id)
             return self._streamed(error_message=told(error).text, infer_response=empty)
 
-    async def _answer(self, request: Any, left: float | None) -> Any:
-        """The answer to one request, whose client waits for so many seconds more."""
+    async def _answer(self, request: Any, size: int, left: float | None) -> Any:
+        """The answer to one request, which had so many bytes, and whose client waits for so many seconds more."""
         served = self._models.find(request.model_name, request.model_version)
-        size = sum(map(len, request.raw_input_contents))
-        inference = await aside(size, lambda: read_message(request, served.signature))
+        signature = served.signature
+        inference = await aside(size, lambda: read_message(request, signature))
         if left is not None:
             own = inference.terms.timeout
             bound = max(0.0, left if own is None else min(own, left))
             inference = inference._replace(terms=inference.terms._replace(timeout=bound))
         results = await served.infer(inference, served.model)
-        size = sum([result.value.nbytes for result in results if hasattr(result.value, "nbytes")])
-        return await aside(size, lambda: self._written(served.name, inference, results))
+        return await aside(weight(results), lambda: self._written(served.name, inference, results))
 
     def _written(self, name: str, inference: Inference, results: list[Result]) -> Any:
         answer = self._response(model_name=name, model_version=VERSION, id=inference.id)
@@ -222,6 +224,14 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
             answer.outputs.add(name=result.name, datatype=result.datatype.name, shape=result.shape)
             answer.raw_output_contents.append(bytes(in_bytes(result.value)))
         return answer
+
+
+def _read(kind: Any, data: bytes) -> Any:
+    """The message that bytes are. Raises `Refused`."""
+    try:
+        return kind.FromString(data)
+    except DecodeError as error:
+        raise Refused(400, f"the request is no {kind.DESCRIPTOR.name}: {error}") from None
 
 
 def _later(answer: Callable[[Any], dict[str, Any] | None]) -> Callable[[Any], Awaitable[dict[str, Any] | None]]:
@@ -241,8 +251,6 @@ def _refusing(why: str) -> Callable[[bytes, Any], Awaitable[None]]:
 async def _abort(context: Any, error: Exception) -> None:
     """End a request with what its client is told."""
     said = told(error)
-    if not isinstance(error, Refused):
-        log(error)
     more = [("retry-after", str(said.retry_after))] if said.retry_after is not None else []
     await context.abort(grpc.StatusCode[said.code], said.text, tuple(more))
 

@@ -5,15 +5,16 @@ aiohttp.py), the rules of a request (requests.py).
 """
 
 import zlib
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple, TypeVar
 
-import anyio.to_thread
 import msgspec
+from anyio import CapacityLimiter, to_thread
+from anyio.lowlevel import RunVar
 
 from aneuron import AsyncDataParallel, View
-from aneuron.web.problems import log
+from aneuron.web.checks import check_body
 from aneuron.web.v2.datatypes import dumps, finite, in_bytes, in_json
 from aneuron.web.v2.errors import Refused, told
 from aneuron.web.v2.models import VERSION, Models, Result, Served
@@ -24,9 +25,17 @@ Get = Callable[[str], str | None]  # a header of the request, by its name in sma
 
 MAX_BODY = 64 << 20
 MUCH = 1 << 18  # bytes from which on work is a thread's: the loop has others to serve
+_MEMBERS = 16
 _SMALL = 1 << 10  # bytes up to which compression is not worth its headers
 _WINDOW = {"gzip": 31, "deflate": 15}  # of zlib; what HTTP calls deflate is zlib's format
 _JSON, _BINARY = "application/json", "application/octet-stream"
+
+
+def check_max_body(max_body: int) -> None:
+    """Raise for what is no number of bytes: strangers' bodies have a bound."""
+    if max_body is None:
+        raise ValueError(f"max_body=None: expected an int of bytes, {MAX_BODY} is usual")
+    check_body(max_body)
 
 
 class Answer(NamedTuple):
@@ -40,7 +49,6 @@ class Answer(NamedTuple):
 class Head(NamedTuple):
     """What the headers of an inference request say of its body."""
 
-    length: int | None  # of the body
     json: int | None  # of the JSON at its beginning; None: all of it
     coding: str  # how it is compressed, if it is
     accepts: str  # how the answer is to be
@@ -79,8 +87,10 @@ def find(method: str, path: str) -> Asked:
     parts = tuple(path.strip("/").split("/"))[1:]
     asked = _find(parts)
     if asked is None:
-        if parts[:1] and parts[0] in _SHARED_MEMORY:
+        if parts[0] in _SHARED_MEMORY:
             raise Refused(501, NO_SHARED_MEMORY)
+        if parts[:1] == ("logging",) or parts[-2:] == ("trace", "setting"):
+            raise Refused(501, "trace and log settings are unsupported")
         raise Refused(404, f"there is nothing at {path!r:.200}")
     expected = _METHODS.get(asked.what, "GET")
     if method != expected and (method, expected) != ("HEAD", "GET"):
@@ -117,7 +127,7 @@ def read_head(get: Get, max_body: int) -> Head:
     coding = "" if coding == "identity" else coding
     if coding and coding not in _WINDOW:
         raise Refused(415, f"Content-Encoding: {coding!r:.40}; expected gzip or deflate")
-    return Head(length, json, coding, _chosen(get("accept-encoding")))
+    return Head(json, coding, _chosen(get("accept-encoding")))
 
 
 def _number(get: Get, name: str) -> int | None:
@@ -139,27 +149,24 @@ def _chosen(accepts: str | None) -> str:
 
 
 class Incoming:
-    """The body of an inference request, as it comes: its JSON, and the binary data after it."""
+    """The body of a request, as it comes."""
 
-    def __init__(self, head: Head, max_body: int) -> None:
-        self._head, self._max = head, max_body
+    def __init__(self, max_body: int) -> None:
+        self._max = max_body
         self._chunks: list[bytes] = []
-        self._size = 0
+        self.size = 0
 
     def add(self, chunk: bytes) -> None:
         """The next bytes. Raises `Refused` if they are too many."""
-        self._size += len(chunk)
-        if self._size > self._max:
+        self.size += len(chunk)
+        if self.size > self._max:
             raise Refused(413, f"the body has more than {self._max} bytes")
         self._chunks.append(chunk)
 
-    async def parts(self) -> tuple[bytes | memoryview, bytearray | None]:
-        """Its JSON, and its binary data if there may be any. Raises `Refused`."""
-        return await aside(self._size, self._parts)
-
-    def _parts(self) -> tuple[bytes | memoryview, bytearray | None]:
+    def all(self, coding: str = "") -> bytes:
+        """Its bytes, decompressed. Raises `Refused`."""
         data = b"".join(self._chunks)
-        return _cut(decompress(data, self._head.coding, self._max) if self._head.coding else data, self._head.json)
+        return decompress(data, coding, self._max) if coding else data
 
 
 def _cut(data: bytes, json: int | None) -> tuple[bytes | memoryview, bytearray | None]:
@@ -172,9 +179,9 @@ def _cut(data: bytes, json: int | None) -> tuple[bytes | memoryview, bytearray |
 
 
 def decompress(data: bytes, coding: str, most: int) -> bytes:
-    """What was compressed. Raises `Refused` for what was not, and for more bytes than `most`."""
+    """What was compressed. Raises `Refused` for what was not, and for more bytes than `most`, or members."""
     parts, left = [], most
-    while data:
+    for _ in range(_MEMBERS):
         one = zlib.decompressobj(_WINDOW[coding])
         try:
             parts.append(one.decompress(data, left + 1))
@@ -185,8 +192,10 @@ def decompress(data: bytes, coding: str, most: int) -> bytes:
             raise Refused(413, f"the body has more than {most} bytes when it is decompressed")
         if not one.eof:
             raise Refused(400, f"the body ends in the middle of {coding}")
-        data = one.unused_data
-    return b"".join(parts)
+        data = one.unused_data  # a copy, and so there is a bound
+        if not data:
+            return b"".join(parts)
+    raise Refused(400, f"the body is {coding} of more than {_MEMBERS} members; send one")
 
 
 def compress(data: bytes, coding: str) -> bytes:
@@ -195,9 +204,19 @@ def compress(data: bytes, coding: str) -> bytes:
     return one.compress(data) + one.flush()
 
 
+# Of each loop. Of its own: what an application's handlers do in threads does not wait for what strangers send.
+_threads: RunVar[CapacityLimiter] = RunVar("aneuron.v2.threads")
+
+
 async def aside(size: int, function: Callable[[], T]) -> T:
     """What a function returns that has so many bytes to look at: in a thread if they are many."""
-    return await anyio.to_thread.run_sync(function) if size > MUCH else function()
+    if size <= MUCH:
+        return function()
+    try:
+        limiter = _threads.get()
+    except LookupError:
+        _threads.set(limiter := CapacityLimiter(4))
+    return await to_thread.run_sync(function, limiter=limiter)
 
 
 # Answers.
@@ -205,18 +224,30 @@ async def aside(size: int, function: Callable[[], T]) -> T:
 
 async def answer_of(served: Served, head: Head, incoming: Incoming, view: View | AsyncDataParallel) -> Answer:
     """The answer to an inference request whose body has come. Raises what the call raises, and `Refused`."""
-    inference = await _inference(served, head, incoming)
-    results = await served.infer(inference, view)
-    size = sum([result.value.nbytes for result in results if hasattr(result.value, "nbytes")])
-    return await aside(size, lambda: written(served.name, inference, results, head.accepts))
-
-
-async def _inference(served: Served, head: Head, incoming: Incoming) -> Inference:
-    json, binary = await incoming.parts()
     signature = served.signature
-    if head.json == 0:
-        return read_raw(binary or bytearray(), signature)
-    return await aside(len(json), lambda: read_json(json, binary, signature, served.remembered))
+    remembered = served.remembered if incoming.size <= MUCH else None  # the loop's alone
+
+    def read() -> Inference:
+        json, binary = _cut(incoming.all(head.coding), head.json)
+        if head.json == 0:
+            return read_raw(binary or bytearray(), signature)
+        return read_json(json, binary, signature, remembered)
+
+    # What is compressed may become anything.
+    inference = await aside(MUCH + 1 if head.coding and incoming.size > _SMALL else incoming.size, read)
+    results = await served.infer(inference, view)
+    return await aside(weight(results), lambda: written(served.name, inference, results, head.accepts))
+
+
+def weight(results: Iterable[Result]) -> int:
+    """How much there is to do to write outputs, in bytes: of numbers in JSON, and of texts, each costs more."""
+    return sum([_weight(result.value, result.binary) for result in results])
+
+
+def _weight(value: Any, binary: bool) -> int:
+    if isinstance(value, (list, tuple)):
+        return sum(map(len, value)) + 64 * len(value)
+    return value.nbytes * (1 if binary else 8)  # type: ignore[no-any-return]
 
 
 @lru_cache(512)
@@ -280,21 +311,19 @@ def _finished(status: int, headers: list[tuple[str, str]], parts: list[bytes | m
 def refusal(error: Exception) -> Answer:
     """The answer to a request that is not served, in the protocol's words."""
     status, text, _, retry_after = told(error)
-    if not isinstance(error, Refused):
-        log(error)
     headers = [("content-type", _JSON)]
     if retry_after is not None:
         headers.append(("retry-after", str(retry_after)))
     return _finished(status, headers, [_encoder.encode({"error": text})])
 
 
-async def report(models: Models, asked: Asked, body: Callable[[], Awaitable[bytes]]) -> Answer:
+async def report(models: Models, asked: Asked, read: Callable[[], Awaitable[Incoming]]) -> Answer:
     """The answer to all but inference. Raises `Refused`."""
     what, name, version = asked
     value: Any
     status = 200
     if what == "index":
-        value = models.index(_ready_only(await body()))
+        value = models.index(_ready_only((await read()).all()))
     elif what == "load":
         await models.load(name)
         value = {}
@@ -324,6 +353,6 @@ def _ready_only(body: bytes) -> bool:
         return False
     try:
         said = msgspec.json.decode(body, type=Mapping[str, Any])
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise Refused(400, f"the request is no JSON object: {error}") from None
     return said.get("ready") is True

@@ -66,7 +66,6 @@ _SCHEMA = {
     "RepositoryModelLoadResponse": "",
     "RepositoryModelUnloadRequest": "string repository_name, string model_name",
     "RepositoryModelUnloadResponse": "",
-    "Unsupported": "",  # whatever is sent, none of it is read
 }
 _FIELD = descriptor_pb2.FieldDescriptorProto
 

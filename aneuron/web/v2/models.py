@@ -13,9 +13,10 @@ import torch
 
 from aneuron import AsyncDataParallel, Closed, OutputError, Signature, TensorSpec, View
 from aneuron.web.checks import check_models
+from aneuron.web.problems import logger
 from aneuron.web.v2.datatypes import BYTES, Datatype, datatype, datatype_of
 from aneuron.web.v2.errors import Refused
-from aneuron.web.v2.requests import Inference, Seen, Terms
+from aneuron.web.v2.requests import Inference, Seen, Terms, rows_at
 
 VERSION = "1"  # each model has one: what it was swapped for answers under the same
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics", "parameters")
@@ -41,7 +42,7 @@ class Served:
         self._last = 0  # ms since 1970, of the last answer
         self._known: Signature | None = None
         self.remembered: dict[bytes, Seen] = {}  # by the JSON of requests, what it said
-        signature = self._described()
+        signature = self.signature
         if not signature.inputs:
             raise ValueError(
                 f"{name}: nothing says what the model takes: give it example_inputs, or declare its signature"
@@ -49,20 +50,17 @@ class Served:
         for spec in signature.inputs:
             datatype_of(spec)
 
-    def _described(self) -> Signature:
-        signature = self.model.signature
-        return signature if self._declared is None else signature.declared(self._declared)
-
     @property
     def signature(self) -> Signature:
         """What it takes and returns, as far as it is known by now."""
-        known = self._known
-        if known is None:
-            known = self._described()
-            if known.outputs is not None:
-                self._known = known
-                self.remembered.clear()  # what was asked for before could not be checked
-        return known
+        if self._known is not None:
+            return self._known
+        own = self.model.signature
+        signature = own if self._declared is None else own.declared(self._declared)
+        if own.outputs is not None:  # what the model itself returns is known, for good
+            self._known = signature
+            self.remembered.clear()  # what was asked for before could not be checked
+        return signature
 
     async def infer(self, inference: Inference, view: View | AsyncDataParallel) -> list[Result]:
         """The outputs that a request asks for, in its order. Raises what the call raises, and `Refused`."""
@@ -73,10 +71,7 @@ class Served:
             args, kwargs = signature.arguments(inference.values)
             if inference.terms != _USUAL:
                 view = view.options(**inference.terms._asdict())
-            output = await view(*args, **kwargs)
-            if signature.outputs is None:
-                signature = self.signature
-            outputs = dict(signature.named(output))
+            outputs = dict(self.signature.named(await view(*args, **kwargs)))  # known by now, if the call started it
         self._last = time.time_ns() // 1_000_000
         if inference.outputs is None:
             return [_result(name, value, inference.binary) for name, value in outputs.items()]
@@ -202,7 +197,8 @@ class Models:
             await self._load(name)
         except (Refused, Closed):
             raise
-        except Exception as error:
+        except Exception as error:  # whatever loading, or a module that is imported, raises
+            logger.exception("model %r was not loaded, and serves as before", name)
             raise Refused(400, f"model {name!r} was not loaded, and serves as before: {error}") from error
 
     def unload(self, name: str) -> None:
@@ -212,15 +208,18 @@ class Models:
 
 
 def _metadata(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "datatype": _named(spec), "shape": list(spec.shape)}
+    return {"name": spec.name, "datatype": _datatype(spec).name, "shape": list(spec.shape)}
 
 
 def _config(spec: TensorSpec) -> dict[str, Any]:
-    return {"name": spec.name, "data_type": datatype_of(spec).config, "dims": list(spec.shape)}
+    return {"name": spec.name, "data_type": _datatype(spec).config, "dims": list(spec.shape)}
 
 
-def _named(spec: TensorSpec) -> str:
-    return datatype_of(spec).name
+def _datatype(spec: TensorSpec) -> Datatype:
+    try:
+        return datatype_of(spec)
+    except ValueError as error:  # of an output: inputs were looked at when the routes were made
+        raise Refused(500, str(error)) from None
 
 
 def _duration(count: int, seconds: float) -> dict[str, int]:
@@ -240,13 +239,17 @@ def _result(name: str, value: Any, binary: bool) -> Result:
 
 
 def _nothing(signature: Signature) -> dict[str, Any]:
-    """The outputs of no rows: the model is not asked."""
+    """The outputs of no rows: the model is not asked. Raises `Refused` where they cannot be known."""
     if signature.outputs is None:
         raise Refused(400, "the request has no rows, and it is not known yet what the model returns")
+    for spec in (*signature.inputs, *signature.outputs):
+        if not spec.whole and any(size == -1 for at, size in enumerate(spec.shape) if at != rows_at(spec)):
+            raise Refused(400, f"the request has no rows, and {spec.name!r} has a length: send one row at least")
     found: dict[str, Any] = {}
     for spec in signature.outputs:
-        if spec.whole or -1 not in spec.shape:
+        rows = rows_at(spec)
+        if rows is None:
             raise Refused(400, f"the request has no rows, and output {spec.name!r} belongs to all of them")
-        shape = [0 if size == -1 else size for size in spec.shape]
+        shape = [0 if at == rows else size for at, size in enumerate(spec.shape)]
         found[spec.name] = torch.empty(shape, dtype=spec.dtype) if isinstance(spec.dtype, torch.dtype) else []
     return found

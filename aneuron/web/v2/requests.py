@@ -6,6 +6,7 @@ waiting for the model (models.py), how an element lies in bytes (datatypes.py).
 
 import json
 from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,6 +17,7 @@ from aneuron.web.v2.errors import Refused
 
 Parameters = Mapping[str, Any]
 
+_MOST = 2**63 - 1
 _SHARED_MEMORY = "shared_memory_region"
 _NO_STATE = ("sequence_id", "sequence_start", "sequence_end")
 NO_SHARED_MEMORY = "shared memory is unsupported: send the data with the request, in binary"
@@ -71,7 +73,6 @@ class Inference(NamedTuple):
     outputs: list[Wanted] | None  # None: all
     binary: bool  # whether outputs are binary that say nothing else
     terms: Terms
-    parameters: Parameters
 
 
 class Place(NamedTuple):
@@ -113,7 +114,7 @@ def read_json(
     if seen is not None and seen.size == len(binary):
         values = [tensor_from(binary, *place) for place in seen.places]
         said = seen.inference
-        return Inference("", values, said.empty, said.outputs, said.binary, said.terms, said.parameters)
+        return Inference("", values, said.empty, said.outputs, said.binary, said.terms)
     inference, places = _read(head, binary, signature)
     if len(places) == len(signature.inputs) and not inference.id:
         if len(remembered) >= _KEPT:
@@ -129,7 +130,7 @@ def _read(
     """The request, and where its inputs lie in the binary data."""
     try:
         body = _decoder.decode(head)
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         body = _lenient(head, error)
     at = 0
     given: dict[str, Any] = {}
@@ -172,13 +173,15 @@ def _read(
     return _made(body.id, given, signature, outputs, everything, body.parameters), places
 
 
-def _lenient(head: bytes | memoryview, error: msgspec.DecodeError) -> Body:
+def _lenient(head: bytes | memoryview, error: Exception) -> Body:
     """JSON with NaN and Infinity in it, as Python's clients send them."""
     if isinstance(error, msgspec.ValidationError):
         raise Refused(400, f"the request is not as the protocol has it: {error}") from None
     try:
-        return msgspec.convert(json.loads(bytes(head)), Body)
-    except ValueError:  # of either
+        said = json.loads(bytes(head))
+        json.dumps(said, ensure_ascii=False).encode()  # half a character, as JSON can escape it, is no text
+        return msgspec.convert(said, Body)
+    except (ValueError, RecursionError):
         raise Refused(400, f"the request is no JSON: {error}") from None
 
 
@@ -196,14 +199,13 @@ def read_raw(data: bytearray, signature: Signature) -> Inference:
         value = objects([bytes(data)], 1, spec)
     else:
         value = tensor_from(data, 0, len(data), spec, datatype, _raw_shape(len(data), spec, datatype))
-    return Inference("", [value], False, None, True, Terms(), {})
+    return Inference("", [value], False, None, True, Terms())
 
 
 def _raw_shape(size: int, spec: TensorSpec, datatype: Datatype) -> list[int]:
-    shape = [1 if at == 0 and size_ == -1 else size_ for at, size_ in enumerate(spec.shape)]
-    known = 1
-    for each in shape:
-        known *= each if each != -1 else 1
+    rows = rows_at(spec)
+    shape = [1 if at == rows else size_ for at, size_ in enumerate(spec.shape)]
+    known = prod([each for each in shape if each != -1])
     if shape.count(-1) > 1 or (shape.count(-1) and size % (known * datatype.size)):
         raise Refused(
             400, f"input {spec.name!r} has shape {list(spec.shape)}, which {size} bytes do not say; send JSON with it"
@@ -245,10 +247,7 @@ def _typed(each: Any, spec: TensorSpec, datatype: Datatype, shape: Sequence[int]
         raise Refused(400, f"input {spec.name!r} is {datatype.name}: expected {datatype.contents}, not {others[0]}")
     found = list(getattr(each.contents, datatype.contents))
     if datatype is BYTES:
-        count = 1
-        for size in shape:
-            count *= size
-        return objects(found, count, spec)
+        return objects(found, prod(shape), spec)
     return tensor_of(found, spec, datatype, shape)
 
 
@@ -282,6 +281,8 @@ def _described(
         size >= 0 and want in (size, -1) for size, want in zip(shape, wanted, strict=True)
     ):
         raise Refused(400, f"input {name!r} has shape {list(shape)}; the model takes {list(wanted)}, -1 for any size")
+    if prod([size or 1 for size in shape]) > _MOST:
+        raise Refused(400, f"input {name!r} has shape {list(shape)}: more than there can be")
     return spec, expected
 
 
@@ -308,16 +309,25 @@ def _made(
     if len(set(names)) != len(names):
         raise Refused(400, f"an output is asked for twice: {names}")
     terms = _terms(parameters) if parameters else Terms()
-    return Inference(request_id, values, _is_empty(values, signature), outputs or None, binary, terms, parameters or {})
+    return Inference(request_id, values, _is_empty(values, signature), outputs or None, binary, terms)
 
 
 def _is_empty(values: Sequence[Any], signature: Signature) -> bool:
-    """Whether there are no rows, which stand along the first dimension that is not fixed."""
+    """Whether there are no rows. Raises `Refused` where only some of the inputs have none."""
+    rows = {}
     for value, spec in zip(values, signature.inputs, strict=True):
-        if not spec.whole and -1 in spec.shape:
-            rows = len(value) if isinstance(value, list) else value.shape[spec.shape.index(-1)]
-            return not rows
-    return False
+        if (at := rows_at(spec)) is not None:
+            rows[spec.name] = len(value) if isinstance(value, list) else value.shape[at]
+    if 0 in rows.values() and any(rows.values()):
+        raise Refused(400, f"the inputs have unequal rows: {rows}")
+    return 0 in rows.values()
+
+
+def rows_at(spec: TensorSpec) -> int | None:
+    """The dimension that counts rows: as the example says, else the first that is not fixed."""
+    if spec.whole:
+        return None
+    return spec.rows if spec.rows is not None else spec.shape.index(-1) if -1 in spec.shape else None
 
 
 def _terms(parameters: Parameters) -> Terms:
@@ -326,15 +336,24 @@ def _terms(parameters: Parameters) -> Terms:
         if parameters.get(name):
             raise Refused(501, f"{name} is unsupported: the model keeps nothing between requests")
     timeout, priority, tenant = (parameters.get(name) for name in ("timeout", "priority", "tenant"))
-    if isinstance(timeout, str) and timeout.isascii() and timeout.isdecimal():
+    if isinstance(timeout, str) and timeout.isascii() and timeout.isdecimal() and len(timeout) < 20:
         timeout = int(timeout)
-    if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int) or timeout < 0):
-        raise Refused(400, f"timeout is {timeout!r:.40}; expected microseconds, a whole number of 0 or more")
-    if priority is not None and (isinstance(priority, bool) or not isinstance(priority, int)):
-        raise Refused(400, f"priority is {priority!r:.40}; expected a whole number, of which the lower comes first")
+    if timeout is not None and not (_is_whole(timeout) and timeout >= 0):
+        raise Refused(400, f"timeout is {_shown(timeout)}; expected microseconds, a whole number of 0 or more")
+    if priority is not None and not _is_whole(priority):
+        raise Refused(400, f"priority is {_shown(priority)}; expected a whole number, of which the lower comes first")
     if tenant is not None and not isinstance(tenant, str):
         raise Refused(400, f"tenant is {tenant!r:.40}; expected a string")
     return Terms(timeout / 1e6 if timeout else None, -float(priority or 0), tenant or None)
+
+
+def _is_whole(value: Any) -> bool:
+    """Whether it is a whole number, and none that only Python has."""
+    return type(value) is int and abs(value) <= _MOST
+
+
+def _shown(value: Any) -> str:
+    return "a number without end" if type(value) is int and abs(value) > _MOST else f"{value!r:.40}"
 
 
 def _flag(parameters: Parameters, name: str, default: bool, where: str = "the request") -> bool:

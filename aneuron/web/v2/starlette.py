@@ -6,7 +6,7 @@ Lives here: ASGI. Must not be here: what a request means (http.py and what it us
     app.router.routes += routes(net=model)
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
@@ -14,10 +14,19 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Message, Receive, Scope, Send
 
 from aneuron import AsyncDataParallel, Signature
-from aneuron.web.checks import check_body
 from aneuron.web.starlette import of_request, while_there
-from aneuron.web.v2.errors import Refused
-from aneuron.web.v2.http import MAX_BODY, Answer, Asked, Incoming, answer_of, find, read_head, refusal, report
+from aneuron.web.v2.http import (
+    MAX_BODY,
+    Answer,
+    Asked,
+    Incoming,
+    answer_of,
+    check_max_body,
+    find,
+    read_head,
+    refusal,
+    report,
+)
 from aneuron.web.v2.models import Load, Models
 
 _PART = 1 << 20  # bytes that are handed to the server at once
@@ -55,7 +64,7 @@ def routes(
         ...     client.post("/v2/models/net/infer", json=request).json()["outputs"]
         [{'name': 'output0', 'datatype': 'FP32', 'shape': [1, 2], 'data': [0.0, 2.0]}]
     """
-    check_body(max_body)
+    check_max_body(max_body)
     served = V2(Models(routes, models, signatures, load), max_body)
     return [Route("/v2", served), Route("/v2/{rest:path}", served)]
 
@@ -73,44 +82,30 @@ class V2:
             answer = await self._answer(find(scope["method"], path), scope, receive)
         except ClientDisconnect:
             return
-        except Exception as error:
+        except Exception as error:  # whatever it is, the client is told
             answer = refusal(error)
         await _send(answer, scope, send)
 
     async def _answer(self, asked: Asked, scope: Scope, receive: Receive) -> Answer:
         if asked.what != "infer":
-            return await report(self._models, asked, lambda: _body(receive, self._max_body))
+            return await report(self._models, asked, lambda: self._read(receive))
         served = self._models.find(asked.name, asked.version)
         head = read_head(Headers(scope=scope).get, self._max_body)
-        incoming = Incoming(head, self._max_body)
-        await _read(receive, incoming.add)
+        incoming = await self._read(receive)
         view = of_request(scope, asked.name, served.model)
         return await while_there(receive, answer_of(served, head, incoming, view))
 
-
-async def _read(receive: Receive, add: Callable[[bytes], None]) -> None:
-    """Read the body of a request. Raises what `add` raises, and `ClientDisconnect`."""
-    more = True
-    while more:
-        message: Message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientDisconnect
-        if chunk := message.get("body", b""):
-            add(chunk)
-        more = message.get("more_body", False)
-
-
-async def _body(receive: Receive, most: int) -> bytes:
-    """A whole body."""
-    chunks: list[bytes] = []
-
-    def add(chunk: bytes) -> None:
-        chunks.append(chunk)
-        if sum(map(len, chunks)) > most:
-            raise Refused(413, f"the body has more than {most} bytes")
-
-    await _read(receive, add)
-    return b"".join(chunks)
+    async def _read(self, receive: Receive) -> Incoming:
+        """The body of a request. Raises `Refused`, and `ClientDisconnect`."""
+        incoming, more = Incoming(self._max_body), True
+        while more:
+            message: Message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            if chunk := message.get("body", b""):
+                incoming.add(chunk)
+            more = message.get("more_body", False)
+        return incoming
 
 
 async def _send(answer: Answer, scope: Scope, send: Send) -> None:
