@@ -359,7 +359,7 @@ class PuppetTimer:
     """Stands in for the timer of the simulated cores, and for their clock."""
 
     def __init__(self):
-        self.now, self.plan = 100.0, []
+        self.now, self.plan, self.long = 100.0, [], []
 
     def monotonic(self):
         return self.now
@@ -369,6 +369,7 @@ class PuppetTimer:
 
     def at(self, due, call, owner, long=False):
         self.plan.append((due, len(self.plan), call, owner))
+        self.long.append(long)
 
     def drop(self, owner):
         self.plan = [each for each in self.plan if each[3] is not owner]
@@ -467,6 +468,23 @@ def test_a_timer_that_is_late_does_not_delay_the_device(puppet):
     assert [name for name, *_ in ends] == ["a", "b"]
     puppet.advance()
     assert ends[2][1] == pytest.approx(begin + 6.0)
+
+
+def test_a_model_that_waits_for_the_interpreter_is_not_one_that_takes_long(puppet):
+    """A loop that is busy lets the timer's thread wait: more threads would wait as well, and take from the loop."""
+    waits = 0.0
+
+    def net(x):
+        puppet.now += waits
+        return x * 2
+
+    ends = loaded(puppet, net, service_time=0.5)
+    ends.core.execute((X,), {})
+    waits = 0.01
+    for _ in range(20):
+        ends.submit(X)
+        puppet.advance()
+    assert not any(puppet.long)
 
 
 @pytest.mark.parametrize("seconds", [0.375, 0.625])
