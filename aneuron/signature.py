@@ -59,30 +59,38 @@ class Signature:
     _arrange: Callable[[Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]] | None = field(
         default=None, repr=False, compare=False
     )
+    # What most models have, and what is done for each request: one tensor in, by position, and one out.
+    _one_input: bool = field(default=False, init=False, repr=False, compare=False)
+    _one_output: str | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for specs in (self.inputs, self.outputs or ()):
             names = [spec.name for spec in specs]
             if twice := {name for name in names if names.count(name) > 1}:
                 raise ValueError(f"{sorted(twice)} name more than one of {names}: declare other names")
+        plain = [spec.steps for spec in self.inputs if isinstance(spec.dtype, torch.dtype) and not spec.whole]
+        object.__setattr__(self, "_one_input", plain == [(0,)] and len(self.inputs) == 1)
+        if self.outputs is not None and [spec.steps for spec in self.outputs] == [()]:
+            object.__setattr__(self, "_one_output", self.outputs[0].name)
 
     def arguments(self, values: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The arguments of a call with these inputs, in the order of `inputs`; the rest is as in the example."""
+        if self._one_input:
+            (value,) = values
+            return (value,), {}
         marked = [
             Shared(value) if spec.whole else Rows(value) if isinstance(spec.dtype, type) else value
             for spec, value in zip(self.inputs, values, strict=True)
         ]
-        if len(marked) == 1 and self.inputs[0].steps == (0,):  # the lone tensor of most models
-            return (marked[0],), {}
         return (tuple(marked), {}) if self._arrange is None else self._arrange(marked)
 
-    def named(self, output: Any) -> Iterator[tuple[str, Any]]:
+    def named(self, output: Any) -> list[tuple[str, Any]]:
         """What a call has returned, by name, in order. Raises `OutputError` where something is not there."""
+        if self._one_output is not None:
+            return [(self._one_output, output)]
         if self.outputs is None or any(spec.steps is None for spec in self.outputs):
-            yield from _found(output, self.outputs)
-            return
-        for spec in self.outputs:
-            yield spec.name, output if not spec.steps else _at(spec.steps, output)
+            return _found(output, self.outputs)
+        return [(spec.name, _at(spec.steps or (), output)) for spec in self.outputs]
 
     def declared(self, other: "Signature") -> "Signature":
         """The same in the words of a declaration. Raises `ShapeError` where that is of another number of tensors."""
@@ -160,7 +168,7 @@ def _leaves(value: Any, steps: Steps) -> Iterator[tuple[Steps, Any]]:
         yield from _leaves(child, (*steps, step))
 
 
-def _found(output: Any, declared: Sequence[TensorSpec] | None) -> Iterator[tuple[str, Any]]:
+def _found(output: Any, declared: Sequence[TensorSpec] | None) -> list[tuple[str, Any]]:
     """What is in an output, by its own names; or by declared ones: theirs where all are there, else by position."""
     found = {_name(steps, "output"): value for steps, value in _leaves(output, ())}
     names = list(found) if declared is None else [spec.name for spec in declared]
@@ -168,8 +176,7 @@ def _found(output: Any, declared: Sequence[TensorSpec] | None) -> Iterator[tuple
         if len(names) != len(found):
             raise OutputError(f"{len(names)} outputs are declared, {names}, and the model returned {list(found)}")
         found = dict(zip(names, found.values(), strict=True))
-    for name in names:
-        yield name, found[name]
+    return [(name, found[name]) for name in names]
 
 
 def _at(steps: Steps, value: Any) -> Any:

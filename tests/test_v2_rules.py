@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("grpc")
 import aneuron
 from aneuron import Signature, TensorSpec
-from aneuron.web.v2.datatypes import TABLE, datatype_of, in_bytes, tensor_from
+from aneuron.web.v2.datatypes import TABLE, datatype_of, in_bytes, reader
 from aneuron.web.v2.errors import Refused, told
 from aneuron.web.v2.http import Asked, check_max_body, compress, decompress, find, read_head, written
 from aneuron.web.v2.messages import message
@@ -159,7 +159,7 @@ class TestBinaryRequests:
 
     def test_what_begins_where_no_element_may_is_copied(self):
         data = bytearray(b"?" + struct.pack("<2f", 1.0, 2.0))
-        assert tensor_from(data, 1, 8, ONE.inputs[0], TABLE["FP32"], [1, 2]).tolist() == [[1.0, 2.0]]
+        assert reader(1, 8, ONE.inputs[0], TABLE["FP32"], [1, 2])(data).tolist() == [[1.0, 2.0]]
 
     @pytest.mark.parametrize(
         ("size", "binary", "text"),
@@ -181,15 +181,15 @@ class TestBinaryRequests:
 
     @pytest.mark.parametrize("data", [b"\1\0\0", b"\5\0\0\0ab", b"\1\0\0\0a\1\0\0\0"])
     def test_bytes_that_end_too_early(self, data):
-        refusal(400, "ends beyond", tensor_from, bytearray(data), 0, len(data), TWO.inputs[1], TABLE["BYTES"], [1])
+        refusal(400, "ends beyond", reader(0, len(data), TWO.inputs[1], TABLE["BYTES"], [1]), bytearray(data))
 
     def test_bytes_that_are_no_text(self):
         data = bytearray(b"\1\0\0\0\xff")
-        refusal(400, "no UTF-8", tensor_from, data, 0, 5, TWO.inputs[1], TABLE["BYTES"], [1])
+        refusal(400, "no UTF-8", reader(0, 5, TWO.inputs[1], TABLE["BYTES"], [1]), data)
 
     def test_other_bytes_than_0_and_1_are_true(self):
         spec = TensorSpec("x", torch.bool, (-1,))
-        tensor = tensor_from(bytearray(b"\0\1\7"), 0, 3, spec, TABLE["BOOL"], [3])
+        tensor = reader(0, 3, spec, TABLE["BOOL"], [3])(bytearray(b"\0\1\7"))
         assert tensor.tolist() == [False, True, True]
         assert bytes(in_bytes(tensor)) == b"\0\1\1"
 
@@ -209,7 +209,7 @@ class TestBinaryRequests:
         spec = TensorSpec("x", datatype.dtype, (-1, 2))
         assert datatype_of(spec) is datatype
         data = bytearray(in_bytes(tensor))
-        assert torch.equal(tensor_from(data, 0, len(data), spec, datatype, [2, 2]), tensor)
+        assert torch.equal(reader(0, len(data), spec, datatype, [2, 2])(data), tensor)
 
 
 class TestMessages:

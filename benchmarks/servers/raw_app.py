@@ -6,6 +6,7 @@ Each cancels its call when the client leaves, as `aneuron serve` must. Must not 
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
@@ -20,6 +21,12 @@ HEADERS = [("content-type", servers.MEDIA_TYPE)]
 async def answer(body: bytes) -> bytes:
     y: torch.Tensor = await model(servers.tensor(body))
     return y.numpy().tobytes()
+
+
+def _freeze() -> None:
+    """As aneuron's integrations do after the start, and `aneuron serve`."""
+    gc.collect()
+    gc.freeze()
 
 
 # ASGI.
@@ -54,6 +61,7 @@ _ASGI_HEADER = (b"content-type", servers.MEDIA_TYPE.encode())
 async def _lifespan(receive: Callable[[], Awaitable[Any]], send: Callable[[Any], Awaitable[None]]) -> None:
     await receive()
     await model.start()
+    _freeze()
     await send({"type": "lifespan.startup.complete"})
     await receive()
     await model.aclose()
@@ -102,6 +110,7 @@ async def _aiohttp(routed: bool, protocol: bool) -> None:
 
     runner: Any
     async with model:
+        _freeze()
         if routed:
             app = web.Application()
             if protocol:

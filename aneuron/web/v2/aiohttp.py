@@ -8,12 +8,14 @@ Lives here: what is aiohttp's. Must not be here: what a request means (http.py a
     web.run_app(app, handler_cancellation=True)
 """
 
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from typing import Any
 
 from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import HttpProcessingError
+from multidict import CIMultiDict
 
-from aneuron import AsyncDataParallel, Signature
+from aneuron import AsyncDataParallel, Signature, View
 from aneuron.web.aiohttp import of_request
 from aneuron.web.v2.errors import Refused
 from aneuron.web.v2.http import (
@@ -48,9 +50,12 @@ def routes(
 
     async def handler(request: web.Request) -> web.StreamResponse:
         rest = request.match_info.get("rest")  # of the path below an application that this one is in
-        return await served.answer(request, f"/v2/{rest}" if rest else "/v2")
+        return await served.answer(request, f"/v2/{rest}" if rest else "/v2", of_request)
 
     return [web.route("*", "/v2", handler), web.route("*", "/v2/{rest:.*}", handler)]
+
+
+OfRequest = Callable[[web.BaseRequest, str, AsyncDataParallel], View]
 
 
 class V2:
@@ -59,21 +64,24 @@ class V2:
     def __init__(self, models: Models, max_body: int = MAX_BODY) -> None:
         self._models, self._max_body = models, max_body
 
-    async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
-        """Answer one request."""
-        return await self.answer(request, request.path)
+    def __call__(self, request: web.BaseRequest) -> Coroutine[Any, Any, web.StreamResponse]:
+        """Answer one request. To be awaited."""
+        return self.answer(request, request.path)
 
-    async def answer(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
-        """Answer one request, taken for one of this path."""
+    async def answer(self, request: web.BaseRequest, path: str, view: OfRequest | None = None) -> web.StreamResponse:
+        """Answer one request, taken for one of this path, by the model itself or a view of it."""
         models = self._models
         try:
             asked = find(request.method, path)
             if asked.what != "infer":
                 return _sent(await report(models, asked, lambda: self._read(request)))
             served = models.find(asked.name, asked.version)
-            head = read_head(request.headers.get, self._max_body)._replace(coding="")  # aiohttp has decompressed it
+            head = read_head(request.headers.get, self._max_body)
+            if head.coding:  # aiohttp has decompressed it
+                head = head._replace(coding="")
             incoming = await self._read(request)
-            return _sent(await answer_of(served, head, incoming, of_request(request, asked.name, served.model)))
+            model = served.model if view is None else view(request, asked.name, served.model)
+            return _sent(await answer_of(served, head, incoming, model))
         except Exception as error:  # whatever it is, the client is told
             if isinstance(error, ConnectionError) and (request.transport is None or request.transport.is_closing()):
                 raise  # it left while it sent
@@ -98,7 +106,7 @@ class V2:
 
 
 def _sent(answer: Answer) -> web.StreamResponse:
-    headers = dict(answer.headers)
+    headers = CIMultiDict(answer.headers)
     if len(answer.body) == 1 and isinstance(answer.body[0], bytes):
         return web.Response(status=answer.status, headers=headers, body=answer.body[0])
     return web.Response(status=answer.status, headers=headers, body=_parts(answer))

@@ -9,7 +9,7 @@ https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/pro
 
 import json
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
@@ -78,35 +78,44 @@ def datatype(name: str, dtype: torch.dtype | type) -> Datatype:
 # Bytes.
 
 
-def tensor_from(data: bytearray, at: int, size: int, spec: TensorSpec, datatype: Datatype, shape: Sequence[int]) -> Any:
-    """The tensor, or the list, whose elements lie in `size` bytes from `at` on.
+Reader = Callable[[bytearray], Any]
+
+
+def reader(at: int, size: int, spec: TensorSpec, datatype: Datatype, shape: Sequence[int]) -> Reader:
+    """What makes the tensor, or the list, whose elements lie in `size` bytes from `at` on, of the bytes.
 
     It lies where they lie, unless they stand where no element of its dtype may begin. Raises `Refused`.
     """
-    count = prod(shape)
-    if datatype is BYTES:
-        return _texts(memoryview(data)[at : at + size], count, spec)
-    if size != count * datatype.size:
+    count, dtype, end = prod(shape), datatype.dtype, at + size
+    if dtype is None:
+        return lambda data: _texts(memoryview(data)[at:end], count, spec)
+    if size != count * dtype.itemsize:
         raise Refused(
             400,
-            f"input {spec.name!r} has {size} bytes; {datatype.name} of shape {list(shape)} has {count * datatype.size}",
+            f"input {spec.name!r} has {size} bytes; {datatype.name} of shape {list(shape)} has "
+            f"{count * dtype.itemsize}",
         )
-    assert datatype.dtype is not None
+    shape = tuple(shape)
     if not count:
-        return torch.empty(tuple(shape), dtype=datatype.dtype)
-    if at % datatype.size:
-        data, at = data[at : at + size], 0
-    if datatype.dtype is torch.bfloat16:  # NumPy has none
-        return torch.frombuffer(data, dtype=torch.bfloat16, count=count, offset=at).view(tuple(shape))
+        return lambda _: torch.empty(shape, dtype=dtype)
+    if at % dtype.itemsize:
+        aligned = reader(0, size, spec, datatype, shape)
+        return lambda data: aligned(data[at:end])
     # By NumPy: each operation of torch's gives the interpreter up, and waits for it again where other threads are busy.
-    array = np.frombuffer(data, _numpy(datatype.dtype), count, at).reshape(shape)
-    if datatype.dtype is torch.bool:
-        array = array != 0  # any other byte but 0 and 1 is no bool of torch's
-    return torch.from_numpy(array)
+    from_numpy, array, elements = torch.from_numpy, np.ndarray, _numpy(dtype)
+    if dtype is torch.bool:  # any other byte but 0 and 1 is no bool of torch's
+        return lambda data: from_numpy(array(shape, elements, data, at) != 0)
+    if dtype is torch.bfloat16:
+        return lambda data: from_numpy(array(shape, elements, data, at)).view(dtype)
+    return lambda data: from_numpy(array(shape, elements, data, at))
 
 
 def _numpy(dtype: torch.dtype) -> Any:
-    return np.uint8 if dtype is torch.bool else str(dtype).partition(".")[2]
+    """What NumPy has of the same size."""
+    return _OF_NUMPY.get(dtype) or str(dtype).partition(".")[2]
+
+
+_OF_NUMPY = {torch.bool: np.uint8, torch.bfloat16: np.int16}
 
 
 def _texts(data: memoryview, count: int, spec: TensorSpec) -> list[Any]:
@@ -140,8 +149,11 @@ def in_bytes(value: Any) -> memoryview | bytes:
     if type(value) is torch.Tensor:
         if value.dtype is torch.bfloat16:
             value = value.view(torch.int16)
-        array: Any = np.ascontiguousarray(value.numpy())
-        return array.tobytes() if array.nbytes <= _SMALL else memoryview(array).cast("B")
+        array: Any = value.numpy()
+        if array.nbytes <= _SMALL:
+            return array.tobytes()  # type: ignore[no-any-return]  # bytes
+        array = np.ascontiguousarray(array)
+        return memoryview(array).cast("B")
     return b"".join(chain.from_iterable((_LENGTH.pack(len(each)), each) for each in map(_encoded, value)))
 
 

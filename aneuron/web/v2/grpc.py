@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from aneuron import AsyncDataParallel, Signature
 from aneuron.web.v2.datatypes import TABLE, in_bytes
 from aneuron.web.v2.errors import Refused, told
-from aneuron.web.v2.http import MAX_BODY, aside, check_max_body, weight
+from aneuron.web.v2.http import MAX_BODY, MUCH, aside, check_max_body, weight
 from aneuron.web.v2.messages import SERVICE, message
 from aneuron.web.v2.models import VERSION, Load, Models, Result
 from aneuron.web.v2.requests import NO_SHARED_MEMORY, Inference, read_message
@@ -161,7 +161,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _one(self, data: bytes, context: Any) -> Any:
         """One inference."""
         try:
-            request = await aside(len(data), lambda: _read(self._infer, data))
+            request = await self._request(data)
             return await self._answer(request, len(data), context.time_remaining())
         except Exception as error:  # whatever it is, the client is told
             await _abort(context, error)
@@ -197,7 +197,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
     async def _streamed_answer(self, data: bytes, left: float | None) -> Any:
         request = self._infer()
         try:
-            request = await aside(len(data), lambda: _read(self._infer, data))
+            request = await self._request(data)
             answer = await self._answer(request, len(data), left)
             if _FINAL in request.parameters:
                 answer.parameters["triton_final_response"].bool_param = True
@@ -206,17 +206,26 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
             empty = self._response(model_name=request.model_name, id=request.id)
             return self._streamed(error_message=told(error).text, infer_response=empty)
 
+    async def _request(self, data: bytes) -> Any:
+        """The message of one inference. Raises `Refused`."""
+        return await aside(lambda: _read(self._infer, data)) if len(data) > MUCH else _read(self._infer, data)
+
     async def _answer(self, request: Any, size: int, left: float | None) -> Any:
         """The answer to one request, which had so many bytes, and whose client waits for so many seconds more."""
         served = self._models.find(request.model_name, request.model_version)
         signature = served.signature
-        inference = await aside(size, lambda: read_message(request, signature))
+        if size > MUCH:
+            inference = await aside(lambda: read_message(request, signature))
+        else:
+            inference = read_message(request, signature)
         if left is not None:
             own = inference.terms.timeout
             bound = max(0.0, left if own is None else min(own, left))
             inference = inference._replace(terms=inference.terms._replace(timeout=bound))
         results = await served.infer(inference, served.model)
-        return await aside(weight(results), lambda: self._written(served.name, inference, results))
+        if weight(results) > MUCH:
+            return await aside(lambda: self._written(served.name, inference, results))
+        return self._written(served.name, inference, results)
 
     def _written(self, name: str, inference: Inference, results: list[Result]) -> Any:
         answer = self._response(model_name=name, model_version=VERSION, id=inference.id)

@@ -21,6 +21,7 @@ from aneuron.web.v2.models import VERSION, Models, Result, Served
 from aneuron.web.v2.requests import NO_SHARED_MEMORY, Inference, read_json, read_raw
 
 T = TypeVar("T")
+Headers = list[tuple[str, str]]
 Get = Callable[[str], str | None]  # a header of the request, by its name in small letters
 
 MAX_BODY = 64 << 20
@@ -42,7 +43,7 @@ class Answer(NamedTuple):
     """Status, headers and body; the parts of a body one after the other."""
 
     status: int
-    headers: list[tuple[str, str]]
+    headers: Headers
     body: list[bytes | memoryview]
 
 
@@ -118,20 +119,30 @@ def _find(parts: tuple[str, ...]) -> Asked | None:
 
 def read_head(get: Get, max_body: int) -> Head:
     """What the headers say. Raises `Refused` before anything of the body is read."""
-    length, json = _number(get, "content-length"), _number(get, "inference-header-content-length")
+    return _head(
+        get("content-length"), get("inference-header-content-length"), get("content-encoding"), get("accept-encoding"),
+        max_body,
+    )  # fmt: skip
+
+
+@lru_cache(256)
+def _head(
+    said_length: str | None, said_json: str | None, coding: str | None, accepts: str | None, max_body: int
+) -> Head:
+    length = _number("content-length", said_length)
+    json = _number("inference-header-content-length", said_json)
     if length is not None and length > max_body:
         raise Refused(413, f"the body has {length} bytes; at most {max_body} are taken")
-    if length is not None and json is not None and json > length and get("content-encoding") is None:
+    if length is not None and json is not None and json > length and coding is None:
         raise Refused(400, f"Inference-Header-Content-Length is {json}; the body has {length} bytes")
-    coding = (get("content-encoding") or "").strip().lower()
+    coding = (coding or "").strip().lower()
     coding = "" if coding == "identity" else coding
     if coding and coding not in _WINDOW:
         raise Refused(415, f"Content-Encoding: {coding!r:.40}; expected gzip or deflate")
-    return Head(json, coding, _chosen(get("accept-encoding")))
+    return Head(json, coding, _chosen(accepts))
 
 
-def _number(get: Get, name: str) -> int | None:
-    value = get(name)
+def _number(name: str, value: str | None) -> int | None:
     if value is None:
         return None
     if not (value.isascii() and value.isdecimal() and len(value) < 19):
@@ -151,10 +162,11 @@ def _chosen(accepts: str | None) -> str:
 class Incoming:
     """The body of a request, as it comes."""
 
+    __slots__ = ("_chunks", "_max", "size")
+
     def __init__(self, max_body: int) -> None:
-        self._max = max_body
+        self._max, self.size = max_body, 0
         self._chunks: list[bytes] = []
-        self.size = 0
 
     def add(self, chunk: bytes) -> None:
         """The next bytes. Raises `Refused` if they are too many."""
@@ -169,13 +181,12 @@ class Incoming:
         return decompress(data, coding, self._max) if coding else data
 
 
-def _cut(data: bytes, json: int | None) -> tuple[bytes | memoryview, bytearray | None]:
+def _cut(data: bytes, json: int | None) -> tuple[bytes, bytearray | None]:
     if json is None:
         return data, None
     if json > len(data):
         raise Refused(400, f"Inference-Header-Content-Length is {json}; the body has {len(data)} bytes")
-    both = memoryview(data)
-    return both[:json], bytearray(both[json:])
+    return data[:json], bytearray(memoryview(data)[json:])
 
 
 def decompress(data: bytes, coding: str, most: int) -> bytes:
@@ -208,10 +219,8 @@ def compress(data: bytes, coding: str) -> bytes:
 _threads: RunVar[CapacityLimiter] = RunVar("aneuron.v2.threads")
 
 
-async def aside(size: int, function: Callable[[], T]) -> T:
-    """What a function returns that has so many bytes to look at: in a thread if they are many."""
-    if size <= MUCH:
-        return function()
+async def aside(function: Callable[[], T]) -> T:
+    """What a function returns that has `MUCH` to look at: in a thread."""
     try:
         limiter = _threads.get()
     except LookupError:
@@ -224,8 +233,8 @@ async def aside(size: int, function: Callable[[], T]) -> T:
 
 async def answer_of(served: Served, head: Head, incoming: Incoming, view: View | AsyncDataParallel) -> Answer:
     """The answer to an inference request whose body has come. Raises what the call raises, and `Refused`."""
-    signature = served.signature
-    remembered = served.remembered if incoming.size <= MUCH else None  # the loop's alone
+    signature, size = served.signature, incoming.size
+    remembered = served.remembered if size <= MUCH else None  # the loop's alone
 
     def read() -> Inference:
         json, binary = _cut(incoming.all(head.coding), head.json)
@@ -234,9 +243,11 @@ async def answer_of(served: Served, head: Head, incoming: Incoming, view: View |
         return read_json(json, binary, signature, remembered)
 
     # What is compressed may become anything.
-    inference = await aside(MUCH + 1 if head.coding and incoming.size > _SMALL else incoming.size, read)
+    inference = await aside(read) if size > (_SMALL if head.coding else MUCH) else read()
     results = await served.infer(inference, view)
-    return await aside(weight(results), lambda: written(served.name, inference, results, head.accepts))
+    if weight(results) > MUCH:
+        return await aside(lambda: written(served.name, inference, results, head.accepts))
+    return written(served.name, inference, results, head.accepts)
 
 
 def weight(results: Iterable[Result]) -> int:
@@ -251,26 +262,31 @@ def _weight(value: Any, binary: bool) -> int:
 
 
 @lru_cache(512)
-def _head_of(name: str, outputs: tuple[tuple[str, str, tuple[int, ...], int], ...]) -> bytes:
-    """The JSON of an answer that is all in binary: it is the same for requests that are alike."""
+def _usual(name: str, outputs: tuple[tuple[str, str, tuple[int, ...], int], ...]) -> tuple[bytes, Headers, int]:
+    """JSON, headers and size of an answer that is all in binary: they are the same for requests that are alike."""
     described = [
         {"name": name, "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": size}}
         for name, datatype, shape, size in outputs
     ]
-    return _encoder.encode({"model_name": name, "model_version": VERSION, "outputs": described})
+    json = _encoder.encode({"model_name": name, "model_version": VERSION, "outputs": described})
+    size = len(json) + sum(size for *_, size in outputs)
+    return json, [*_binary_headers(json), ("content-length", str(size))], size
 
 
 def written(name: str, inference: Inference, results: Sequence[Result], coding: str = "") -> Answer:
     """The answer that has these outputs."""
     if not inference.id and all(result.binary for result in results):
-        data = [in_bytes(result.value) for result in results]
+        parts = [in_bytes(result.value) for result in results]
         said = [
-            (result.name, result.datatype.name, tuple(result.shape), len(each))
-            for result, each in zip(results, data, strict=True)
+            (result.name, result.datatype.name, result.shape, len(part))
+            for result, part in zip(results, parts, strict=True)
         ]
-        return _binary(_head_of(name, tuple(said)), data, coding)
+        json, headers, size = _usual(name, tuple(said))
+        if size > MUCH or coding:
+            return _finished(200, _binary_headers(json), [json, *parts], coding)
+        return Answer(200, headers, [b"".join([json, *parts])])
     described: list[dict[str, Any]] = []
-    parts: list[bytes | memoryview] = []
+    parts = []
     for result in results:
         one: dict[str, Any] = {"name": result.name, "datatype": result.datatype.name, "shape": result.shape}
         if result.binary:
@@ -284,18 +300,18 @@ def written(name: str, inference: Inference, results: Sequence[Result], coding: 
         body["id"] = inference.id
     in_words = [result.value for result in results if not result.binary]
     json = _encoder.encode(body) if not in_words or finite(in_words) else dumps(body)
-    return _binary(json, parts, coding) if parts else _finished(200, [("content-type", _JSON)], [json], coding)
-
-
-def _binary(json: bytes, parts: list[bytes | memoryview], coding: str) -> Answer:
-    headers = [("content-type", _BINARY), ("inference-header-content-length", str(len(json)))]
+    headers = _binary_headers(json) if parts else [("content-type", _JSON)]
     return _finished(200, headers, [json, *parts], coding)
+
+
+def _binary_headers(json: bytes) -> Headers:
+    return [("content-type", _BINARY), ("inference-header-content-length", str(len(json)))]
 
 
 _encoder = msgspec.json.Encoder()
 
 
-def _finished(status: int, headers: list[tuple[str, str]], parts: list[bytes | memoryview], coding: str = "") -> Answer:
+def _finished(status: int, headers: Headers, parts: list[bytes | memoryview], coding: str = "") -> Answer:
     """The parts as bytes; those that are small, or compressed, in one."""
     size = sum(map(len, parts))
     if coding and size > _SMALL:

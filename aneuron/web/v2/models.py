@@ -28,7 +28,7 @@ class Result(NamedTuple):
 
     name: str
     datatype: Datatype
-    shape: list[int]
+    shape: tuple[int, ...]
     value: Any  # a tensor, or the elements of BYTES
     binary: bool
 
@@ -71,14 +71,15 @@ class Served:
             args, kwargs = signature.arguments(inference.values)
             if inference.terms != _USUAL:
                 view = view.options(**inference.terms._asdict())
-            outputs = dict(self.signature.named(await view(*args, **kwargs)))  # known by now, if the call started it
+            outputs = self.signature.named(await view(*args, **kwargs))  # known by now, if the call started it
         self._last = time.time_ns() // 1_000_000
         if inference.outputs is None:
-            return [_result(name, value, inference.binary) for name, value in outputs.items()]
-        missing = [wanted.name for wanted in inference.outputs if wanted.name not in outputs]
+            return [_result(name, value, inference.binary) for name, value in outputs]
+        values = dict(outputs)
+        missing = [wanted.name for wanted in inference.outputs if wanted.name not in values]
         if missing:
-            raise Refused(400, f"the model has no output {missing[0]!r}; it has {', '.join(map(repr, outputs))}")
-        return [_result(wanted.name, outputs[wanted.name], wanted.binary) for wanted in inference.outputs]
+            raise Refused(400, f"the model has no output {missing[0]!r}; it has {', '.join(map(repr, values))}")
+        return [_result(wanted.name, values[wanted.name], wanted.binary) for wanted in inference.outputs]
 
     def metadata(self) -> dict[str, Any]:
         """Its name, versions, inputs and outputs."""
@@ -230,26 +231,27 @@ def _result(name: str, value: Any, binary: bool) -> Result:
     """An output, as the protocol can have it."""
     if type(value) is torch.Tensor:
         try:
-            return Result(name, datatype(name, value.dtype), list(value.shape), value, binary)
+            return Result(name, datatype(name, value.dtype), tuple(value.shape), value, binary)
         except ValueError as error:
             raise OutputError(str(error)) from None
     if isinstance(value, (list, tuple)) and all(isinstance(each, (str, bytes)) for each in value):
-        return Result(name, BYTES, [len(value)], value, binary)
+        return Result(name, BYTES, (len(value),), value, binary)
     raise OutputError(f"output {name!r} is a {type(value).__name__}: neither a tensor nor texts, one for each row")
 
 
-def _nothing(signature: Signature) -> dict[str, Any]:
+def _nothing(signature: Signature) -> list[tuple[str, Any]]:
     """The outputs of no rows: the model is not asked. Raises `Refused` where they cannot be known."""
     if signature.outputs is None:
         raise Refused(400, "the request has no rows, and it is not known yet what the model returns")
     for spec in (*signature.inputs, *signature.outputs):
         if not spec.whole and any(size == -1 for at, size in enumerate(spec.shape) if at != rows_at(spec)):
             raise Refused(400, f"the request has no rows, and {spec.name!r} has a length: send one row at least")
-    found: dict[str, Any] = {}
+    found: list[tuple[str, Any]] = []
     for spec in signature.outputs:
         rows = rows_at(spec)
         if rows is None:
             raise Refused(400, f"the request has no rows, and output {spec.name!r} belongs to all of them")
         shape = [0 if at == rows else size for at, size in enumerate(spec.shape)]
-        found[spec.name] = torch.empty(shape, dtype=spec.dtype) if isinstance(spec.dtype, torch.dtype) else []
+        value: Any = torch.empty(shape, dtype=spec.dtype) if isinstance(spec.dtype, torch.dtype) else []
+        found.append((spec.name, value))
     return found

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from aneuron import Signature, TensorSpec
-from aneuron.web.v2.datatypes import BYTES, TABLE, Datatype, datatype_of, objects, tensor_from, tensor_of
+from aneuron.web.v2.datatypes import BYTES, TABLE, Datatype, Reader, datatype_of, objects, reader, tensor_of
 from aneuron.web.v2.errors import Refused
 
 Parameters = Mapping[str, Any]
@@ -75,21 +75,11 @@ class Inference(NamedTuple):
     terms: Terms
 
 
-class Place(NamedTuple):
-    """Where an input lies in the binary data."""
-
-    at: int
-    size: int
-    spec: TensorSpec
-    datatype: Datatype
-    shape: list[int]
-
-
 class Seen(NamedTuple):
     """What a JSON object says whose inputs are all in the binary data after it: the same object says the same again."""
 
     size: int  # of the binary data
-    places: list[Place]  # in the order of the model's inputs
+    readers: list[Reader]  # in the order of the model's inputs
     inference: Inference  # without its values
 
 
@@ -98,43 +88,36 @@ _KEPT, _LONGEST = 128, 1 << 11  # objects that are remembered of a model, and by
 
 
 def read_json(
-    head: bytes | memoryview,
-    binary: bytearray | None,
-    signature: Signature,
-    remembered: dict[bytes, Seen] | None = None,
+    head: bytes, binary: bytearray | None, signature: Signature, remembered: dict[bytes, Seen] | None = None
 ) -> Inference:
     """The request that a JSON object makes, and the bytes that follow it. Raises `Refused`.
 
     `remembered` are objects that were read before, of the same signature: clients send the same one again and again.
     """
-    if remembered is None or binary is None or len(head) > _LONGEST:
+    if remembered is None or binary is None:
         return _read(head, binary, signature)[0]
-    key = bytes(head)
-    seen = remembered.get(key)
+    seen = remembered.get(head)
     if seen is not None and seen.size == len(binary):
-        values = [tensor_from(binary, *place) for place in seen.places]
-        said = seen.inference
-        return Inference("", values, said.empty, said.outputs, said.binary, said.terms)
-    inference, places = _read(head, binary, signature)
-    if len(places) == len(signature.inputs) and not inference.id:
+        _, _, empty, outputs, in_binary, terms = seen.inference
+        return Inference("", [read(binary) for read in seen.readers], empty, outputs, in_binary, terms)
+    inference, readers = _read(head, binary, signature)
+    if len(readers) == len(signature.inputs) and not inference.id and len(head) <= _LONGEST:
         if len(remembered) >= _KEPT:
             remembered.clear()
-        ordered = [places[spec.name] for spec in signature.inputs]
-        remembered[key] = Seen(len(binary), ordered, inference._replace(values=[]))
+        ordered = [readers[spec.name] for spec in signature.inputs]
+        remembered[head] = Seen(len(binary), ordered, inference._replace(values=[]))
     return inference
 
 
-def _read(
-    head: bytes | memoryview, binary: bytearray | None, signature: Signature
-) -> tuple[Inference, dict[str, Place]]:
-    """The request, and where its inputs lie in the binary data."""
+def _read(head: bytes, binary: bytearray | None, signature: Signature) -> tuple[Inference, dict[str, Reader]]:
+    """The request, and what reads each of its inputs that are in the binary data."""
     try:
         body = _decoder.decode(head)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         body = _lenient(head, error)
     at = 0
     given: dict[str, Any] = {}
-    places: dict[str, Place] = {}
+    readers: dict[str, Reader] = {}
     for each in body.inputs:
         spec, datatype = _described(each.name, each.datatype, each.shape, signature, given)
         size = each.parameters.get("binary_data_size") if each.parameters else None
@@ -149,7 +132,7 @@ def _read(
         if isinstance(size, bool) or not isinstance(size, int) or size < 0:
             raise Refused(400, f"input {each.name!r}: binary_data_size is {size!r:.40}; expected a number of bytes")
         if binary is None and not size:  # nothing, and clients say so without the header
-            given[each.name] = tensor_from(bytearray(), 0, 0, spec, datatype, each.shape)
+            given[each.name] = reader(0, 0, spec, datatype, each.shape)(bytearray())
             continue
         if binary is None:
             raise Refused(
@@ -159,8 +142,8 @@ def _read(
             )
         if at + size > len(binary):
             raise Refused(400, f"input {each.name!r} has {size} bytes of binary data; {len(binary) - at} are left")
-        places[each.name] = place = Place(at, size, spec, datatype, each.shape)
-        given[each.name] = tensor_from(binary, *place)
+        readers[each.name] = read = reader(at, size, spec, datatype, each.shape)
+        given[each.name] = read(binary)
         at += size
     if binary is not None and at != len(binary):
         raise Refused(400, f"{len(binary) - at} bytes of binary data belong to no input")
@@ -170,15 +153,15 @@ def _read(
         _check_output(output.name, output.parameters)
         binary_data = _flag(output.parameters, "binary_data", everything, f"output {output.name!r}")
         outputs.append(Wanted(output.name, binary_data))
-    return _made(body.id, given, signature, outputs, everything, body.parameters), places
+    return _made(body.id, given, signature, outputs, everything, body.parameters), readers
 
 
-def _lenient(head: bytes | memoryview, error: Exception) -> Body:
+def _lenient(head: bytes, error: Exception) -> Body:
     """JSON with NaN and Infinity in it, as Python's clients send them."""
     if isinstance(error, msgspec.ValidationError):
         raise Refused(400, f"the request is not as the protocol has it: {error}") from None
     try:
-        said = json.loads(bytes(head))
+        said = json.loads(head)
         json.dumps(said, ensure_ascii=False).encode()  # half a character, as JSON can escape it, is no text
         return msgspec.convert(said, Body)
     except (ValueError, RecursionError):
@@ -198,7 +181,7 @@ def read_raw(data: bytearray, signature: Signature) -> Inference:
     if datatype is BYTES:
         value = objects([bytes(data)], 1, spec)
     else:
-        value = tensor_from(data, 0, len(data), spec, datatype, _raw_shape(len(data), spec, datatype))
+        value = reader(0, len(data), spec, datatype, _raw_shape(len(data), spec, datatype))(data)
     return Inference("", [value], False, None, True, Terms())
 
 
@@ -231,7 +214,7 @@ def read_message(message: Any, signature: Signature) -> Inference:
                 400, f"input {each.name!r} has contents, and the request raw_input_contents; only one of both"
             )
         data = bytearray(raw[index])
-        given[each.name] = tensor_from(data, 0, len(data), spec, datatype, shape)
+        given[each.name] = reader(0, len(data), spec, datatype, shape)(data)
     outputs = [Wanted(each.name, True) for each in message.outputs]
     for each in message.outputs:
         _check_output(each.name, parameters_of(each.parameters))
