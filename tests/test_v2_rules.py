@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import random
 import struct
 import zlib
 
@@ -16,7 +17,7 @@ from aneuron.web.v2.errors import Refused, told
 from aneuron.web.v2.http import Asked, check_max_body, compress, decompress, find, read_head, written
 from aneuron.web.v2.messages import message
 from aneuron.web.v2.models import Models, Served, _result
-from aneuron.web.v2.requests import Terms, Wanted, read_json, read_message, read_raw
+from aneuron.web.v2.requests import Remembered, Terms, Wanted, read_json, read_message, read_raw
 
 ONE = Signature((TensorSpec("x", torch.float32, (-1, 2)),), (TensorSpec("y", torch.float32, (-1, 2)),))
 TWO = Signature((TensorSpec("a", torch.int64, (-1,)), TensorSpec("b", str, (-1,))))
@@ -445,3 +446,77 @@ class TestDeclared:
         model = aneuron.AsyncDataParallel(torch.nn.ReLU().eval(), example_inputs=example)
         with pytest.raises(aneuron.ShapeError, match="2 inputs are declared"):
             Served("net", model, TWO)
+
+
+class TestWhatWasSaidBefore:
+    """What is remembered changes nothing: neither who says it again, nor who says nearly the same."""
+
+    @staticmethod
+    def asked(chance):
+        """Inputs in some order with their data, and what else a request says."""
+        rows = chance.choice([0, 1, 2])
+        data = {
+            "a": struct.pack(f"<{rows}q", *[chance.randrange(100) for _ in range(rows)]),
+            "b": in_bytes([chance.choice(["", "x", "yz"]) for _ in range(rows)]),
+        }
+        inputs = [
+            {"name": name, "shape": [rows if name == "a" else chance.choice([rows, rows, 1])], "datatype": datatype}
+            for name, datatype in chance.sample([("a", "INT64"), ("b", "BYTES")], 2)
+        ]
+        outputs = chance.choice([[], [{"name": "y"}]])
+        more = chance.choice([{}, {}, {"timeout": chance.choice([1_000_000, 2_000_000])}])
+        return inputs, data, outputs, more, chance.choice(["", "", "7"])
+
+    @staticmethod
+    def tried(function, *args):
+        try:
+            asked = function(*args)
+        except Refused as error:
+            return str(error)
+        return asked._replace(values=[each if isinstance(each, list) else each.tolist() for each in asked.values])
+
+    def test_json(self):
+        chance, remembered, again = random.Random(1), Remembered(), 0
+        for _ in range(2000):
+            inputs, data, outputs, more, request_id = self.asked(chance)
+            for each in inputs:
+                each["parameters"] = {"binary_data_size": len(data[each["name"]])}
+            binary = b"".join(bytes(data[each["name"]]) for each in inputs)
+            head = {"inputs": inputs, "outputs": outputs, "parameters": more, "id": request_id}
+            said = json.dumps(head).encode()
+            again += remembered.get(said, len(binary)) is not None
+            known = self.tried(read_json, said, bytearray(binary), TWO, remembered)
+            assert known == self.tried(read_json, said, bytearray(binary), TWO)
+        assert again > 500
+
+    def test_messages(self):
+        chance, remembered = random.Random(2), Remembered()
+        for _ in range(2000):
+            inputs, data, outputs, more, request_id = self.asked(chance)
+            parameters = {name: {"int64_param": value} for name, value in more.items()}
+            raw = [bytes(data[each["name"]]) for each in inputs]
+
+            def made(each=(inputs, outputs, parameters, request_id, raw)):
+                inputs, outputs, parameters, request_id, raw = each
+                return message("ModelInferRequest")(
+                    inputs=inputs, outputs=outputs, parameters=parameters, id=request_id, raw_input_contents=raw
+                )
+
+            assert self.tried(read_message, made(), TWO, remembered) == self.tried(read_message, made(), TWO)
+
+    def test_texts_of_other_lengths_are_other_texts(self):
+        two = Signature((TensorSpec("a", str, (-1,)), TensorSpec("b", str, (-1,))))
+        remembered = Remembered()
+        for texts in (["x", "yz"], ["xy", "z"]):
+            raw = [in_bytes([each]) for each in texts]
+            inputs = [{"name": name, "datatype": "BYTES", "shape": [1]} for name in "ab"]
+            asked = message("ModelInferRequest")(inputs=inputs, raw_input_contents=raw)
+            assert read_message(asked, two, remembered).values == [[texts[0]], [texts[1]]]
+        assert len(remembered._seen) == 2
+
+    def test_there_is_an_end_to_it(self):
+        remembered = Remembered()
+        for number in range(1000):
+            said = described({"binary_data_size": 8, "number": number})
+            read_json(json.dumps(said).encode(), bytearray(8), ONE, remembered)
+        assert len(remembered._seen) <= 128

@@ -1,6 +1,7 @@
 """aneuron by the Open Inference Protocol over gRPC."""
 
 import asyncio
+import gc
 
 import uvloop
 
@@ -10,6 +11,8 @@ from benchmarks import servers
 
 async def main() -> None:
     async with servers.product() as net, GrpcServer(net=net) as server:
+        gc.collect()
+        gc.freeze()
         await server.listen(f"127.0.0.1:{servers.PORT}")
         await asyncio.Event().wait()
 

@@ -217,7 +217,7 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
         if size > MUCH:
             inference = await aside(lambda: read_message(request, signature))
         else:
-            inference = read_message(request, signature)
+            inference = read_message(request, signature, served.remembered)
         if left is not None:
             own = inference.terms.timeout
             bound = max(0.0, left if own is None else min(own, left))

@@ -16,7 +16,7 @@ from aneuron.web.checks import check_models
 from aneuron.web.problems import logger
 from aneuron.web.v2.datatypes import BYTES, Datatype, datatype, datatype_of
 from aneuron.web.v2.errors import Refused
-from aneuron.web.v2.requests import Inference, Seen, Terms, rows_at
+from aneuron.web.v2.requests import Inference, Remembered, Terms, rows_at
 
 VERSION = "1"  # each model has one: what it was swapped for answers under the same
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "model_repository", "statistics", "parameters")
@@ -41,7 +41,7 @@ class Served:
         self._declared = declared
         self._last = 0  # ms since 1970, of the last answer
         self._known: Signature | None = None
-        self.remembered: dict[bytes, Seen] = {}  # by the JSON of requests, what it said
+        self.remembered = Remembered()
         signature = self.signature
         if not signature.inputs:
             raise ValueError(

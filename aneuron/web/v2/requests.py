@@ -76,11 +76,43 @@ class Inference(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What a JSON object says whose inputs are all in the binary data after it: the same object says the same again."""
+    """What a request says beside the binary data that all its inputs are in: the next that says the same means it."""
 
     size: int  # of the binary data
     readers: list[Reader]  # in the order of the model's inputs
     inference: Inference  # without its values
+
+    def again(self, binary: bytearray) -> Inference:
+        """The same with other data."""
+        _, _, empty, outputs, in_binary, terms = self.inference
+        return Inference("", [read(binary) for read in self.readers], empty, outputs, in_binary, terms)
+
+
+class Remembered:
+    """Of one model, by what was said: what was understood. Clients say the same again and again."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Any, Seen] = {}
+
+    def get(self, said: Any, size: int) -> Seen | None:
+        """What these words with so much binary data were understood as, if they are known."""
+        seen = self._seen.get(said)
+        return seen if seen is not None and seen.size == size else None
+
+    def keep(
+        self, said: Any, size: int, inference: Inference, readers: Mapping[str, Reader], signature: Signature
+    ) -> None:
+        """Know them the next time, if they are worth it."""
+        if inference.id or len(readers) != len(signature.inputs):
+            return
+        if len(self._seen) >= _KEPT:
+            self._seen.clear()
+        ordered = [readers[spec.name] for spec in signature.inputs]
+        self._seen[said] = Seen(size, ordered, inference._replace(values=[]))
+
+    def clear(self) -> None:
+        """Know nothing any more."""
+        self._seen.clear()
 
 
 _decoder = msgspec.json.Decoder(Body)
@@ -88,24 +120,18 @@ _KEPT, _LONGEST = 128, 1 << 11  # objects that are remembered of a model, and by
 
 
 def read_json(
-    head: bytes, binary: bytearray | None, signature: Signature, remembered: dict[bytes, Seen] | None = None
+    head: bytes, binary: bytearray | None, signature: Signature, remembered: Remembered | None = None
 ) -> Inference:
     """The request that a JSON object makes, and the bytes that follow it. Raises `Refused`.
 
-    `remembered` are objects that were read before, of the same signature: clients send the same one again and again.
+    `remembered` is of the same signature.
     """
-    if remembered is None or binary is None:
+    if remembered is None or binary is None or len(head) > _LONGEST:
         return _read(head, binary, signature)[0]
-    seen = remembered.get(head)
-    if seen is not None and seen.size == len(binary):
-        _, _, empty, outputs, in_binary, terms = seen.inference
-        return Inference("", [read(binary) for read in seen.readers], empty, outputs, in_binary, terms)
+    if (seen := remembered.get(head, len(binary))) is not None:
+        return seen.again(binary)
     inference, readers = _read(head, binary, signature)
-    if len(readers) == len(signature.inputs) and not inference.id and len(head) <= _LONGEST:
-        if len(remembered) >= _KEPT:
-            remembered.clear()
-        ordered = [readers[spec.name] for spec in signature.inputs]
-        remembered[head] = Seen(len(binary), ordered, inference._replace(values=[]))
+    remembered.keep(head, len(binary), inference, readers, signature)
     return inference
 
 
@@ -196,16 +222,38 @@ def _raw_shape(size: int, spec: TensorSpec, datatype: Datatype) -> list[int]:
     return [size // (known * datatype.size) if each == -1 else each for each in shape]
 
 
-def read_message(message: Any, signature: Signature) -> Inference:
-    """The request that a ModelInferRequest makes. Raises `Refused`."""
-    raw = message.raw_input_contents
+def read_message(message: Any, signature: Signature, remembered: Remembered | None = None) -> Inference:
+    """The request that a ModelInferRequest makes, which is without its raw contents then. Raises `Refused`.
+
+    `remembered` is of the same signature.
+    """
+    raw = list(message.raw_input_contents)
+    binary, sizes = bytearray().join(raw), list(map(len, raw))
+    del message.raw_input_contents[:]
+    said: Any = None
+    if remembered is not None and raw:
+        said = message.SerializeToString(), *sizes
+        if (seen := remembered.get(said, len(binary))) is not None:
+            return seen.again(binary)
+    inference, readers = _read_message(message, binary if raw else None, sizes, signature)
+    if remembered is not None and raw and len(said[0]) <= _LONGEST:
+        remembered.keep(said, len(binary), inference, readers, signature)
+    return inference
+
+
+def _read_message(
+    message: Any, binary: bytearray | None, sizes: Sequence[int], signature: Signature
+) -> tuple[Inference, dict[str, Reader]]:
+    """The request, and what reads each of its inputs that are in the binary data."""
     given: dict[str, Any] = {}
-    if raw and len(raw) != len(message.inputs):
-        raise Refused(400, f"there are {len(message.inputs)} inputs and {len(raw)} raw_input_contents; one for each")
+    readers: dict[str, Reader] = {}
+    if binary is not None and len(sizes) != len(message.inputs):
+        raise Refused(400, f"there are {len(message.inputs)} inputs and {len(sizes)} raw_input_contents; one for each")
+    at = 0
     for index, each in enumerate(message.inputs):
         shape = list(each.shape)
         spec, datatype = _described(each.name, each.datatype, shape, signature, given)
-        if not raw:
+        if binary is None:
             _check_region(each.name, each.parameters)
             given[each.name] = _typed(each, spec, datatype, shape)
             continue
@@ -213,12 +261,13 @@ def read_message(message: Any, signature: Signature) -> Inference:
             raise Refused(
                 400, f"input {each.name!r} has contents, and the request raw_input_contents; only one of both"
             )
-        data = bytearray(raw[index])
-        given[each.name] = reader(0, len(data), spec, datatype, shape)(data)
+        readers[each.name] = read = reader(at, sizes[index], spec, datatype, shape)
+        given[each.name] = read(binary)
+        at += sizes[index]
     outputs = [Wanted(each.name, True) for each in message.outputs]
     for each in message.outputs:
         _check_output(each.name, parameters_of(each.parameters))
-    return _made(message.id, given, signature, outputs, True, parameters_of(message.parameters))
+    return _made(message.id, given, signature, outputs, True, parameters_of(message.parameters)), readers
 
 
 def _typed(each: Any, spec: TensorSpec, datatype: Datatype, shape: Sequence[int]) -> Any:
