@@ -69,3 +69,18 @@ def test_a_client(seen, cell):
         assert said.startswith("unsupported"), said
     else:
         assert said == "ok", said
+
+
+AFTER = """
+from aneuron.web.v2.messages import message
+from kserve.protocol.grpc.grpc_predict_v2_pb2 import ModelInferRequest
+data = message("ModelInferRequest")(model_name="net").SerializeToString()
+assert ModelInferRequest.FromString(data).model_name == "net"
+"""
+
+
+@pytest.mark.skipif("kserve" not in WHICH, reason="kserve has none for 3.14")
+def test_kserve_can_be_imported_after_our_messages():
+    """Before, and Triton's stubs before and after, are in the processes of the table."""
+    with started("-c", AFTER) as process:
+        assert process.wait(120) == 0
