@@ -1,8 +1,10 @@
 """The programs in README.md and docs/ run as printed."""
 
+import asyncio
 import contextlib
 import re
 import runpy
+import socket
 import subprocess
 import sys
 import textwrap
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from fake_cuda import FakeCuda
+
+from aneuron.cli import main
 
 ROOT = Path(__file__).parent.parent
 PAGES = {str(file.relative_to(ROOT)): file.read_text() for file in (ROOT / "README.md", *ROOT.glob("docs/**/*.md"))}
@@ -40,7 +44,7 @@ def names_of(name: str) -> dict:
     return names
 
 
-APART = {"flask", "django", "engines", "neuron, traced", "neuron, native"}  # which have tests of their own
+APART = {"flask", "django", "engines", "neuron, traced", "neuron, native", "v2 client"}  # which have tests of their own
 
 
 @pytest.mark.parametrize("name", sorted(PROGRAMS.keys() - APART))
@@ -156,6 +160,37 @@ async def test_the_aiohttp_program_answers_and_refuses():
         assert (answer.status, len(await answer.json())) == (200, 2)
         assert (wrong.status, (await wrong.json(content_type=None))["error"]) == (422, "ShapeError")
         assert (await asker.get("/readyz")).status == 200
+
+
+async def test_the_protocol_is_served_and_asked(capsys):
+    pytest.importorskip("tritonclient.http")
+    import uvicorn
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        asks = PROGRAMS["v2 client"].replace("8000", str(listening.getsockname()[1]))
+        server = uvicorn.Server(uvicorn.Config(names_of("v2")["app"], log_level="warning"))
+        serving = asyncio.create_task(server.serve([listening]))
+        await asyncio.to_thread(exec, compile(asks, "program: v2 client", "exec"), {})
+        server.should_exit = True
+        await serving
+    assert capsys.readouterr().out.startswith("[[")
+
+
+def test_a_declared_model_says_what_was_declared():
+    with client("v2 declared") as asker:
+        assert asker.get("/v2/models/net").json()["inputs"][0]["name"] == "pixels"
+
+
+def test_the_models_of_the_tutorial_are_tuned(monkeypatch, tmp_path, capsys):
+    """As printed, with turns that are too short to say anything."""
+    (tmp_path / "nets.py").write_text(PROGRAMS["nets"])
+    monkeypatch.chdir(tmp_path)
+    (command,) = re.findall(r"^\$ aneuron (tune .+)", PAGES["docs/tutorial.md"], re.MULTILINE)
+    try:
+        assert main([*command.split(), "--backend", "cpu", "--seconds", "0.01", "--no-plot"]) == 0
+    finally:
+        sys.modules.pop("nets", None)
+    assert "from nets import encoder" in capsys.readouterr().out
 
 
 def test_the_parameter_table_names_every_parameter_in_order():
