@@ -211,7 +211,7 @@ def steps(plain: Sentence, example: Inputs) -> Iterator[Way]:
     else:
         print("  left out: bfloat16, for which this CPU has no instructions")
     if importlib.util.find_spec("openvino") is None:
-        print("  left out: OpenVINO, which is not installed (pip install 'aneuron[openvino]')")
+        print("  left out: OpenVINO, which is not installed (pip install openvino)")
     else:
         warnings.filterwarnings("ignore", module="transformers")  # it is traced: what becomes a constant is compared
         precision = "bf16" if half else "f32"

@@ -4,7 +4,9 @@
     curl --data-binary @picture.png localhost:8000/colours
 
 `/colours` takes a file and decodes it in a thread. The others take pixels, in three ways that cost more and more: raw
-bytes, MessagePack, and JSON that pydantic checks number by number. Besides: /docs, /console, /metrics, /livez, /readyz.
+bytes (`/raw`), MessagePack (`/msgpack`), and JSON that pydantic checks number by number (`/json`).
+
+Besides: /docs, /console/, /metrics/, /livez, /readyz.
 """
 
 import argparse

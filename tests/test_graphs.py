@@ -513,6 +513,21 @@ def test_with_fixed_rows_what_they_decide_may_be_fixed():
     assert torch.equal(answers[1], X[:1] * 2)
 
 
+@pytest.mark.parametrize(("mode", "padding", "refused"), [("mean", 0.0, True), ("sum", 5.0, True), ("sum", 0.0, False)])
+def test_padding_that_openvino_would_count_is_refused(mode, padding, refused):
+    """The example has none, and would not show it."""
+    bag = torch.nn.EmbeddingBag(9, 4, mode=mode, padding_idx=0).eval().requires_grad_(False)
+    bag.weight[0] = padding
+    module = torch.nn.Sequential(bag).eval()
+    full, padded = torch.tensor([[1, 2, 3, 4]]), torch.tensor([[1, 2, 0, 0]])
+    if refused:
+        with pytest.raises(ValueError, match="Sequential has an EmbeddingBag with padding_idx"):
+            served(module, OpenVinoBackend(cores=1), (padded,), example_inputs=full)
+    else:
+        (answer,) = served(module, OpenVinoBackend(cores=1), (padded,), example_inputs=full)
+        torch.testing.assert_close(answer, bag(padded))
+
+
 def test_a_module_needs_an_example():
     with pytest.raises(ValueError, match="model=Sequential: OpenVINO converts a module by tracing it; pass example_in"):
         served(net(), OpenVinoBackend(cores=2))

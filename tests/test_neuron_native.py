@@ -270,6 +270,18 @@ def test_dynamo_compiles_each_program_once(monkeypatch):
     assert len(counted) == 6 * 3
 
 
+def test_keywords_are_the_same_in_any_order(machine, tmp_path):
+    class Scale(torch.nn.Module):
+        def forward(self, x, by):
+            return x * by
+
+    core = NeuronBackend(compile=True, root=tmp_path).load(Scale().eval(), 0, 2)
+    by = torch.tensor([[2.0], [3.0]])
+    for kwargs in ({"x": X, "by": by}, {"by": by, "x": X}):
+        assert torch.equal(core.execute((), kwargs), X * by)
+    assert compilations() == 1
+
+
 def test_a_program_for_each_constant(machine, tmp_path):
     class Scale(torch.nn.Module):
         def forward(self, x, by):

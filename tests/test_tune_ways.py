@@ -291,6 +291,14 @@ def test_lengths_are_found_where_calls_differ(shapes, found):
     assert calls.lengths([torch.zeros(shape) for shape in shapes]) == found
 
 
+def test_named_inputs_are_the_same_in_any_order(tmp_path):
+    file = tmp_path / "calls.jsonl"
+    file.write_text('{"ids": [1, 2, 3], "box": [[[1, 2]]]}\n{"box": [[[3, 4]]], "ids": [4, 5, 6]}\n')
+    read = calls.inputs(str(file)).calls
+    assert [list(call) for call in read] == [["ids", "box"]] * 2
+    assert calls.lengths(read) is None
+
+
 # Ways.
 
 

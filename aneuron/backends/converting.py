@@ -126,11 +126,23 @@ def converted(module: nn.Module, example: Any) -> tuple[Any, Converted]:
             f"model={type(module).__name__}: OpenVINO converts a module by tracing it; pass example_inputs, or the "
             "path of an .onnx or .xml file"
         )
+    if any(map(_drops_padding, module.modules())):
+        raise ValueError(
+            f"model={type(module).__name__} has an EmbeddingBag with padding_idx, which OpenVINO counts like any other "
+            "row: use Embedding, mask and sum, or use backend='cpu'"
+        )
     made = Converted(module, *example)
     try:
         return made.graph(), made
     except Exception as error:
         raise Unreadable(module, "OpenVINO", error, "") from error
+
+
+def _drops_padding(module: nn.Module) -> bool:
+    """Whether OpenVINO would answer otherwise where there is padding, which an example need not have."""
+    if not isinstance(module, nn.EmbeddingBag) or module.padding_idx is None:
+        return False
+    return module.mode != "sum" or bool(module.weight[module.padding_idx].any())
 
 
 def _leaves(value: Any) -> tuple[list[Any], list[Any]]:

@@ -243,6 +243,8 @@ def _alike(read: list[tuple[str, Any]]) -> list[Any]:
                 f"{where}: its tensors have {', '.join(map(str, sizes)) or 'no'} rows; every tensor of a call has as "
                 "many, one at least, in its first dimension"
             )
+    if isinstance(calls[0], dict):
+        return [{name: call[name] for name in calls[0]} for call in calls]  # in one order
     return calls
 
 

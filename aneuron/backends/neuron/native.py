@@ -52,6 +52,7 @@ class Programs:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the program for these shapes. A `RuntimeError` of compiling has a note."""
+        kwargs = dict(sorted(kwargs.items()))  # one program for all orders of them
         key = _key((args, kwargs))
         program = self._programs.get(key)
         if program is not None:
