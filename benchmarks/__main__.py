@@ -5,7 +5,6 @@ import asyncio
 import gc
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -134,26 +133,18 @@ def report(args: argparse.Namespace, rows: list[Any]) -> str:
 
 
 def versions(args: argparse.Namespace) -> dict[str, str]:
-    import torch
-
     from aneuron import _native
     from benchmarks import before
-    from benchmarks.contenders import installed
+    from benchmarks.contenders import versions as around
 
     cores = {"core": f"as Python ({_native.why_pure})" if _native.why_pure else "compiled"}
     if (package := before.package()) is not None:
         cores["core before"] = "as Python" if before.why_pure(package) else "compiled"
-    packages = {name: installed(name) or "not installed" for name in ("aneuron", "batched", "async-batcher")}
-    return {
-        **packages,
-        **cores,
-        "loadgen": installed("mlcommons-loadgen") or "not installed",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "uvloop": f"{installed('uvloop') or 'not installed'}{' (not used)' * (args.loop == 'asyncio')}",
-        "CPUs": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
-        "load before": f"{args.load:.1f}",
-    }
+    packages = ("aneuron", "batched", "async-batcher", "mlcommons-loadgen", "torch", "uvloop")
+    found = around(*packages, load=args.load)
+    if args.loop == "asyncio":
+        found["uvloop"] += " (not used)"
+    return found | cores
 
 
 def write(args: argparse.Namespace, rows: list[Any], text: str) -> None:

@@ -9,6 +9,8 @@ the start, `await stop()`. All but aneuron run on `floors.Core`, which does what
 import asyncio
 import inspect
 import itertools
+import os
+import platform
 import queue
 from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -212,3 +214,13 @@ def installed(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+def versions(*packages: str, load: float) -> dict[str, str]:
+    """What ran, on what: for every table and file of figures. `load`: of the machine, before."""
+    return {
+        **{name: installed(name) or "not installed" for name in packages},
+        "python": platform.python_version(),
+        "CPUs": str(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()),
+        "load before": f"{load:.1f}",
+    }

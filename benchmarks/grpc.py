@@ -22,8 +22,9 @@ import grpc
 import numpy as np
 
 from aneuron.web.v2.messages import SERVICE, message
+from benchmarks.contenders import versions
 from benchmarks.processes import START, Server
-from benchmarks.timing import WrongAnswer
+from benchmarks.timing import Effort, Seen, Turn, WrongAnswer, rounds
 
 FEATURES = 64
 CALLERS = (1, 32, 256)
@@ -58,20 +59,24 @@ class Grpc(Server):
         if await client.wait():
             raise RuntimeError(f"the client ended with {client.returncode}; {self.said()}")
 
-    async def turn(self, callers: int, seconds: float, request: str) -> dict[str, float]:
+    async def turn(self, callers: int, seconds: float, request: str) -> Turn:
         """What h2load has seen of it, from so many connections with one request each: it costs less than Python."""
         command = ["h2load", "--clients", str(callers), "--max-concurrent-streams", "1", "--duration", str(seconds)]
         command += ["--data", str(request), "--header", "content-type: application/grpc", "--header", "te: trailers"]
         url = f"http://127.0.0.1:{self.port}/{SERVICE}/ModelInfer"
-        cpu = self.cpu()
-        load = await asyncio.create_subprocess_exec(*command, url, stdout=asyncio.subprocess.PIPE)
-        said = (await load.communicate())[0].decode()
+        self.resume()
+        try:
+            cpu = self.cpu()
+            load = await asyncio.create_subprocess_exec(*command, url, stdout=asyncio.subprocess.PIPE)
+            said = (await load.communicate())[0].decode()
+            cpu = self.cpu() - cpu
+        finally:
+            self.pause()
         answers = int(_one(r"(\d+) 2xx", said))
         size = float(_one(r"\((\d+)\) data", said)) / max(1, answers)
         if int(_one(r"(\d+) failed", said)) or size < 4 * FEATURES:
             raise RuntimeError(f"not every request was answered: {said}")
-        cpu = self.cpu() - cpu
-        return {"answers/s": answers / seconds, "ms": callers * seconds / answers * 1e3, "us": cpu / answers * 1e6}
+        return Turn(answers / seconds, cpu / answers)
 
 
 def _one(pattern: str, text: str) -> str:
@@ -132,11 +137,12 @@ async def client(port: int, callers: int, seconds: float) -> None:
         await channel.close()
 
 
-async def measure(args: argparse.Namespace) -> None:
+async def measure(args: argparse.Namespace) -> dict[int, Seen]:
+    """What was seen of each server at each number of connections."""
     servers = {"aneuron": Grpc("benchmarks.servers.grpc_app")}
     if args.mlserver:
         servers["MLServer"] = Grpc("mlserver_app", args.mlserver)
-    seen: dict[tuple[str, int], list[dict[str, float]]] = {}
+    effort, found = Effort(args.seconds, args.repetitions, 1), {}
     request = tempfile.NamedTemporaryFile()  # noqa: SIM115 - until this ends
     request.write(framed(1)[1])
     request.flush()
@@ -147,29 +153,31 @@ async def measure(args: argparse.Namespace) -> None:
             await server.check(32, 1)
             server.pause()
         for callers in CALLERS:
-            for turn in range(args.repetitions):
-                names = list(servers)
-                for name in names[turn % len(names) :] + names[: turn % len(names)]:
-                    servers[name].resume()
-                    seen.setdefault((name, callers), []).append(
-                        await servers[name].turn(callers, args.seconds, request.name)
-                    )
-                    servers[name].pause()
+            found[callers] = await rounds(
+                servers, effort, lambda server: server.turn(callers, args.seconds, request.name)  # noqa: B023
+            )  # fmt: skip
     finally:
         for server in servers.values():
             await server.stop()
-    for callers in CALLERS:
-        for name in servers:
-            turns = seen[name, callers]
-            rates = [turn["answers/s"] for turn in turns]
-            beside = [
-                rate / other["answers/s"] for rate, other in zip(rates, seen[list(servers)[-1], callers], strict=True)
-            ]
-            ms, us = (median(turn[what] for turn in turns) for what in ("ms", "us"))
-            print(
+    return found
+
+
+def table(found: dict[int, Seen]) -> str:
+    """A line for each server at each load; the ratio is beside the last of them, turn by turn."""
+    lines = []
+    for callers, seen in found.items():
+        *_, last = seen.turns
+        for name, turns in seen.turns.items():
+            rates = [turn.rows_per_second for turn in turns]
+            beside = [rate / other.rows_per_second for rate, other in zip(rates, seen.turns[last], strict=True)]
+            ms = callers / median(rates) * 1e3
+            us = median(turn.cpu_per_row for turn in turns) * 1e6
+            lines.append(
                 f"{callers:4} connections  {name:9} {median(rates):7.0f} answers/s  {ms:6.1f} ms  {us:6.0f} us of CPU  "
-                f"{median(beside):.2f}x {list(servers)[-1]} ({min(beside):.2f} to {max(beside):.2f})"
+                f"{median(beside):.2f}x {last} ({min(beside):.2f} to {max(beside):.2f})"
             )
+        lines += [f"{callers:4} connections  {name:9} fails: {why}" for name, why in seen.fails.items()]
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -184,7 +192,10 @@ def main() -> None:
     )
     parser.add_argument("--seconds", type=int, default=3, help="of one turn (3)")
     parser.add_argument("--repetitions", type=int, default=5, help="of each (5)")
-    asyncio.run(measure(parser.parse_args()))
+    args = parser.parse_args()
+    load = os.getloadavg()[0]
+    print(table(asyncio.run(measure(args))))
+    print(", ".join(f"{name} {number}" for name, number in versions("aneuron", "grpcio", "torch", load=load).items()))
 
 
 if __name__ == "__main__":

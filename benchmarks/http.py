@@ -7,7 +7,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import sys
 import textwrap
 from collections.abc import AsyncIterator, Iterable, Iterator, Mapping
@@ -17,9 +16,9 @@ from statistics import median
 from typing import TypeVar
 
 from benchmarks import table, wrk
-from benchmarks.contenders import installed
+from benchmarks.contenders import installed, versions
 from benchmarks.processes import CALLERS, Server
-from benchmarks.rows import Row, above, at_least, at_most, percentile, row
+from benchmarks.rows import Row, above, as_json, at_least, at_most, percentile, row
 from benchmarks.timing import Effort, Seen, Turn, reason, rounds
 
 T = TypeVar("T")
@@ -272,36 +271,21 @@ def _number(value: float) -> str:
 def report(args: argparse.Namespace, scenes: list[tuple[str, Seen]], rows: list[Row]) -> str:
     said = CAVEATS.format(repetitions=args.repetitions, seconds=args.seconds, callers=CALLERS)
     caveats = "\n\n".join(textwrap.fill(paragraph, 120) for paragraph in said.strip().split("\n\n"))
-    with_versions = textwrap.fill(", ".join(f"{name} {number}" for name, number in versions(args).items()), 120)
+    with_versions = textwrap.fill(", ".join(f"{name} {number}" for name, number in around(args).items()), 120)
     return "\n\n".join([everything(scenes), table.table(rows), with_versions, caveats])
 
 
-def versions(args: argparse.Namespace) -> dict[str, str]:
-    packages = ("aneuron", "fastapi", "starlette", "uvicorn", "aiohttp", "uvloop", "httptools", "litserve", "mosec")
-    return {
-        **{name: installed(name) or "not installed" for name in (*packages, "torch")},
-        "python": platform.python_version(),
-        "CPUs": str(len(os.sched_getaffinity(0))),
-        "load before": f"{args.load:.1f}",
-    }
+def around(args: argparse.Namespace) -> dict[str, str]:
+    return versions("aneuron", "fastapi", "starlette", "uvicorn", "aiohttp", "uvloop", "httptools", "litserve", "mosec",
+                    "torch", load=args.load)  # fmt: skip
 
 
 def write(args: argparse.Namespace, scenes: list[tuple[str, Seen]], rows: list[Row], text: str) -> None:
     """http.json and http.txt."""
     args.results.mkdir(parents=True, exist_ok=True)
-    seen = {
-        scene: {
-            name: [
-                {"answers/s": turn.rows_per_second, **turn.more}
-                | {f"p{part}": percentile(turn.latencies, part / 100) * 1e3 for part in (50, 99)}
-                for turn in turns
-            ]
-            for name, turns in seen.turns.items()
-        }
-        for scene, seen in scenes
-    }
+    seen = {scene: as_json(seen) for scene, seen in scenes}
     settings = {name: getattr(args, name) for name in ("seconds", "repetitions", "connections")}
-    data = {"versions": versions(args), "settings": settings, "seen": seen, "rows": [one.as_json() for one in rows]}
+    data = {"versions": around(args), "settings": settings, "seen": seen, "rows": [one.as_json() for one in rows]}
     (args.results / "http.json").write_text(json.dumps(data, indent=1) + "\n")
     (args.results / "http.txt").write_text(text + "\n")
 

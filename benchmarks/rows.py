@@ -140,3 +140,16 @@ def p50(scale: float = 1e3) -> Callable[[Turn], float]:
 
 def p99(turn: Turn) -> float:
     return percentile(turn.latencies, 0.99) * 1e3
+
+
+def as_json(seen: Seen) -> dict[str, list[dict[str, float]]]:
+    """What was seen of servers, turn by turn; times in milliseconds, CPU in microseconds an answer."""
+    return {
+        name: [
+            {"answers/s": turn.rows_per_second, "us of CPU": turn.cpu_per_row * 1e6}
+            | {f"p{part}": percentile(turn.latencies, part / 100) * 1e3 for part in (50, 99)}
+            | turn.more
+            for turn in turns
+        ]
+        for name, turns in seen.turns.items()
+    }

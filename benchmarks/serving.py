@@ -7,7 +7,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -16,9 +15,9 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks import wrk
-from benchmarks.contenders import installed
+from benchmarks.contenders import versions
 from benchmarks.processes import Server
-from benchmarks.rows import percentile
+from benchmarks.rows import as_json, percentile
 from benchmarks.timing import Effort, Seen, Turn, reason, rounds
 
 SERVERS = {
@@ -38,6 +37,7 @@ V2_HEAD = (
     b'{"inputs":[{"name":"input0","shape":[1,64],"datatype":"FP32","parameters":{"binary_data_size":256}}],'
     b'"parameters":{"binary_data_output":true}}'
 )
+PACKAGES = ("aneuron", "uvicorn", "httptools", "granian", "aiohttp", "mosec", "uvloop", "torch")
 CONNECTIONS = (1, 32, 256)
 SCENE = {"cores": 4, "batch": 8, "seconds": 0.005, "features": 64}
 YARDSTICK = "aiohttp"
@@ -136,37 +136,20 @@ def table(found: dict[int, Seen]) -> str:
     return "\n".join(lines)
 
 
-def versions(args: argparse.Namespace) -> dict[str, str]:
-    packages = ("aneuron", "uvicorn", "httptools", "granian", "aiohttp", "uvloop", "torch")
-    return {
-        **{name: installed(name) or "not installed" for name in packages},
-        "python": platform.python_version(),
-        "CPUs": str(len(os.sched_getaffinity(0))),
-        "load before": f"{args.load:.1f}",
-    }
-
-
 def main(argv: Sequence[str] | None = None) -> None:
     args = arguments(argv)
     if not wrk.there() or not Path("/proc/self/smaps_rollup").exists():
         sys.exit("this benchmark needs Linux and wrk (Debian's package of that name)")
     found = asyncio.run(measure(args))
     said = " ".join(CAVEATS.split()).format(yardstick=YARDSTICK, repetitions=args.repetitions, seconds=args.seconds)
-    with_versions = ", ".join(f"{name} {number}" for name, number in versions(args).items())
+    around = versions(
+        "aneuron", "uvicorn", "httptools", "granian", "aiohttp", "mosec", "uvloop", "torch", load=args.load
+    )
+    with_versions = ", ".join(f"{name} {number}" for name, number in around.items())
     print(f"{table(found)}\n\n{textwrap.fill(with_versions, 120)}\n\n{textwrap.fill(said, 120)}")
     if args.results is not None:
-        seen = {
-            connections: {
-                name: [
-                    {"answers/s": turn.rows_per_second, "us of CPU": turn.cpu_per_row * 1e6}
-                    | {f"p{part}": percentile(turn.latencies, part / 100) * 1e3 for part in (50, 99)}
-                    for turn in turns
-                ]
-                for name, turns in seen.turns.items()
-            }
-            for connections, seen in found.items()
-        }
-        args.results.write_text(json.dumps({"versions": versions(args), "seen": seen}, indent=1) + "\n")
+        seen = {connections: as_json(seen) for connections, seen in found.items()}
+        args.results.write_text(json.dumps({"versions": around, "seen": seen}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
