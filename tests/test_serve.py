@@ -132,6 +132,31 @@ async def test_one_service_has_the_protocol_probes_metrics_and_console(nets):
         assert (await running.ask("/elsewhere"))[0] == 404
 
 
+async def test_who_waits_for_100_continue_gets_it(nets):
+    body = json.dumps({"inputs": [{"name": "input0", "shape": [1, 2], "datatype": "FP32", "data": [1, 1]}]}).encode()
+    async with serving() as running:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        head = "POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+        writer.write((head % len(body)).encode())
+        assert b" 100 " in await reader.readline()
+        writer.write(body)
+        assert await reader.readline() == b"\r\n"
+        assert b" 200 " in await reader.readline()
+        writer.close()
+
+
+async def test_requests_have_deadlines(nets):
+    backend = PuppetBackend(cores=1)
+    async with serving(made=[puppets(backend)], max_timeout=0.01) as running:
+        assert (await running.ask("/v2/models/net", headers={"X-Request-Timeout-Ms": "soon"}))[0] == 400
+        first = asyncio.ensure_future(running.infer(1.0))
+        while not running.service._models["net"].statistics().calls.running:
+            await asyncio.sleep(0.001)
+        assert (await running.infer(1.0))[0] == 504
+        backend[0].release()
+        await first
+
+
 async def test_what_is_switched_off_is_not_there(nets):
     async with serving(metrics=False, console=False) as running:
         assert [(await running.ask(path))[0] for path in ("/metrics", "/console")] == [404, 404]
@@ -168,6 +193,32 @@ async def test_each_start_and_the_address_are_a_line_in_the_log(nets, caplog):
         "net: ended; 0 calls completed, 0 failed",
     ]
     assert len(re.findall(r"net: started in [\d.]+ s", caplog.text)) == 1
+
+
+def test_a_service_on_uvloop(nets):
+    uvloop = pytest.importorskip("uvloop")
+
+    async def main():
+        async with serving(grpc=0, drain_delay=0) as running:
+            assert await running.infer(3.0) == (200, 6.0)
+            running.service.stop()
+            await ended(running)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
+async def test_models_in_a_process_of_their_own(nets):
+    pools = {"cores": {"backend": {"name": "cpu", "cores": 1}, "processes": 1}}
+    models = {name: {**NET, "pool": "cores"} for name in "ab"}
+    async with serving(models, pools, allow_load=True) as running:
+        assert [len(model.statistics().cores) for model in running.service._models.values()] == [1, 1]
+        assert await running.infer(1.0, "b") == (200, 2.0)
+        assert (await running.ask("/v2/repository/models/b/load", "POST"))[0] == 200
+        nets(3)  # which the process has imported: it would go on with what it has
+        status, body = await running.ask("/v2/repository/models/b/load", "POST")
+        assert (status, "start the service again" in json.loads(body)["error"]) == (400, True)
+        assert await running.infer(1.0, "b") == (200, 2.0)
 
 
 # Who may do what.
@@ -715,12 +766,51 @@ async def test_sighup_under_load_swaps_and_loses_none(nets, tmp_path):
     (["serve_nets:net", "--set", "batch_sise=8"], "models.net.batch_sise = 8: there is no such key; do you mean"),
     (["serve_nets:net"], "models.net.example_inputs is missing: nothing says what the model takes"),
     (["a.toml", "b.toml"], "one file has all settings"),
+    (["nope:net", "--grpc", "PORT"], "server.grpc = PORT: cannot listen on 127.0.0.1: Address already in use"),
 ])  # fmt: skip
 def test_the_command_says_what_is_wrong_in_one_line(nets, tmp_path, capsys, arguments, said):
     from aneuron.cli import main
 
     (tmp_path / "bad.toml").write_text("[server]\nhtp = 1\n[models.net]\nmodel = 'serve_nets:net'\n")
-    assert main(["serve", "--http", "0", *arguments]) == 2
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        arguments, said = [each.replace("PORT", port) for each in arguments], said.replace("PORT", port)
+        assert main(["serve", "--http", "0", *arguments]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aneuron serve:")]
     assert len(errors) == 1
     assert said in errors[0]
+
+
+def test_an_argument_of_a_model_is_no_flag(capsys):
+    from aneuron.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "net.pt", "--backend", "cpu"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: aneuron serve")
+    assert "unrecognized arguments: --backend cpu; what a model is told is said by --set KEY=VALUE" in said
+
+
+@pytest.mark.parametrize(("error", "traces"), [("OSError", True), ("aneuron.DeviceError", False)])
+def test_a_model_that_does_not_start_is_named_in_the_line_that_says_so(nets, tmp_path, caplog, error, traces):
+    from aneuron.cli import main
+
+    with (tmp_path / "serve_nets.py").open("a") as file:
+        file.write(f"def refuses(x):\n    raise {error}('no device')\n")
+    assert main(["serve", "--http", "0", "serve_nets:refuses", "--set", 'example_inputs="1x2"']) == 1
+    (record,) = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert re.fullmatch(r"not served: no device \(.*while the model 'refuses' was started\)", record.getMessage())
+    assert bool(record.exc_info) == traces
+
+
+def test_sigterm_while_modules_are_imported_ends_as_ctrl_c_does(nets, tmp_path, caplog):
+    from aneuron.cli import main
+
+    (tmp_path / "serve_nets.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGHUP)\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    assert main(["serve", "--http", "0", "serve_nets:net"]) == 130
+    assert "ended by a signal, before it served" in caplog.text
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before

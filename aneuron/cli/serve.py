@@ -75,9 +75,9 @@ def run(args: argparse.Namespace) -> int:
             logger.warning("ended by a signal, before it served")
             return 130
         except Exception as error:  # whatever loading and a model's start raise
-            whose = "; ".join(getattr(error, "__notes__", ()))
+            whose = f" ({'; '.join(error.__notes__)})" if hasattr(error, "__notes__") else ""
             known = isinstance(error, AneuronError)  # whose words suffice
-            logger.error("not served: %s (%s)", error, whose, exc_info=None if known else error)
+            logger.error("not served: %s%s", error, whose, exc_info=None if known else error)
             return 1
     return 0
 

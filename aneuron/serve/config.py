@@ -134,9 +134,8 @@ def _model(name: str, tables: Table, pools: Table) -> ModelSettings:
         )
     found = dict(_checked(where, tables[name], {**_OWN, **MODEL}))
     if "model" not in found:
-        others = [each for each in tables if each != name]
-        other = f"; if another is meant than {name!r}{_nearest(name, others)}" if others else ""
-        raise ConfigError(f"{where}.model is missing: expected a path or module:attribute{other}")
+        others = _nearest(name, [each for each in tables if each != name]) if len(tables) > 1 else ""
+        raise ConfigError(f"{where}.model is missing: expected a path or module:attribute{others}")
     source, signature = found.pop("model"), found.pop("signature", None)
     if (pool := found.get("pool")) is not None:
         if pool not in pools:

@@ -9,10 +9,10 @@ import inspect
 import os
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path
 from threading import Lock
 from typing import Any, TypeVar
 
@@ -62,28 +62,42 @@ def make(settings: Settings) -> list[Made]:
 
 
 def _model(asked: ModelSettings, pools: Mapping[str, Pool]) -> Made:
-    where = f"models.{asked.name}"
+    where, source = f"models.{asked.name}", str(asked.source)
     found = _found(f"{where}.model", asked.source)
-    signature = _signature(f"{where}.signature", asked.signature)
-    source, whole = str(asked.source), isinstance(found, AsyncDataParallel)
+    whole = isinstance(found, AsyncDataParallel)
+    model = _as_it_is(where, asked, found) if whole else _with_arguments(where, asked, found, pools)
+    modules = _modules(asked.source)
+    code = _code(modules)
 
     def reload() -> Any:
-        with _IMPORTING, _imported_anew(asked.source):
+        with _IMPORTING, _imported_anew(modules):
             again = None if whole else _found(f"{where}.model", asked.source)
             if whole or isinstance(again, AsyncDataParallel):
                 raise ConfigError(
                     f"{where}.model = {source!r} is an AsyncDataParallel, which is not loaded anew; name in its place "
                     "the torch module that it runs, or a function that makes that module"
                 )
+            if model.pool.processes and _code(modules) != code:  # they would go on with it, without a word
+                raise ConfigError(
+                    f"{where}.model = {source!r}: its module has changed, and the pool's processes have imported it "
+                    "as it was: start the service again (other weights, which a function loads, can be loaded anew)"
+                )
             return again
 
-    if isinstance(found, AsyncDataParallel):
-        if asked.arguments:
-            key, value = next(iter(asked.arguments.items()))
-            raise ConfigError(f"{where}.{key} = {value!r:.80}: {source!r} is an AsyncDataParallel, which has its own")
-        if found.max_pending is None:
-            found.max_pending = MAX_PENDING
-        return Made(asked.name, source, found, signature, reload)
+    return Made(asked.name, source, model, _signature(f"{where}.signature", asked.signature), reload)
+
+
+def _as_it_is(where: str, asked: ModelSettings, model: AsyncDataParallel) -> AsyncDataParallel:
+    """A model that brings its arguments with it."""
+    if asked.arguments:
+        key, value = next(iter(asked.arguments.items()))
+        raise ConfigError(f"{where}.{key} = {value!r:.80}: {asked.source!r} is an AsyncDataParallel, which has its own")
+    if model.max_pending is None:
+        model.max_pending = MAX_PENDING
+    return model
+
+
+def _with_arguments(where: str, asked: ModelSettings, model: Any, pools: Mapping[str, Pool]) -> AsyncDataParallel:
     own = arguments(asked.arguments)
     said = {key: value for key, value in asked.arguments.items() if key not in own}
     given = {"max_pending": MAX_PENDING, **_objects(where, said)}
@@ -91,7 +105,7 @@ def _model(asked: ModelSettings, pools: Mapping[str, Pool]) -> Made:
         given["pool"] = _made(where, Pool, _objects(where, own))
     elif isinstance(pool := given.get("pool"), str):
         given["pool"] = pools[pool]
-    return Made(asked.name, source, _made(where, AsyncDataParallel, given, found), signature, reload)
+    return _made(where, AsyncDataParallel, given, model)
 
 
 def _made(where: str, kind: Callable[..., T], given: Table, *model: Any) -> T:
@@ -118,18 +132,28 @@ def _found(where: str, source: str | Mapping[str, str]) -> Any:
             )
         return _read(where, reading.value, source).value
     if source.endswith(".py"):
-        raise ConfigError(f"{where} = {source!r} is no model, has one maybe: write {PurePath(source).stem}:ATTRIBUTE")
+        raise ConfigError(f"{where} = {source!r} is no model, has one maybe: write {Path(source).stem}:ATTRIBUTE")
     return os.path.abspath(source)
 
 
-@contextmanager
-def _imported_anew(source: str | Mapping[str, str]) -> Iterator[None]:
-    """Have modules that are named run again when they are imported next, into namespaces of their own: functions of
-    those that serve find their globals in the old ones. If that fails, the old ones are found again.
-    """
+def _modules(source: str | Mapping[str, str]) -> list[str]:
+    """Those that are named."""
     texts = source.values() if isinstance(source, Mapping) else [source]
-    names = {text.partition(":")[0] for text in texts if reading.is_name(text) and not os.path.exists(text)}
-    old = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    return [text.partition(":")[0] for text in texts if reading.is_name(text) and not os.path.exists(text)]
+
+
+def _code(modules: Iterable[str]) -> list[bytes]:
+    """What is written in their files."""
+    files = [getattr(sys.modules[name], "__file__", None) for name in modules]
+    return [Path(file).read_bytes() for file in files if file is not None]
+
+
+@contextmanager
+def _imported_anew(modules: Iterable[str]) -> Iterator[None]:
+    """Have modules run again when they are imported next, into namespaces of their own: functions of those that serve
+    find their globals in the old ones. If that fails, the old ones are found again.
+    """
+    old = {name: sys.modules.pop(name) for name in modules if name in sys.modules}
     importlib.invalidate_caches()
     try:
         yield
