@@ -20,7 +20,7 @@ logger = logging.getLogger("aneuron.serve")
 DESCRIPTION = """\
 Serve models by the Open Inference Protocol (KServe v2, Triton), with probes, metrics and a console; SIGTERM drains.
 
-    aneuron serve nets:encoder reranker=rerank.pt2 --set batch_size=8 --set 'example_inputs="1x128:int64"'
+    aneuron serve nets:encoder --set batch_size=8 --set 'example_inputs="1x128:int64:0-30000"'
     aneuron serve service.toml --http 8000 --grpc 8001
 
 A model is a file, or module:attribute: a module, a function or class that makes one, or an AsyncDataParallel. A file
