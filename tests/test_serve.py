@@ -132,6 +132,13 @@ async def test_one_service_has_the_protocol_probes_metrics_and_console(nets):
         assert (await running.ask("/elsewhere"))[0] == 404
 
 
+@pytest.mark.usefixtures("freezing")
+async def test_the_garbage_collector_is_spared_while_it_serves(nets):
+    async with serving():
+        assert gc.get_freeze_count()
+    assert not gc.get_freeze_count()
+
+
 async def test_who_waits_for_100_continue_gets_it(nets):
     body = json.dumps({"inputs": [{"name": "input0", "shape": [1, 2], "datatype": "FP32", "data": [1, 1]}]}).encode()
     async with serving() as running:
@@ -552,6 +559,15 @@ class UnusedTransport(asyncio.Transport):
 async def ended(running):
     async with asyncio.timeout(60):  # not reached, unless it hangs
         await asyncio.wait([running.task])
+
+
+async def test_who_looks_at_the_console_does_not_hold_up_the_end(nets):
+    async with serving(drain_delay=0, drain_timeout=None) as running:
+        events = await running.session.get("/console/events")
+        assert await events.content.readline()
+        running.service.stop()
+        await ended(running)
+        events.close()
 
 
 async def test_what_was_read_before_the_door_closed_is_answered(nets):
