@@ -70,9 +70,9 @@ class Service:
         where it is stopped before it serves.
         """
         self._starting = asyncio.current_task()
-        tls = security.tls_of(self._settings)
         async with AsyncExitStack() as stack:
             try:
+                tls = security.tls_of(self._settings)
                 bound = stack.enter_context(bind(self._settings))
                 await stack.enter_async_context(serving(self._models, self._left))
                 stack.enter_context(frozen(True))
@@ -124,9 +124,9 @@ class Service:
 
     def _left(self) -> float | None:
         """Seconds for what was accepted."""
-        if self._until is None:
-            return self._settings.drain_timeout
-        return max(LAST, self._until - asyncio.get_running_loop().time())
+        now, seconds = asyncio.get_running_loop().time(), self._settings.drain_timeout
+        left = seconds if self._until is None else self._until - now
+        return None if left is None else max(LAST, left)
 
     def stop(self, at_once: bool = False) -> None:
         """Drain, and end. Before it serves: end now. A second time: refuse what waits, and do not wait for clients."""
