@@ -13,28 +13,36 @@ import socket
 import ssl
 import subprocess
 import sys
-import warnings
+import threading
+import types
 from pathlib import Path
 
 import aiohttp
 import grpc
 import pytest
 import torch
+from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
 
 import aneuron
-from aneuron.serve.app import Service
+from aneuron.serve.app import LAST, Service
 from aneuron.serve.config import ConfigError, settings_of
 from aneuron.serve.loading import make
 from aneuron.testing import PuppetBackend, settle
+from aneuron.web import lifecycle
+from aneuron.web.v2.grpc import GrpcServer
+from aneuron.web.v2.messages import message
 
 ROOT = Path(__file__).parents[1]
 NETS = """
 import torch
 import aneuron
 
+FACTOR = {factor}
+
 class Scale(torch.nn.Module):
     def forward(self, x):
-        return x * {factor}
+        return x * FACTOR
 
 net = Scale().eval()
 backend = aneuron.SimulatedBackend(cores=2, service_time=0.005)
@@ -65,8 +73,9 @@ NET = {"model": "serve_nets:net", "example_inputs": "1x2", "batch_size": 8}
 class Running:
     """A service in this process, and a client of it."""
 
-    def __init__(self, service, port, grpc_port, session):
-        self.service, self.port, self.grpc_port, self.session = service, port, grpc_port, session
+    def __init__(self, service, task, ports, session):
+        self.service, self.task, self.session = service, task, session
+        self.port, self.grpc_port = ports
 
     async def ask(self, path, method="GET", **options):
         async with self.session.request(method, path, **options) as response:
@@ -93,15 +102,18 @@ async def serving(models=None, pools=None, made=None, **server):
     await asyncio.wait([task, listening], return_when=asyncio.FIRST_COMPLETED)
     if not listening.done():
         await task
-    port, grpc_port = listening.result()
+    ports = listening.result()
     scheme = "http" if "tls_cert" not in server else "https"
     try:
-        async with aiohttp.ClientSession(f"{scheme}://127.0.0.1:{port}") as session:
-            yield Running(service, port, grpc_port, session)
-    finally:
-        if not service._stopping.is_set():
-            service.stop(at_once=True)
-        await task
+        async with aiohttp.ClientSession(f"{scheme}://127.0.0.1:{ports[0]}") as session:
+            yield Running(service, task, ports, session)
+    except BaseException:
+        task.cancel()  # whatever it waits for
+        await asyncio.wait([task])
+        raise
+    if not service._stopping.is_set():
+        service.stop(at_once=True)
+    await task
 
 
 # What is served.
@@ -118,6 +130,38 @@ async def test_one_service_has_the_protocol_probes_metrics_and_console(nets):
         status, page = await running.ask("/console")
         assert (status, page[:9].lower()) == (200, b"<!doctype")
         assert (await running.ask("/elsewhere"))[0] == 404
+
+
+@pytest.mark.usefixtures("freezing")
+async def test_the_garbage_collector_is_spared_while_it_serves(nets):
+    async with serving():
+        assert gc.get_freeze_count()
+    assert not gc.get_freeze_count()
+
+
+async def test_who_waits_for_100_continue_gets_it(nets):
+    body = json.dumps({"inputs": [{"name": "input0", "shape": [1, 2], "datatype": "FP32", "data": [1, 1]}]}).encode()
+    async with serving() as running:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        head = "POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nExpect: 100-continue\r\nContent-Length: %d\r\n\r\n"
+        writer.write((head % len(body)).encode())
+        assert b" 100 " in await reader.readline()
+        writer.write(body)
+        assert await reader.readline() == b"\r\n"
+        assert b" 200 " in await reader.readline()
+        writer.close()
+
+
+async def test_requests_have_deadlines(nets):
+    backend = PuppetBackend(cores=1)
+    async with serving(made=[puppets(backend)], max_timeout=0.01) as running:
+        assert (await running.ask("/v2/models/net", headers={"X-Request-Timeout-Ms": "soon"}))[0] == 400
+        first = asyncio.ensure_future(running.infer(1.0))
+        while not running.service._models["net"].statistics().calls.running:
+            await asyncio.sleep(0.001)
+        assert (await running.infer(1.0))[0] == 504
+        backend[0].release()
+        await first
 
 
 async def test_what_is_switched_off_is_not_there(nets):
@@ -146,16 +190,42 @@ async def test_large_bodies_are_refused_before_they_are_read(nets):
 
 
 async def test_each_start_and_the_address_are_a_line_in_the_log(nets, caplog):
-    caplog.set_level("INFO", "aneuron.serve")
+    caplog.set_level("INFO", "aneuron")
     async with serving() as running:
         pass
     said = [record.getMessage() for record in caplog.records if record.name == "aneuron.serve"]
-    assert re.fullmatch(r"net: started serve_nets:net on \d+ cores in [\d.]+ s", said[0])
-    assert said[1:] == [
+    assert said == [
         f"listening on http://127.0.0.1:{running.port}",
         "draining: not ready from now on",
         "net: ended; 0 calls completed, 0 failed",
     ]
+    assert len(re.findall(r"net: started in [\d.]+ s", caplog.text)) == 1
+
+
+def test_a_service_on_uvloop(nets):
+    uvloop = pytest.importorskip("uvloop")
+
+    async def main():
+        async with serving(grpc=0, drain_delay=0) as running:
+            assert await running.infer(3.0) == (200, 6.0)
+            running.service.stop()
+            await ended(running)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main())
+
+
+async def test_models_in_a_process_of_their_own(nets):
+    pools = {"cores": {"backend": {"name": "cpu", "cores": 1}, "processes": 1}}
+    models = {name: {**NET, "pool": "cores"} for name in "ab"}
+    async with serving(models, pools, allow_load=True) as running:
+        assert [len(model.statistics().cores) for model in running.service._models.values()] == [1, 1]
+        assert await running.infer(1.0, "b") == (200, 2.0)
+        assert (await running.ask("/v2/repository/models/b/load", "POST"))[0] == 200
+        nets(3)  # which the process has imported: it would go on with what it has
+        status, body = await running.ask("/v2/repository/models/b/load", "POST")
+        assert (status, "start the service again" in json.loads(body)["error"]) == (400, True)
+        assert await running.infer(1.0, "b") == (200, 2.0)
 
 
 # Who may do what.
@@ -243,8 +313,8 @@ async def test_nothing_is_loaded_anew_unless_it_is_allowed(nets):
     async with serving() as running:
         nets(3)
         status, body = await running.ask("/v2/repository/models/net/load", "POST")
-        assert status != 200
-        assert "error" in json.loads(body)
+        assert status == 403
+        assert "--allow-load" in json.loads(body)["error"]
         running.service.reload()  # as SIGHUP does
         await settle()
         assert await running.infer(1.0) == (200, 2.0)
@@ -285,7 +355,15 @@ async def test_a_file_is_read_again(nets, tmp_path):
         assert await running.infer(1.0) == (200, 5.0)
 
 
-@pytest.mark.parametrize("text", ["raise OSError('the weights are gone')", "net = 3", "import torch\nnet = torch.sum"])
+BROKEN = [
+    "FACTOR = 3\nraise OSError('the weights are gone')",
+    "FACTOR = 3\nraise SystemExit(3)",
+    "FACTOR = 3\nnet = 3",
+    "FACTOR = 3\nimport torch\nnet = torch.sum",
+]
+
+
+@pytest.mark.parametrize("text", BROKEN)
 async def test_what_cannot_be_loaded_leaves_the_old_model(nets, tmp_path, text):
     async with serving(allow_load=True) as running:
         (tmp_path / "serve_nets.py").write_text(text)
@@ -296,12 +374,80 @@ async def test_what_cannot_be_loaded_leaves_the_old_model(nets, tmp_path, text):
         assert (await running.ask("/v2/repository/models/other/load", "POST"))[0] == 404
 
 
+async def test_why_a_model_was_not_loaded_is_a_line_and_the_log_has_the_rest(nets, tmp_path, caplog):
+    async with serving(allow_load=True) as running:
+        (tmp_path / "serve_nets.py").write_text("raise OSError('gone\\nFile /srv/secret.py, line 3')")
+        _, body = await running.ask("/v2/repository/models/net/load", "POST")
+        assert json.loads(body)["error"].endswith("OSError: gone")
+        caplog.clear()
+        running.service.reload()  # as SIGHUP does
+        while not caplog.records:
+            await asyncio.sleep(0.001)
+    record = caplog.records[0]
+    assert record.getMessage().startswith("net: not loaded anew, serves as before: ConfigError: models.net.model")
+    assert record.exc_info
+
+
+@pytest.fixture
+def gate(nets, tmp_path, monkeypatch):
+    """The module of the models is written so that its import stops at a gate: `begun`, and goes on at `go`."""
+    gate = types.ModuleType("serve_gate")
+    gate.begun, gate.go = threading.Event(), threading.Event()
+    monkeypatch.setitem(sys.modules, "serve_gate", gate)
+
+    def write():
+        nets(5)
+        path = tmp_path / "serve_nets.py"
+        path.write_text(
+            "FACTOR = 5\nimport serve_gate\nserve_gate.begun.set()\nserve_gate.go.wait(60)\n" + path.read_text()
+        )
+
+    gate.write = write
+    yield gate
+    gate.go.set()
+
+
+async def test_a_load_whose_client_has_left_changes_nothing_and_the_next_one_is_whole(gate):
+    async with serving(allow_load=True) as running:
+        gate.write()
+        first = asyncio.ensure_future(running.ask("/v2/repository/models/net/load", "POST"))
+        await asyncio.to_thread(gate.begun.wait)
+        first.cancel()
+        await asyncio.wait([first])
+        while running.service._asked:
+            await asyncio.sleep(0.001)
+        second = asyncio.ensure_future(running.ask("/v2/repository/models/net/load", "POST"))
+        for _ in range(5):
+            assert await running.infer(1.0) == (200, 2.0)
+        assert not second.done()
+        gate.go.set()
+        assert (await second)[0] == 200
+        assert await running.infer(1.0) == (200, 5.0)
+
+
+async def test_a_load_that_hangs_does_not_hold_up_the_end(gate, caplog):
+    models = {"a": NET, "b": {**NET, "model": "serve_nets:make"}}
+    async with serving(models, allow_load=True) as running:
+        gate.write()
+        running.service.reload()  # as SIGHUP does
+        await asyncio.to_thread(gate.begun.wait)
+        (thread,) = [each for each in threading.enumerate() if each.name == "aneuron load"]
+        assert thread.daemon  # nor that of the process
+        running.service.stop(at_once=True)
+        await ended(running)
+        gate.go.set()
+        await asyncio.to_thread(thread.join)
+        await settle()
+    assert not running.service._tasks
+    assert "swapped" not in caplog.text
+
+
 async def test_a_model_that_brings_its_own_arguments_says_how_it_could_be_loaded_anew(nets, tmp_path):
     with (tmp_path / "serve_nets.py").open("a") as file:
         file.write("served = aneuron.AsyncDataParallel(net, example_inputs=torch.ones(1, 2))\n")
     async with serving({"net": {"model": "serve_nets:served"}}, allow_load=True) as running:
         status, body = await running.ask("/v2/repository/models/net/load", "POST")
-        assert (status, "name its module" in json.loads(body)["error"]) == (400, True)
+        assert (status, "name in its place the torch module" in json.loads(body)["error"]) == (400, True)
 
 
 # Starting and ending.
@@ -321,8 +467,18 @@ async def test_a_port_in_use_is_told_before_anything_is_loaded(nets, key):
 
 
 async def test_an_address_of_another_machine(nets):
-    with pytest.raises(ConfigError, match=r"server.http = 0: cannot listen on 192.0.2.1: Cannot assign"):
+    with pytest.raises(ConfigError, match=r"server.host = '192.0.2.1': cannot listen there: Cannot assign"):
         async with serving(host="192.0.2.1"):
+            pass
+
+
+async def test_a_host_that_nobody_knows(nets, monkeypatch):
+    def unknown(*_, **__):
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(ConfigError, match=r"server.host = 'no.such': cannot listen there: .* expected an address"):
+        async with serving(host="no.such"):
             pass
 
 
@@ -334,7 +490,7 @@ async def test_a_model_that_does_not_start_ends_those_that_have(nets, tmp_path):
     made = make(settings)
     with pytest.raises(OSError, match="no device") as error:
         await Service(settings.server, made).run()
-    assert error.value.__notes__[-1] == "while the model 'other' was started, from serve_nets:refuses"
+    assert error.value.__notes__[-1] == "while the model 'other' was started"
     assert not made[0].model.ready
 
 
@@ -352,16 +508,21 @@ async def test_who_is_stopped_before_it_serves_ends_at_once(nets, tmp_path):
 
 async def test_readiness_goes_first_then_what_was_accepted_is_answered(nets):
     backend = PuppetBackend(cores=1)
-    async with serving(made=[puppets(backend)], drain_delay=0.3) as running:
+    async with serving(made=[puppets(backend)], drain_delay=1000.0, grpc=0) as running:
         model = running.service._models["net"]
         call = asyncio.ensure_future(running.infer(1.0))
         while not model.statistics().calls.running:
             await asyncio.sleep(0.001)
         running.service.stop()
-        for path, expected in (("/readyz", 503), ("/v2/health/ready", 503), ("/livez", 200)):
+        await settle()
+        for path, expected in READINESS:
             async with running.session.get(path) as response:  # it still listens
-                assert response.status == expected
+                assert response.status == expected, path
                 assert response.headers["Connection"] == "close"
+        async with running.stub("ServerReady") as server, running.stub("ModelReady") as one:
+            assert await server(b"") == await one(b"\x0a\x03net") == b""
+        assert b"draining" in (await running.ask("/v2/repository/index", "POST"))[1]
+        running.service._at_once.set()  # as if the delay were over
         while await listens(running.port):
             await asyncio.sleep(0.01)
         assert not call.done()
@@ -369,30 +530,118 @@ async def test_readiness_goes_first_then_what_was_accepted_is_answered(nets):
         assert await call == (200, -1.0)
 
 
-def test_who_connects_while_the_door_closes_does_not_hold_up_the_end(nets):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # asyncio itself leaves sockets behind then
-        asyncio.run(connect_while_the_door_closes())
-        gc.collect()
+READINESS = [("/readyz", 503), ("/v2/health/ready", 503), ("/v2/models/net/ready", 503), ("/livez", 200)]
 
 
-async def connect_while_the_door_closes():
+async def test_who_connects_while_the_door_closes_does_not_hold_up_the_end(nets, monkeypatch):
+    close_idle = web.Server.pre_shutdown
+
+    def connect_and_close_idle(server):  # the connection is made in the iteration in which the idle ones are ended
+        server().connection_made(UnusedTransport())
+        close_idle(server)
+
+    monkeypatch.setattr(web.Server, "pre_shutdown", connect_and_close_idle)
+    async with serving(drain_delay=0, drain_timeout=None) as running:
+        running.service.stop()
+        await ended(running)
+
+
+class UnusedTransport(asyncio.Transport):
+    """Of a connection on which nothing comes."""
+
+    def is_closing(self):
+        return False
+
+    def close(self):
+        pass
+
+
+async def ended(running):
+    async with asyncio.timeout(60):  # not reached, unless it hangs
+        await asyncio.wait([running.task])
+
+
+async def test_who_looks_at_the_console_does_not_hold_up_the_end(nets):
+    async with serving(drain_delay=0, drain_timeout=None) as running:
+        events = await running.session.get("/console/events")
+        assert await events.content.readline()
+        running.service.stop()
+        await ended(running)
+        events.close()
+
+
+async def test_what_was_read_before_the_door_closed_is_answered(nets):
     body = json.dumps({"inputs": [{"name": "input0", "shape": [1, 2], "datatype": "FP32", "data": [1, 1]}]}).encode()
     request = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)
-    for _ in range(10):
-        late = []
-        async with serving(drain_delay=0.01, drain_timeout=None) as running:
-            running.service.stop()
-            with contextlib.suppress(OSError):
-                while len(late) < 1000:
-                    late.append(socket.create_connection(("127.0.0.1", running.port)))
-                    late[-1].send(request)
-                    await asyncio.sleep(0)
-            ended = running.service._task
-            async with asyncio.timeout(60):
-                await asyncio.wait([ended])
-        for each in late:
-            each.close()
+    async with serving(drain_delay=1000.0, drain_timeout=None) as running:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(b"GET /livez HTTP/1.1\r\nHost: x\r\n\r\n")
+        await reader.readuntil(b"}}")  # it is connected
+        (connection,) = [each for each in gc.get_objects() if isinstance(each, RequestHandler) and each.transport]
+        running.service.stop()
+        await settle()
+        connection.data_received(request)  # in the iteration in which the delay ends
+        running.service._at_once.set()
+        assert b" 200 " in await reader.readline()
+        writer.close()
+
+
+@pytest.mark.parametrize("seconds", [0, 0.2])
+async def test_an_execution_that_hangs_does_not_outlast_the_drain(nets, monkeypatch, seconds):
+    given = []
+    drain = lifecycle._drain
+    monkeypatch.setattr(lifecycle, "_drain", lambda name, model, left: given.append(left) or drain(name, model, left))
+    backend = PuppetBackend(cores=1)
+    async with serving(made=[puppets(backend)], drain_delay=0, drain_timeout=seconds, grpc=0) as running:
+        over_http = asyncio.ensure_future(running.infer(1.0))
+        over_grpc = asyncio.ensure_future(infer_by_grpc(running))
+        model = running.service._models["net"]
+        while model.statistics().calls.waiting + model.statistics().calls.running < 2:
+            await asyncio.sleep(0.001)
+        running.service.stop()
+        await ended(running)
+        assert given == [LAST]  # what HTTP and gRPC have had is not to be had again
+        assert not model.ready
+        backend[0].release()
+        assert isinstance((await asyncio.gather(over_http, return_exceptions=True))[0], aiohttp.ClientError)
+        assert isinstance((await asyncio.gather(over_grpc, return_exceptions=True))[0], grpc.aio.AioRpcError)
+
+
+async def infer_by_grpc(running):
+    request = message("ModelInferRequest")(model_name="net", raw_input_contents=[bytes(8)])
+    request.inputs.add(name="input0", datatype="FP32", shape=[1, 2])
+    async with running.stub("ModelInfer") as infer:
+        return await infer(request.SerializeToString())
+
+
+async def test_a_signal_while_a_start_that_failed_is_cleaned_up_leaves_no_model_open(nets, monkeypatch):
+    (one,) = made = [puppets(PuppetBackend(cores=1))]
+    service = Service(settings_of({"server": {"http": 0, "grpc": 0}, "models": {"net": NET}}).server, made)
+
+    async def listen(server, address, credentials):
+        assert one.model.ready
+        for turn in range(20):  # in whatever the end waits for
+            asyncio.get_running_loop().call_later(turn / 100, service.stop)
+        raise OSError("in use by now")
+
+    monkeypatch.setattr(GrpcServer, "listen", listen)
+    with pytest.raises(ConfigError, match=r"server.grpc = 0: in use by now"):
+        await service.run()
+    assert not one.model.ready
+
+
+async def test_what_raises_at_the_end_leaves_no_model_open(nets, monkeypatch):
+    async def stop(site):
+        await stopped(site)
+        raise OSError("no")
+
+    stopped = web.SockSite.stop
+    monkeypatch.setattr(web.SockSite, "stop", stop)
+    made = [puppets(PuppetBackend(cores=1))]
+    with pytest.raises(OSError, match="no"):
+        async with serving(made=made):
+            pass
+    assert not made[0].model.ready
 
 
 async def test_a_second_signal_refuses_what_waits(nets):
@@ -533,12 +782,51 @@ async def test_sighup_under_load_swaps_and_loses_none(nets, tmp_path):
     (["serve_nets:net", "--set", "batch_sise=8"], "models.net.batch_sise = 8: there is no such key; do you mean"),
     (["serve_nets:net"], "models.net.example_inputs is missing: nothing says what the model takes"),
     (["a.toml", "b.toml"], "one file has all settings"),
+    (["nope:net", "--grpc", "PORT"], "server.grpc = PORT: cannot listen on 127.0.0.1: Address already in use"),
 ])  # fmt: skip
 def test_the_command_says_what_is_wrong_in_one_line(nets, tmp_path, capsys, arguments, said):
     from aneuron.cli import main
 
     (tmp_path / "bad.toml").write_text("[server]\nhtp = 1\n[models.net]\nmodel = 'serve_nets:net'\n")
-    assert main(["serve", "--http", "0", *arguments]) == 2
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        arguments, said = [each.replace("PORT", port) for each in arguments], said.replace("PORT", port)
+        assert main(["serve", "--http", "0", *arguments]) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("aneuron serve:")]
     assert len(errors) == 1
     assert said in errors[0]
+
+
+def test_an_argument_of_a_model_is_no_flag(capsys):
+    from aneuron.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["serve", "net.pt", "--backend", "cpu"])
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert said.startswith("usage: aneuron serve")
+    assert "unrecognized arguments: --backend cpu; what a model is told is said by --set KEY=VALUE" in said
+
+
+@pytest.mark.parametrize(("error", "traces"), [("OSError", True), ("aneuron.DeviceError", False)])
+def test_a_model_that_does_not_start_is_named_in_the_line_that_says_so(nets, tmp_path, caplog, error, traces):
+    from aneuron.cli import main
+
+    with (tmp_path / "serve_nets.py").open("a") as file:
+        file.write(f"def refuses(x):\n    raise {error}('no device')\n")
+    assert main(["serve", "--http", "0", "serve_nets:refuses", "--set", 'example_inputs="1x2"']) == 1
+    (record,) = [each for each in caplog.records if each.levelname == "ERROR"]
+    assert re.fullmatch(r"not served: no device \(.*while the model 'refuses' was started\)", record.getMessage())
+    assert bool(record.exc_info) == traces
+
+
+def test_sigterm_while_modules_are_imported_ends_as_ctrl_c_does(nets, tmp_path, caplog):
+    from aneuron.cli import main
+
+    (tmp_path / "serve_nets.py").write_text(
+        "import os, signal\nos.kill(os.getpid(), signal.SIGHUP)\nos.kill(os.getpid(), signal.SIGTERM)\n"
+    )
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)]
+    assert main(["serve", "--http", "0", "serve_nets:net"]) == 130
+    assert "ended by a signal, before it served" in caplog.text
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)] == before

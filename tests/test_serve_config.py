@@ -82,6 +82,12 @@ def make_served():
 def broken():
     raise OSError("the weights are gone")
 
+def raises():
+    raise OSError("no samples")
+
+def ends():
+    raise SystemExit(3)
+
 def double(x):
     return x * 2
 """
@@ -90,6 +96,7 @@ def double(x):
 @pytest.fixture(autouse=True)
 def nets(tmp_path, monkeypatch):
     (tmp_path / "serve_nets.py").write_text(NETS)
+    (tmp_path / "serve_ends.py").write_text("raise SystemExit(3)")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     yield
@@ -235,7 +242,11 @@ BAD = [
     ({"models": {"net": 3}}, r"models.net = 3: expected a table"),
     ({"models": {"a/b": {"model": "x"}}}, r"models.a/b: 'a/b' stands in addresses: expected letters"),
     ({"models": {"": {"model": "x"}}}, r"models.: '' stands in addresses"),
-    ({"models": {"net": {}}}, r"models.net.model is missing"),
+    ({"models": {"net": {}}}, r"models.net.model is missing: expected a path or module:attribute$"),
+    ({"models": {"lin": {"model": "x"}, "lim": {"dim": 0}}}, r"models.lim.model is missing: .*; do you mean lin\?"),
+    ({"models": {"lin": {"model": "x"}, "foo": {"dim": 0}}}, r"models.foo.model is missing: .*; there is lin$"),
+    ({"server": {"http": 8000, "grpc": 8000}}, r"server.grpc = 8000: it is the port of HTTP, too"),
+    ({"server": {"grpc": 8000}}, r"server.grpc = 8000: it is the port of HTTP, too"),
     ({"models": {"net": {"model": 3}}}, r"models.net.model = 3: expected"),
     ({"models": {"net": {"model": "x", "batchsize": 8}}}, r"net.batchsize = 8: there is no .* mean batch_size\?"),
     ({"models": {"net": {"model": "x", "batch_size": 0}}}, r"net.batch_size = 0: expected int >= 1"),
@@ -257,15 +268,23 @@ def test_what_cannot_be_meant_says_key_value_rule_and_remedy(raw, said):
 MISSING = [
     ("nope.pt2", (), r"models.nope.model = 'nope.pt2': there is no such file \(/.*nope.pt2\), and"),
     ("nope:net", (), r"models.net.model = 'nope:net': 'nope' cannot be imported: ModuleNotFoundError"),
-    ("serve_nets:nett", (), r"models.nett.model = 'serve_nets:nett': .* there is no 'nett' in 'serve_nets'"),
+    ("serve_nets:nett", (), r"models.nett.model = 'serve_nets:nett': there is no 'nett' in 'serve_nets'"),
     ("serve_nets:number", (), r"models.number.model = 'serve_nets:number' is 3: expected a model"),
     ("serve_nets:broken", (), r"'serve_nets:broken' makes no model: OSError: the weights are gone"),
-    ("serve_nets:net", ["backend=tpu"], r"models.net: .*tpu"),
+    ("serve_nets:net", ["backend=tpu"], r"models.net.backend = 'tpu': expected one of cpu, cuda, .*, simulated; or"),
     ("serve_nets:net", ['backend={name="tpu"}'], r"models.net.backend.name = 'tpu': expected one of cpu, cuda"),
-    ("serve_nets:net", ['backend={name="cpu", core=2}'], r"models.net.backend: .*core"),
+    ("serve_nets:net", ['backend={name="cpu", core=2}'], r"models.net.backend.core = 2: .*mean cores\?"),
     ("serve_nets:net", ['backend={name="cpu", dtype="float7"}'], r"backend.dtype = 'float7': expected the name"),
-    ("serve_nets:net", ["example_inputs=nope"], r"models.net.example_inputs = 'nope': .*neither a file nor a shape"),
-    ("serve_nets:net", ["buckets={dims=1}"], r"models.net.buckets: .*dims"),
+    ("serve_nets:net", ["example_inputs=nope"], r"models.net.example_inputs = 'nope' is neither a file nor a shape"),
+    ("serve_nets:net", ["example_inputs=serve_nets:raises"], r"= 'serve_nets:raises' makes no inputs: OSError: no"),
+    ("serve_nets:net", ["example_inputs=serve_nets:ends"], r"example_inputs = 'serve_nets:ends' makes no .*SystemExit"),
+    ("serve_nets:net", ['example_inputs="1x4:int7"'], r"inputs = '1x4:int7': torch makes no such tensor: .*Int7"),
+    ("serve_nets:ends", (), r"models.ends.model = 'serve_nets:ends' makes no model: SystemExit: 3"),
+    ("serve_ends:net", (), r"models.net.model = 'serve_ends:net': 'serve_ends' cannot be imported: SystemExit: 3"),
+    ("serve_nets.py", (), r"models.serve_nets.model = 'serve_nets.py' is no model, .*: write serve_nets:ATTRIBUTE"),
+    ("serve_nets:net", ["max_pending={positons=3}"], r"models.net.max_pending.positons = 3: .*mean positions\?"),
+    ("serve_nets:net", ['signature={inputs=[{nam="x"}]}'], r"signature.inputs.nam = 'x': .* mean name\?"),
+    ("serve_nets:net", ["buckets={dims=1}"], r"models.net.buckets.dims = 1: .*mean dim\?"),
     ("serve_nets:net", ["share=mine"], r"models.net: share='mine'"),
     ("serve_nets:net", ['outputs={y="row"}'], r"models.net: "),
     ("serve_nets:served", ["batch_size=8"], r"net|served.batch_size = 8: .* is an AsyncDataParallel, which has its"),

@@ -15,11 +15,14 @@ from aneuron.cli import info, serve, tune
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand and return its exit status: 0, 1 for a negative answer, 2 for arguments that do not fit."""
     parser = argparse.ArgumentParser(prog="aneuron", description="Run PyTorch models on many cores from asyncio.")
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     info.add(subparsers)
     serve.add(subparsers)
     tune.add(subparsers)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # argparse itself would show the usage of `aneuron`
+        advice = getattr(args, "unknown", "")
+        subparsers.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}{advice and f'; {advice}'}")
     try:
         status: int = args.run(args)
     except KeyboardInterrupt:

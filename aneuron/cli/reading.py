@@ -10,12 +10,14 @@ import os
 import re
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+_RAISED = (Exception, SystemExit)  # by what is the user's; a module may end the program while it is imported
 
 
 @dataclass(frozen=True)
@@ -38,19 +40,24 @@ def model(text: str) -> Written:
         raise ArgumentTypeError(
             f"{text!r} is neither a file nor of the form module:attribute, as nets:encoder is for `encoder` in nets.py"
         )
-    value, name, path = attribute(text)
+    return value(text)
+
+
+def value(text: str) -> Written:
+    """A model by its name, `module:attribute`, put into `eval()`; or what makes one without arguments, called."""
+    found, name, path = attribute(text)
     written = path
-    if makes_a_model(value):
+    if makes_a_model(found):
         try:
-            value, written = value(), f"{path}()"
-        except Exception as error:
+            found, written = found(), f"{path}()"
+        except _RAISED as error:
             raise ArgumentTypeError(f"{text!r} makes no model: {type(error).__name__}: {error}") from error
-    if not callable(value):
-        raise ArgumentTypeError(f"{text!r} is {value!r:.80}: expected a model, or what makes one")
-    if isinstance(value, torch.nn.Module) and value.training:
+    if not callable(found) and not isinstance(found, (str, os.PathLike, Mapping)):
+        raise ArgumentTypeError(f"{text!r} is {found!r:.80}: expected a model, or what makes one")
+    if isinstance(found, torch.nn.Module) and found.training:
         with suppress(NotImplementedError):  # an exported program's module cannot be told: its mode was fixed
-            value, written = value.eval(), f"{written}.eval()"
-    return Written(value, written, f"from {name} import {path.partition('.')[0]}")
+            found, written = found.eval(), f"{written}.eval()"
+    return Written(found, written, f"from {name} import {path.partition('.')[0]}")
 
 
 def is_name(text: str) -> bool:
@@ -64,16 +71,16 @@ def attribute(text: str) -> tuple[Any, str, str]:
     name, _, path = text.partition(":")
     sys.path.insert(0, os.getcwd())
     try:
-        value: Any = importlib.import_module(name)
-    except Exception as error:
-        raise ArgumentTypeError(f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
+        found: Any = importlib.import_module(name)
+    except _RAISED as error:
+        raise ArgumentTypeError(f"{text!r}: {name!r} cannot be imported: {type(error).__name__}: {error}") from error
     finally:
         sys.path.pop(0)
     for each in path.split("."):
-        if not hasattr(value, each):
+        if not hasattr(found, each):
             raise ArgumentTypeError(f"{text!r}: there is no {each!r} in {name!r}")
-        value = getattr(value, each)
-    return value, name, path
+        found = getattr(found, each)
+    return found, name, path
 
 
 def makes_a_model(value: Any) -> bool:
@@ -104,16 +111,20 @@ def inputs(text: str) -> Written:
     low, high = int(match["low"] or 0), int(match["high"] or 1)
     if high < low:
         raise ArgumentTypeError(f"{text!r}: the range of values ends before it begins")
-    if match["low"] is None and dtype.is_floating_point:
-        value = torch.randn(shape).to(dtype)
-    elif dtype.is_floating_point:
-        value = (torch.rand(shape) * (high - low) + low).to(dtype)
-    else:
-        value = torch.randint(low, high + 1, shape).to(dtype)
+    try:
+        value = _filled(shape, dtype, low, high, match["low"] is not None)
+    except RuntimeError as error:  # of dtypes that have a name, and no elements: int7
+        raise ArgumentTypeError(f"{text!r}: torch makes no such tensor: {str(error).partition(chr(10))[0]}") from error
     sizes = ", ".join(map(str, shape))
     fill = f"full(({sizes},), {low}" if low else f"zeros({sizes}"
     kind = "" if dtype is torch.float32 and not low else f", dtype={dtype}"
     return Written(value, f"torch.{fill}{kind})", "import torch")
+
+
+def _filled(shape: tuple[int, ...], dtype: torch.dtype, low: int, high: int, ranged: bool) -> torch.Tensor:
+    if not dtype.is_floating_point:
+        return torch.randint(low, high + 1, shape).to(dtype)
+    return (torch.rand(shape) * (high - low) + low if ranged else torch.randn(shape)).to(dtype)
 
 
 def _file(text: str) -> Written:

@@ -71,6 +71,7 @@ class RemoteLifecycle(Lifecycle):
             run = RemoteRun(engines, self.key, rules, sizes, settings.dim, self.counters, settings)
             run.settled_with(settings)
             await engines.connected()
+            await engines.refresh()  # who starts it may ask for its statistics
             self._last, self._described = run, facts.outputs
         except BaseException:
             engines.later(supervision.unload(self.key), "a model was not closed in its engines")

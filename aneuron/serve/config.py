@@ -10,12 +10,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import PurePath
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import msgspec
 import yaml
 
-T = TypeVar("T")
 Table = Mapping[str, Any]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -107,16 +106,19 @@ def settings_of(raw: Table) -> Settings:
     ...
     aneuron.serve.config.ConfigError: models.net.batchsize = 8: there is no such key; do you mean batch_size?
     """
-    _known("", raw, ("server", "models", "pools"))
+    check_keys("", raw, ("server", "models", "pools"))
     types = get_type_hints(ServerSettings, include_extras=True)
     server = ServerSettings(**_checked("server", raw.get("server", {}), types))
     if (server.tls_cert is None) != (server.tls_key is None):
         missing = "tls_key" if server.tls_key is None else "tls_cert"
         raise ConfigError(f"server.{missing} is missing: TLS takes the certificate (tls_cert) and its key (tls_key)")
+    if server.grpc and server.grpc == server.http:
+        raise ConfigError(f"server.grpc = {server.grpc}: it is the port of HTTP, too; give it another")
     pools = {
         name: _checked(f"pools.{name}", given, POOL) for name, given in _table("pools", raw.get("pools", {})).items()
     }
-    models = tuple(_model(name, given, pools) for name, given in _table("models", raw.get("models", {})).items())
+    tables = _table("models", raw.get("models", {}))
+    models = tuple(_model(name, tables, pools) for name in tables)
     if not models:
         raise ConfigError("no model is named: give a path or module:attribute, or a file with [models.NAME] tables")
     if unused := pools.keys() - {model.arguments.get("pool") for model in models}:
@@ -124,15 +126,16 @@ def settings_of(raw: Table) -> Settings:
     return Settings(server, models, pools)
 
 
-def _model(name: str, given: Any, pools: Table) -> ModelSettings:
+def _model(name: str, tables: Table, pools: Table) -> ModelSettings:
     where = f"models.{name}"
     if not _NAME.fullmatch(name):
         raise ConfigError(
             f"{where}: {name!r} stands in addresses: expected letters, digits, '.', '_' and '-' (name it by NAME=MODEL)"
         )
-    found = dict(_checked(where, given, {**_OWN, **MODEL}))
+    found = dict(_checked(where, tables[name], {**_OWN, **MODEL}))
     if "model" not in found:
-        raise ConfigError(f"{where}.model is missing: expected a path or module:attribute")
+        others = _nearest(name, [each for each in tables if each != name]) if len(tables) > 1 else ""
+        raise ConfigError(f"{where}.model is missing: expected a path or module:attribute{others}")
     source, signature = found.pop("model"), found.pop("signature", None)
     if (pool := found.get("pool")) is not None:
         if pool not in pools:
@@ -145,7 +148,7 @@ def _model(name: str, given: Any, pools: Table) -> ModelSettings:
 def _checked(where: str, given: Any, types: Table) -> Table:
     """The values of a table, each of its type."""
     given = _table(where, given)
-    _known(where, given, types)
+    check_keys(where, given, types)
     return {key: _value(f"{where}.{key}", value, types[key]) for key, value in given.items()}
 
 
@@ -171,7 +174,8 @@ def _table(where: str, given: Any) -> Table:
     return given
 
 
-def _known(where: str, given: Table, keys: Iterable[str]) -> None:
+def check_keys(where: str, given: Table, keys: Iterable[str]) -> None:
+    """Raise `ConfigError` for a key that there is not, with the one that is nearest."""
     keys = list(keys)
     for key in given:
         if key not in keys:
@@ -266,5 +270,5 @@ def _set(merged: dict[str, Any], text: str, named: list[str]) -> None:
 
 
 def arguments(values: Table) -> Table:
-    """Those of `Pool` among a model's, or a pool's; None where there are none that a model does not take itself."""
+    """Those of `Pool` among a model's; none where the model takes all of them itself."""
     return {key: values[key] for key in POOL if key in values} if _PROCESSES.keys() & values.keys() else {}

@@ -5,28 +5,31 @@ there are (config.py).
 """
 
 import importlib
+import inspect
 import os
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from threading import Lock
+from typing import Any, TypeVar
 
 import torch
 
 import aneuron
 from aneuron import AsyncDataParallel, Pool, Signature, TensorSpec
 from aneuron.cli import reading
-from aneuron.serve.config import MAX_PENDING, ConfigError, ModelSettings, Settings, Table, arguments
+from aneuron.serve.config import MAX_PENDING, ConfigError, ModelSettings, Settings, Table, arguments, check_keys
 
+T = TypeVar("T")
 _BACKENDS = {
-    name: f"{title}Backend"
-    for name, title in (
-        ("cpu", "Cpu"), ("cuda", "Cuda"), ("neuron", "Neuron"), ("onnx", "Onnx"), ("openvino", "OpenVino"),
-        ("simulated", "Simulated"),
-    )
-}  # fmt: skip
+    name.removesuffix("Backend").lower(): name
+    for name in aneuron.__all__
+    if name.endswith("Backend") and name != "Backend"
+}
+_IMPORTING = Lock()  # held by who imports anew: nobody else may find a module half done
 
 
 @dataclass(frozen=True)
@@ -59,23 +62,42 @@ def make(settings: Settings) -> list[Made]:
 
 
 def _model(asked: ModelSettings, pools: Mapping[str, Pool]) -> Made:
-    where = f"models.{asked.name}"
+    where, source = f"models.{asked.name}", str(asked.source)
     found = _found(f"{where}.model", asked.source)
-    signature = _signature(f"{where}.signature", asked.signature)
+    whole = isinstance(found, AsyncDataParallel)
+    model = _as_it_is(where, asked, found) if whole else _with_arguments(where, asked, found, pools)
+    modules = _modules(asked.source)
+    code = _code(modules)
 
     def reload() -> Any:
-        return _found(f"{where}.model", asked.source, anew=True)
+        with _IMPORTING, _imported_anew(modules):
+            again = None if whole else _found(f"{where}.model", asked.source)
+            if whole or isinstance(again, AsyncDataParallel):
+                raise ConfigError(
+                    f"{where}.model = {source!r} is an AsyncDataParallel, which is not loaded anew; name in its place "
+                    "the torch module that it runs, or a function that makes that module"
+                )
+            if model.pool.processes and _code(modules) != code:  # they would go on with it, without a word
+                raise ConfigError(
+                    f"{where}.model = {source!r}: its module has changed, and the pool's processes have imported it "
+                    "as it was: start the service again (other weights, which a function loads, can be loaded anew)"
+                )
+            return again
 
-    if isinstance(found, AsyncDataParallel):
-        if asked.arguments:
-            key, value = next(iter(asked.arguments.items()))
-            raise ConfigError(
-                f"{where}.{key} = {value!r:.80}: {asked.source!r} is an AsyncDataParallel, which has its arguments"
-            )
-        if found.max_pending is None:
-            found.max_pending = MAX_PENDING
-        reload = _no_reload(asked)
-        return Made(asked.name, str(asked.source), found, signature, reload)
+    return Made(asked.name, source, model, _signature(f"{where}.signature", asked.signature), reload)
+
+
+def _as_it_is(where: str, asked: ModelSettings, model: AsyncDataParallel) -> AsyncDataParallel:
+    """A model that brings its arguments with it."""
+    if asked.arguments:
+        key, value = next(iter(asked.arguments.items()))
+        raise ConfigError(f"{where}.{key} = {value!r:.80}: {asked.source!r} is an AsyncDataParallel, which has its own")
+    if model.max_pending is None:
+        model.max_pending = MAX_PENDING
+    return model
+
+
+def _with_arguments(where: str, asked: ModelSettings, model: Any, pools: Mapping[str, Pool]) -> AsyncDataParallel:
     own = arguments(asked.arguments)
     said = {key: value for key, value in asked.arguments.items() if key not in own}
     given = {"max_pending": MAX_PENDING, **_objects(where, said)}
@@ -83,21 +105,12 @@ def _model(asked: ModelSettings, pools: Mapping[str, Pool]) -> Made:
         given["pool"] = _made(where, Pool, _objects(where, own))
     elif isinstance(pool := given.get("pool"), str):
         given["pool"] = pools[pool]
-    return Made(asked.name, str(asked.source), _made(where, AsyncDataParallel, given, found), signature, reload)
+    return _made(where, AsyncDataParallel, given, model)
 
 
-def _no_reload(asked: ModelSettings) -> Callable[[], Any]:
-    def reload() -> Any:
-        raise ConfigError(
-            f"models.{asked.name}: {asked.source!r} is an AsyncDataParallel; name its module, or a function that makes "
-            "one, to have it loaded anew"
-        )
-
-    return reload
-
-
-def _made(where: str, kind: Callable[..., Any], given: Table, *model: Any) -> Any:
+def _made(where: str, kind: Callable[..., T], given: Table, *model: Any) -> T:
     """Raises what is not meant as `ConfigError`: the constructor's own words, and whose they are."""
+    check_keys(where, given, inspect.signature(kind).parameters)
     try:
         return kind(*model, **given)
     except (TypeError, ValueError, NotImplementedError, LookupError, aneuron.AneuronError) as error:
@@ -107,36 +120,46 @@ def _made(where: str, kind: Callable[..., Any], given: Table, *model: Any) -> An
 # What is named.
 
 
-def _found(where: str, source: str | Mapping[str, str], anew: bool = False) -> Any:
+def _found(where: str, source: str | Mapping[str, str]) -> Any:
     """The model that a text names, or a mapping of them by size."""
     if isinstance(source, Mapping):
-        return {_size(where, size): _found(f"{where}.{size}", text, anew) for size, text in source.items()}
-    if os.path.exists(source):
-        return os.path.abspath(source)
-    if not reading.is_name(source):
-        raise ConfigError(
-            f"{where} = {source!r}: there is no such file ({os.path.abspath(source)}), and it is not of the form "
-            "module:attribute, as nets:encoder is for `encoder` in nets.py"
-        )
-    if anew and (module := sys.modules.get(source.partition(":")[0])) is not None:
-        try:
-            importlib.reload(module)
-        except Exception as error:
-            raise ConfigError(f"{where} = {source!r} cannot be imported anew: {_told(error)}") from error
-    value = _attribute(where, source)
-    if reading.makes_a_model(value):
-        try:
-            value = value()
-        except Exception as error:
-            raise ConfigError(f"{where} = {source!r} makes no model: {_told(error)}") from error
-    if not callable(value) and not isinstance(value, (str, os.PathLike, Mapping)):
-        raise ConfigError(
-            f"{where} = {source!r} is {value!r:.80}: expected a model, an AsyncDataParallel, or what makes one"
-        )
-    if isinstance(value, torch.nn.Module) and value.training:
-        with suppress(NotImplementedError):  # an exported program's module: its mode was fixed
-            value = value.eval()
-    return value
+        return {_size(where, size): _found(f"{where}.{size}", text) for size, text in source.items()}
+    if not os.path.exists(source):
+        if not reading.is_name(source):
+            raise ConfigError(
+                f"{where} = {source!r}: there is no such file ({os.path.abspath(source)}), and it is not of the form "
+                "module:attribute, as nets:encoder is for `encoder` in nets.py"
+            )
+        return _read(where, reading.value, source).value
+    if source.endswith(".py"):
+        raise ConfigError(f"{where} = {source!r} is no model, has one maybe: write {Path(source).stem}:ATTRIBUTE")
+    return os.path.abspath(source)
+
+
+def _modules(source: str | Mapping[str, str]) -> list[str]:
+    """Those that are named."""
+    texts = source.values() if isinstance(source, Mapping) else [source]
+    return [text.partition(":")[0] for text in texts if reading.is_name(text) and not os.path.exists(text)]
+
+
+def _code(modules: Iterable[str]) -> list[bytes]:
+    """What is written in their files."""
+    files = [getattr(sys.modules[name], "__file__", None) for name in modules]
+    return [Path(file).read_bytes() for file in files if file is not None]
+
+
+@contextmanager
+def _imported_anew(modules: Iterable[str]) -> Iterator[None]:
+    """Have modules run again when they are imported next, into namespaces of their own: functions of those that serve
+    find their globals in the old ones. If that fails, the old ones are found again.
+    """
+    old = {name: sys.modules.pop(name) for name in modules if name in sys.modules}
+    importlib.invalidate_caches()
+    try:
+        yield
+    except BaseException:
+        sys.modules.update(old)
+        raise
 
 
 def _size(where: str, text: str) -> int | tuple[int, int]:
@@ -147,15 +170,16 @@ def _size(where: str, text: str) -> int | tuple[int, int]:
     return int(text) if len(parts) == 1 else (int(parts[0]), int(parts[1]))
 
 
-def _attribute(where: str, text: str) -> Any:
+def _read(where: str, read: Callable[[str], T], text: str) -> T:
+    """Raises what cannot be read as `ConfigError`."""
     try:
-        return reading.attribute(text)[0]
-    except ArgumentTypeError as error:
-        raise ConfigError(f"{where} = {text!r}: {error}") from error
+        return read(text)
+    except ArgumentTypeError as error:  # which begins with the text
+        raise ConfigError(f"{where} = {error}") from error
 
 
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+def _attribute(where: str, text: str) -> Any:
+    return _read(where, reading.attribute, text)[0]
 
 
 # What is written.
@@ -184,14 +208,15 @@ def _object(where: str, key: str, value: Any) -> Any:
 
 def _backend(where: str, value: str | Mapping[str, Any]) -> Any:
     """A name, `module:attribute`, or a table with a `name` and what that backend's constructor takes."""
-    if isinstance(value, str):
-        return (
-            _attribute(where, value) if ":" in value else value if value != "simulated" else aneuron.SimulatedBackend()
-        )
-    given = dict(value)
+    if isinstance(value, str) and (value == "auto" or ":" in value):
+        return value if value == "auto" else _attribute(where, value)
+    given: dict[str, Any] = {"name": value} if isinstance(value, str) else dict(value)
     name = given.pop("name", None)
     if name not in _BACKENDS:
-        raise ConfigError(f"{where}.name = {name!r:.80}: expected one of {', '.join(_BACKENDS)}")
+        raise ConfigError(
+            f"{where}{'' if isinstance(value, str) else '.name'} = {name!r:.80}: expected one of "
+            f"{', '.join(sorted(_BACKENDS))}; or, in place of a table, auto or module:attribute"
+        )
     if isinstance(dtype := given.get("dtype"), str):
         given["dtype"] = _dtype(where, dtype)
     return _made(where, getattr(aneuron, _BACKENDS[name]), given)
@@ -202,13 +227,13 @@ def _example(where: str, value: str | list[str] | Mapping[str, str]) -> Any:
         return {name: _example(f"{where}.{name}", each) for name, each in value.items()}
     if isinstance(value, list):
         return tuple(_example(where, each) for each in value)
-    if reading.is_name(value):
-        found = _attribute(where, value)
-        return found() if callable(found) and not isinstance(found, torch.Tensor) else found
+    if not reading.is_name(value):
+        return _read(where, reading.inputs, value).value
+    found = _attribute(where, value)
     try:
-        return reading.inputs(value).value
-    except ArgumentTypeError as error:
-        raise ConfigError(f"{where} = {value!r}: {error}") from error
+        return found() if callable(found) else found
+    except (Exception, SystemExit) as error:  # it is the user's: whatever it raises
+        raise ConfigError(f"{where} = {value!r} makes no inputs: {type(error).__name__}: {error}") from error
 
 
 def _signature(where: str, given: Mapping[str, Any] | None) -> Signature | None:
@@ -217,7 +242,7 @@ def _signature(where: str, given: Mapping[str, Any] | None) -> Signature | None:
         return None
     sides = {key: None if specs is None else tuple(_spec(f"{where}.{key}", spec) for spec in specs)
              for key, specs in given.items()}  # fmt: skip
-    return _made(where, Signature, sides)  # type: ignore[no-any-return]
+    return _made(where, Signature, sides)
 
 
 def _spec(where: str, given: Mapping[str, Any]) -> TensorSpec:
@@ -226,7 +251,7 @@ def _spec(where: str, given: Mapping[str, Any]) -> TensorSpec:
         spec["dtype"] = {"str": str, "bytes": bytes}.get(dtype) or _dtype(where, dtype)
     if isinstance(shape := spec.get("shape"), list):
         spec["shape"] = tuple(shape)
-    return _made(where, TensorSpec, spec)  # type: ignore[no-any-return]
+    return _made(where, TensorSpec, spec)
 
 
 def _dtype(where: str, name: str) -> torch.dtype:

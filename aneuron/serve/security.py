@@ -46,6 +46,11 @@ class Token:
         return hmac.compare_digest(said, self._token)
 
 
+def of_protocol(path: str) -> bool:
+    """Whether it is the Open Inference Protocol's."""
+    return path.startswith("/v2/") or path == "/v2"
+
+
 def is_open(method: str, path: str) -> bool:
     """Whether a request needs no token: probes, and what a client of the models asks. `path` as the handler sees it.
 
@@ -55,7 +60,7 @@ def is_open(method: str, path: str) -> bool:
     if path in ("/livez", "/readyz"):
         return True
     try:
-        return path.startswith("/v2") and find(method, path).what in _OPEN
+        return of_protocol(path) and find(method, path).what in _OPEN
     except Refused:
         return False
 
@@ -106,7 +111,7 @@ def grpc_guard(token: Token) -> Any:
     async def refuse(request: Any, context: Any) -> None:
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, "metadata 'authorization: Bearer TOKEN' is expected")
 
-    class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]  # there are no types of it
         async def intercept_service(self, continuation: Callable[[Any], Awaitable[Any]], details: Any) -> Any:
             said = dict(details.invocation_metadata or ()).get("authorization")
             if details.method.rpartition("/")[2] in _OPEN_METHODS or token.is_in(said):

@@ -78,7 +78,7 @@ def setup(
         for path in doors:
             if not await _has_route(app, path):
                 raise nowhere(path)
-        async with serving(models, drain_timeout):
+        async with serving(models, lambda: drain_timeout):
             with frozen(freeze):
                 yield
 
@@ -91,9 +91,7 @@ def setup(
         try:
             if request.path in doors and request.method != "OPTIONS":
                 doors[request.path].check_admission()
-            outer, _ = request.get(_TERMS, (None, None))  # of an application around this one
-            until = deadline(request.headers, asyncio.get_running_loop().time(), most)
-            request[_TERMS] = until if outer is None else outer if until is None else min(until, outer), timings
+            give_time(request, most, timings)
             response = await handler(request)
         except MalformedTimeout as error:
             response = _response(problem(400, str(error)))
@@ -144,15 +142,23 @@ def drain(app: web.Application) -> None:
     app[_HEALTH].draining = True
 
 
+def give_time(request: web.BaseRequest, most: float | None, timings: Timings | None = None) -> None:
+    """Note on a request how long its calls may take, and where to note how they were run. Raises `MalformedTimeout`."""
+    outer, _ = request.get(_TERMS, (None, None))  # of an application around this one
+    until = deadline(request.headers, asyncio.get_running_loop().time(), most)
+    request[_TERMS] = until if outer is None else outer if until is None else min(until, outer), timings
+
+
 async def _livez(request: web.Request) -> web.Response:
-    return _report(*request.config_dict[_HEALTH].live())
+    return report(*request.config_dict[_HEALTH].live())
 
 
 async def _readyz(request: web.Request) -> web.Response:
-    return _report(*request.config_dict[_HEALTH].ready())
+    return report(*request.config_dict[_HEALTH].ready())
 
 
-def _report(status: int, body: bytes) -> web.Response:
+def report(status: int, body: bytes) -> web.Response:
+    """What a supervisor is told."""
     return web.Response(
         status=status, body=body, content_type="application/json", headers={"Cache-Control": "no-store"}
     )

@@ -86,7 +86,7 @@ def lifespan(
     async def manager(app: Any) -> AsyncIterator[Any]:
         for each in _applications(app):
             check_same(models, each.state.aneuron.models if _is_installed(each) else {})
-        async with serving(models, drain_timeout):
+        async with serving(models, lambda: drain_timeout):
             if app_lifespan is None:
                 with frozen(freeze):
                     yield None

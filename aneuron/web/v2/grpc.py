@@ -90,6 +90,10 @@ class GrpcServer:
         self._server = server
         return int(port)
 
+    def drain(self) -> None:
+        """Have ServerReady and ModelReady say no, for good: no new requests, please. Those that come are served."""
+        self._models.draining = True
+
     async def aclose(self, grace: float | None = None) -> None:
         """Take no more requests, and wait for those in progress; after `grace` seconds they are cancelled.
 

@@ -356,7 +356,7 @@ async def report(models: Models, asked: Asked, read: Callable[[], Awaitable[Inco
         value, status = {"ready": models.ready}, 200 if models.ready else 503
     else:
         served = models.find(name, version)
-        ready = served.model.ready
+        ready = models.is_ready(name, version)
         if what == "ready":
             value, status = {"name": name, "ready": ready}, 200 if ready else 503
         else:

@@ -150,6 +150,7 @@ class Models:
             raise LookupError(f"signatures={{{sorted(strangers)[0]!r}: ...}}: there is no such model; {list(models)}")
         self.served = {name: Served(name, model, said.get(name)) for name, model in models.items()}
         self._load = load
+        self.draining = False  # no new requests, please; those that come are served all the same
 
     def find(self, name: str, version: str = "") -> Served:
         """The model of a name. Raises `Refused`."""
@@ -163,12 +164,14 @@ class Models:
     def is_ready(self, name: str, version: str) -> bool:
         """Whether there is such a model, and it serves."""
         served = self.served.get(name)
-        return served is not None and version in ("", VERSION) and served.model.ready
+        if served is None or version not in ("", VERSION):
+            return False
+        return served.model.ready and not self.draining
 
     @property
     def ready(self) -> bool:
         """Whether every model serves."""
-        return all(served.model.ready for served in self.served.values())
+        return all(self.is_ready(name, VERSION) for name in self.served)
 
     def metadata(self) -> dict[str, Any]:
         """What the server is."""
@@ -181,13 +184,13 @@ class Models:
 
     def index(self, ready: bool = False) -> list[dict[str, str]]:
         """Which models there are, and whether each serves; or those that do."""
-        found = []
-        for name, served in self.served.items():
-            if served.model.ready:
-                found.append({"name": name, "version": VERSION, "state": "READY", "reason": ""})
-            elif not ready:
-                found.append({"name": name, "version": VERSION, "state": "UNAVAILABLE", "reason": "not ready"})
-        return found
+        said = {"state": "UNAVAILABLE", "reason": "draining" if self.draining else "not ready"}
+        states = {name: self.is_ready(name, VERSION) for name in self.served}
+        return [
+            {"name": name, "version": VERSION, **({"state": "READY", "reason": ""} if serves else said)}
+            for name, serves in states.items()
+            if serves or not ready
+        ]
 
     async def load(self, name: str) -> None:
         """Have a model loaded anew. Raises `Refused` where that is not allowed, or fails."""
@@ -200,7 +203,8 @@ class Models:
             raise
         except Exception as error:  # whatever loading, or a module that is imported, raises
             logger.exception("model %r was not loaded, and serves as before", name)
-            raise Refused(400, f"model {name!r} was not loaded, and serves as before: {error}") from error
+            why = str(error).strip().partition("\n")[0]  # more may be a traceback, with the server's paths
+            raise Refused(400, f"model {name!r} was not loaded, and serves as before: {why}") from error
 
     def unload(self, name: str) -> None:
         """Models stay: who serves one decides when it ends."""
