@@ -9,11 +9,17 @@ import grpc
 import pytest
 import torch
 from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from starlette.applications import Starlette
+from starlette.testclient import TestClient as StarletteClient
 
 import aneuron
 from aneuron.testing import PuppetBackend
+from aneuron.web import aiohttp as of_aiohttp
+from aneuron.web import starlette as of_starlette
 from aneuron.web.v2 import grpc as over_grpc
 from aneuron.web.v2 import http
+from aneuron.web.v2 import starlette as v2_starlette
 from aneuron.web.v2.aiohttp import routes
 from aneuron.web.v2.grpc import GrpcServer
 from aneuron.web.v2.messages import SERVICE, message
@@ -52,6 +58,26 @@ async def method(server, name="ModelInfer", stream=False):
     address = f"127.0.0.1:{await server.listen('127.0.0.1:0')}"
     async with grpc.aio.insecure_channel(address) as channel:
         yield (channel.stream_stream if stream else channel.unary_unary)(f"/{SERVICE}/{name}")
+
+
+async def test_who_drains_an_application_is_not_ready_by_the_protocol_either():
+    one, other = net(), net()  # of a loop each
+    by_aiohttp, by_starlette = (
+        web.Application(),
+        Starlette(routes=v2_starlette.routes(net=other), lifespan=of_starlette.lifespan(net=other)),
+    )
+    of_aiohttp.setup(by_aiohttp, net=one)
+    by_aiohttp.add_routes(routes(net=one))
+    of_starlette.install(by_starlette, net=other)
+    async with TestClient(TestServer(by_aiohttp)) as session:
+        with StarletteClient(by_starlette) as client:
+            for path in ("/v2/health/ready", "/v2/models/net/ready"):
+                assert (await session.get(path)).status == client.get(path).status_code == 200
+            of_aiohttp.drain(by_aiohttp)
+            of_starlette.drain(by_starlette)
+            for path in ("/v2/health/ready", "/v2/models/net/ready"):
+                assert (await session.get(path)).status == client.get(path).status_code == 503
+            assert (await session.post("/v2/models/net/infer", json=REQUEST)).status == 200
 
 
 async def test_what_is_not_compressed_is_the_clients_fault_with_aiohttp_too():

@@ -16,7 +16,7 @@ from typing import Any
 from aiohttp import web
 from yarl import URL
 
-from aneuron import AsyncDataParallel
+from aneuron import AsyncDataParallel, View
 from aneuron.web.checks import check_flags, check_models, drain_time, guarded, nowhere, time_allowed
 from aneuron.web.deadlines import MalformedTimeout, deadline
 from aneuron.web.health import Health
@@ -129,17 +129,25 @@ def get(request: web.Request, name: str) -> RequestView:
     return view_of(name, request.config_dict[_HEALTH].models, *request.get(_TERMS, (None, None)))
 
 
-def of_request(request: web.BaseRequest, name: str, model: AsyncDataParallel) -> RequestView:
-    """A model on the terms of one request, as `get` hands it out, installed or not."""
-    return RequestView(name, model, *request.get(_TERMS, (None, None)))
+def of_request(request: web.BaseRequest, name: str, model: AsyncDataParallel) -> View | AsyncDataParallel:
+    """A model on the terms of one request, as `get` hands it out, installed or not; itself where there are none."""
+    until, timings = request.get(_TERMS, (None, None))
+    return model if until is None and timings is None else RequestView(name, model, until, timings)
 
 
 def drain(app: web.Application) -> None:
     """Turn `/readyz` to 503, for good: no new requests, please. Those that come are served as before.
 
+    So does what the routes of `aneuron.web.v2.aiohttp` say of readiness.
     For a preStop hook, some seconds before SIGTERM: load balancers learn of it while the server still listens.
     """
     app[_HEALTH].draining = True
+
+
+def is_draining(request: web.BaseRequest) -> bool:
+    """Whether `drain` was called for the application that a request is for, if there is one."""
+    health = request.config_dict.get(_HEALTH) if isinstance(request, web.Request) else None
+    return health is not None and health.draining
 
 
 def give_time(request: web.BaseRequest, most: float | None, timings: Timings | None = None) -> None:

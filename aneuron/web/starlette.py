@@ -202,10 +202,17 @@ def _has_route(routes: Sequence[BaseRoute], scope: Scope) -> bool:
 def drain(app: Starlette) -> None:
     """Turn `/readyz` to 503, for good: no new requests, please. Those that come are served as before.
 
+    So does what the routes of `aneuron.web.v2.starlette` say of readiness.
     For a preStop hook, some seconds before SIGTERM: load balancers learn of it while the server still listens. Call it
     from a route of the application's own, or from a signal handler.
     """
     _health(app).draining = True
+
+
+def is_draining(scope: Scope) -> bool:
+    """Whether `drain` was called for the application that a request is for, if there is one."""
+    app = scope.get("app")
+    return app is not None and _is_installed(app) and _health(app).draining
 
 
 @dataclass(frozen=True)

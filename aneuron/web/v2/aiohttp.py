@@ -8,15 +8,15 @@ Lives here: what is aiohttp's. Must not be here: what a request means (http.py a
     web.run_app(app, handler_cancellation=True)
 """
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
+from collections.abc import AsyncIterator, Coroutine, Mapping
 from typing import Any
 
 from aiohttp import ClientPayloadError, web
 from aiohttp.http_exceptions import HttpProcessingError
 from multidict import CIMultiDict
 
-from aneuron import AsyncDataParallel, Signature, View
-from aneuron.web.aiohttp import of_request
+from aneuron import AsyncDataParallel, Signature
+from aneuron.web.aiohttp import is_draining, of_request
 from aneuron.web.v2.errors import Refused
 from aneuron.web.v2.http import (
     MAX_BODY,
@@ -50,12 +50,9 @@ def routes(
 
     async def handler(request: web.Request) -> web.StreamResponse:
         rest = request.match_info.get("rest")  # of the path below an application that this one is in
-        return await served.answer(request, f"/v2/{rest}" if rest else "/v2", of_request)
+        return await served.answer(request, f"/v2/{rest}" if rest else "/v2")
 
     return [web.route("*", "/v2", handler), web.route("*", "/v2/{rest:.*}", handler)]
-
-
-OfRequest = Callable[[web.BaseRequest, str, AsyncDataParallel], View]
 
 
 class V2:
@@ -68,20 +65,20 @@ class V2:
         """Answer one request. To be awaited."""
         return self.answer(request, request.path)
 
-    async def answer(self, request: web.BaseRequest, path: str, view: OfRequest | None = None) -> web.StreamResponse:
-        """Answer one request, taken for one of this path, by the model itself or a view of it."""
+    async def answer(self, request: web.BaseRequest, path: str) -> web.StreamResponse:
+        """Answer one request, taken for one of this path."""
         models = self._models
         try:
             asked = find(request.method, path)
             if asked.what != "infer":
+                models.draining |= is_draining(request)
                 return _sent(await report(models, asked, lambda: self._read(request)))
             served = models.find(asked.name, asked.version)
             head = read_head(request.headers.get, self._max_body)
             if head.coding:  # aiohttp has decompressed it
                 head = head._replace(coding="")
             incoming = await self._read(request)
-            model = served.model if view is None else view(request, asked.name, served.model)
-            return _sent(await answer_of(served, head, incoming, model))
+            return _sent(await answer_of(served, head, incoming, of_request(request, asked.name, served.model)))
         except Exception as error:  # whatever it is, the client is told
             if isinstance(error, ConnectionError) and (request.transport is None or request.transport.is_closing()):
                 raise  # it left while it sent

@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import Message, Receive, Scope, Send
 
 from aneuron import AsyncDataParallel, Signature
-from aneuron.web.starlette import of_request, while_there
+from aneuron.web.starlette import is_draining, of_request, while_there
 from aneuron.web.v2.http import (
     MAX_BODY,
     Answer,
@@ -88,6 +88,7 @@ class V2:
 
     async def _answer(self, asked: Asked, scope: Scope, receive: Receive) -> Answer:
         if asked.what != "infer":
+            self._models.draining |= is_draining(scope)
             return await report(self._models, asked, lambda: self._read(receive))
         served = self._models.find(asked.name, asked.version)
         head = read_head(Headers(scope=scope).get, self._max_body)
