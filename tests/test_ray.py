@@ -3,10 +3,13 @@
 import asyncio
 import importlib.util
 import logging
+from collections import deque
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from puppets import scenario
 
 import aneuron.ray
 from aneuron import (
@@ -148,6 +151,17 @@ def test_arrays_that_cannot_be_written_to_are_copied_wherever_they_are():
     assert owned([own, tensor, 5])[0] is own
 
 
+def test_what_cannot_be_opened_in_a_mark_keeps_nothing_else_from_being_copied():
+    array = read_only(np.zeros(2))
+    closed = deque([array])
+    value = [array, Rows([closed, array, "text"]), Shared(closed)]
+    first, rows, shared = owned(value)
+    assert first.flags.writeable
+    assert rows.objects[1].flags.writeable
+    assert rows.objects[0] is shared.value is closed
+    assert foreign(value) == 2 * array.nbytes
+
+
 def test_tensors_are_copied_where_ray_hands_out_those_of_its_store():
     tensor = torch.ones(2)
     assert owned([tensor])[0] is tensor
@@ -279,8 +293,8 @@ class Full(Exception):
 class Handle:
     """As Serve's: each call answers what the next plan says, an error or a function of the inputs."""
 
-    def __init__(self, *plans):
-        self.plans, self.asked, self.cancelled = list(plans), [], 0
+    def __init__(self, *plans, at=lambda: 0.0):
+        self.plans, self.asked, self.when, self.cancelled, self.clock = list(plans), [], [], 0, at
 
     def options(self, method_name):
         assert method_name == "answer"
@@ -288,6 +302,7 @@ class Handle:
 
     def remote(self, terms, timeout, timed, *inputs):
         self.asked.append((terms, timeout, timed, inputs))
+        self.when.append(self.clock())
         return Response(self, self.plans.pop(0))
 
 
@@ -372,9 +387,35 @@ async def test_a_timeout_is_the_callers_too_and_cancels_what_was_asked():
     assert handle.cancelled == len(handle.asked)
 
 
-async def test_a_map_waits_for_room():
-    handle = Handle(Full("no room"), 1, 2)
-    assert [y async for y in seen(handle).map([("a",), ("b",)], limit=1)] == [1, 2]
+async def elements(*values):
+    for value in values:
+        yield (value,)
+
+
+@scenario
+async def test_a_map_waits_for_room_longer_each_time():
+    clock = asyncio.get_running_loop().time
+    handle = Handle(*[Full("no room")] * 9, 1, 2, at=clock)
+    assert [y async for y in seen(handle).map(elements("a", "b"), limit=1)] == [1, 2]
+    waits = [after - before for before, after in pairwise(handle.when)]
+    assert waits[:3] == pytest.approx([0.02, 0.04, 0.08])
+    assert max(waits) == pytest.approx(1.0)
+
+
+@scenario
+async def test_what_an_element_of_a_map_waits_for_room_is_taken_off_its_own_limit():
+    handle = Handle(QueueFull("full", 0.3), Died("gone"), QueueFull("full", 0.5), 1, 2)
+    net = seen(handle).options(timeout=2.0)
+    assert [y async for y in net.map(elements("a", "b"), limit=1)] == [1, 2]
+    assert [timeout for _, timeout, _, _ in handle.asked] == pytest.approx([2.0, 1.7, 1.7, 1.2, 2.0])
+
+
+@scenario
+async def test_an_element_of_a_map_that_never_finds_room_ends_with_its_limit():
+    net = seen(Handle(*[Full("no room")] * 99)).options(timeout=2.0)
+    with pytest.raises(DeadlineExceeded, match="timeout=2 s has passed"):
+        await anext(net.map(elements("a"), limit=1))
+    assert asyncio.get_running_loop().time() == pytest.approx(2.0)
 
 
 def test_only_errors_of_ray_are_taken_apart():

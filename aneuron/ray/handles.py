@@ -12,6 +12,7 @@ from aneuron.options import Options
 from aneuron.sched.call import Limit, Rest, Terms
 
 OUTSTANDING = 256  # elements of a map, if it is not said how many
+SHORTEST, LONGEST = 0.02, 1.0  # seconds until an element of a map asks for room again, twice as many each time
 
 Errors = tuple[type[Exception], ...]
 
@@ -35,7 +36,6 @@ class Remote:
         self._handle = handle
         self._remote: Any = None  # made by the first call: a handle may belong to the loop that it is first used on
         self._lost = lost  # what is raised where a replica is no more
-        self._elsewhere: Errors = (Closed, NoHealthyCores, *lost)
         self._full = full  # what is raised before a replica is asked
 
     async def _call(
@@ -59,35 +59,34 @@ class Remote:
         limit: Limit | None,
         timed: bool = False,
     ) -> Any:
-        """One call, to its end."""
+        """One call, to its end. It is asked once more where a replica died over it, or could not take it; an element of
+        a map also as often as there is no room.
+        """
+        loop = asyncio.get_running_loop()
+        began, rest, again, pause = loop.time(), limit, True, SHORTEST
         try:
             async with asyncio.timeout(limit) as scope:
                 while True:
                     try:
-                        return await self._twice(inputs, kwargs, terms, limit, timed)
+                        return await self._ask(inputs, kwargs, terms, rest, timed)
+                    except self._lost as error:
+                        if not again:
+                            raise CoreFailed("two replicas died over the call; it was not tried on a third") from error
+                        again = False
+                    except (Closed, NoHealthyCores):
+                        if not again:
+                            raise
+                        again = False
                     except QueueFull as error:
                         if terms is None or not terms.yields:
                             raise
-                        await asyncio.sleep(error.retry_after or 1.0)  # an element of a map waits for room
+                        await asyncio.sleep(max(pause, error.retry_after or 0.0))
+                        again, pause = True, min(2 * pause, LONGEST)
+                    rest = None if limit is None else Rest.of(limit, loop.time() - began)
         except TimeoutError as error:
             if not scope.expired() or isinstance(error, AneuronError):
                 raise
             raise DeadlineExceeded(f"{limit!s} has passed") from None
-
-    async def _twice(
-        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None, limit: Limit | None, timed: bool
-    ) -> Any:
-        """Ask once more where a replica died over the call, or could not take it."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        try:
-            return await self._ask(inputs, kwargs, terms, limit, timed)
-        except self._elsewhere:
-            rest = None if limit is None else Rest.of(limit, loop.time() - began)
-        try:
-            return await self._ask(inputs, kwargs, terms, rest, timed)
-        except self._lost as error:
-            raise CoreFailed("two replicas died over the call; it was not tried on a third") from error
 
     async def _ask(
         self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None, limit: Limit | None, timed: bool
@@ -100,7 +99,7 @@ class Remote:
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except Exception as error:
+        except Exception as error:  # whatever the model has raised there, or Ray on the way
             cause = original(error)
             if isinstance(error, self._full) and not isinstance(error, QueueFull):
                 cause = QueueFull(str(error), getattr(error, "retry_after_s", None))
@@ -115,8 +114,9 @@ class Remote:
 def original(error: Exception) -> Exception:
     """What was raised in a replica, of what Ray raises for it here: an error that is both, with a traceback as text."""
     cause = getattr(error, "cause", None)
-    both = isinstance(cause, Exception) and isinstance(error, type(cause)) and type(error) is not type(cause)
-    return cause if both else error  # type: ignore[return-value]
+    if isinstance(cause, Exception) and isinstance(error, type(cause)) and type(error) is not type(cause):
+        return cause
+    return error
 
 
 def view_of(handle: Any, lost: Errors = (), full: Errors = ()) -> HandleView:

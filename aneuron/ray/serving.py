@@ -26,7 +26,7 @@ from aneuron.web.problems import log, problem, problem_of
 _LOST = (ActorDiedError, ActorUnavailableError, ReplicaUnavailableError, WorkerCrashedError)
 
 
-class Refused(QueueFull, BackPressureError):  # type: ignore[misc]
+class Refused(QueueFull, BackPressureError):  # type: ignore[misc]  # Ray is not read: its classes are Any
     """`aneuron.QueueFull` of a replica, as Serve knows it too: HTTP gets 503, or 429, with `Retry-After`."""
 
     def __init__(self, text: str, retry_after: float | None = None, status_code: int = 503) -> None:
