@@ -39,7 +39,7 @@ def names_of(name: str) -> dict:
     return names
 
 
-APART = {"flask", "django", "engines", "neuron, traced", "neuron, native"}  # which have tests of their own
+APART = {"flask", "django", "engines", "neuron, traced", "neuron, native", "ray", "ray http"}  # with tests of their own
 
 
 @pytest.mark.parametrize("name", sorted(PROGRAMS.keys() - APART))
