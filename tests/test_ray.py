@@ -173,7 +173,7 @@ def test_tensors_are_copied_where_ray_hands_out_those_of_its_store():
 
 
 async def answer(replica, *inputs, terms=None, timeout=None, timed=False, **kwargs):
-    return await replica.answer(terms, timeout, timed, inputs, kwargs)
+    return await replica.answer((terms, timeout, timed), inputs, kwargs)
 
 
 async def served(factory=make, *args, config=None, tensors=False, **kwargs):
@@ -300,8 +300,8 @@ class Handle:
         assert method_name == "answer"
         return self
 
-    def remote(self, terms, timeout, timed, *inputs):
-        self.asked.append((terms, timeout, timed, inputs))
+    def remote(self, how, *inputs):
+        self.asked.append((*how, inputs))
         self.when.append(self.clock())
         return Response(self, self.plans.pop(0))
 

@@ -93,7 +93,8 @@ class Remote:
     ) -> Any:
         if self._remote is None:
             self._remote = self._handle.options(method_name="answer").remote
-        response = self._remote(terms, None if limit is None else float(limit), timed, *inputs, **kwargs)
+        how = (terms, None if limit is None else float(limit), timed)  # together: Ray packs each argument by itself
+        response = self._remote(how, *inputs, **kwargs)
         try:
             return await response
         except asyncio.CancelledError:

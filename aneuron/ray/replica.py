@@ -20,6 +20,8 @@ from aneuron.sched.call import Terms
 logger = logging.getLogger("aneuron.ray")
 
 Factory = Callable[..., Any]  # makes an AsyncDataParallel, or is awaited for one
+How = tuple[Terms | None, float | None, bool]  # a call's terms, its timeout, and whether its `Timing` is asked for
+PLAINLY: How = (None, None, False)
 
 _MAY_CHANGE = ("model", "max_pending", "num_workers", "split_size")
 
@@ -69,10 +71,9 @@ class Replica:
 
     # Calls.
 
-    async def answer(
-        self, terms: Terms | None, timeout: float | None, timed: bool, inputs: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any | tuple[Any, Timing]:
+    async def answer(self, how: How, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | tuple[Any, Timing]:
         """One call, on its terms; with its `Timing`, if asked."""
+        terms, timeout, timed = how
         inputs, kwargs = await self._owned(inputs), await self._owned(kwargs)
         terms = terms or Terms()
         view = self.model.options(timeout=timeout, priority=terms.priority, tenant=terms.tenant)

@@ -18,9 +18,8 @@ from starlette.responses import Response
 from aneuron import AneuronError, AsyncDataParallel, QueueFull
 from aneuron.backends import cpus
 from aneuron.ray.handles import HandleView, original, view_of
-from aneuron.ray.replica import Factory, Replica, named
+from aneuron.ray.replica import PLAINLY, Factory, How, Replica, named
 from aneuron.ray.sizing import Resources, ongoing, scaling
-from aneuron.sched.call import Terms
 from aneuron.web.problems import log, problem, problem_of
 
 _LOST = (ActorDiedError, ActorUnavailableError, ReplicaUnavailableError, WorkerCrashedError)
@@ -65,12 +64,10 @@ class _Served:
         self.replica = Replica(type(self).factory, args, kwargs, tensors=_tensors_are_shared())
         await self.replica.start(getattr(said, "user_config", None), getattr(said, "max_ongoing_requests", None))
 
-    async def answer(
-        self, terms: Terms | None, timeout: float | None, timed: bool, /, *inputs: Any, **kwargs: Any
-    ) -> Any:
+    async def answer(self, how: How, /, *inputs: Any, **kwargs: Any) -> Any:
         """One call, on its terms; what a view asks for."""
         try:
-            return await self.replica.answer(terms, timeout, timed, inputs, kwargs)
+            return await self.replica.answer(how, inputs, kwargs)
         except QueueFull as error:
             raise Refused(str(error), error.retry_after, self.status_code) from None
 
@@ -101,7 +98,7 @@ class _Called(_Served):
             return _response(
                 problem(404, "This deployment answers handles, not HTTP; see `ingress` of aneuron.ray.deployment.")
             )
-        return await self.answer(None, None, False, *inputs, **kwargs)
+        return await self.answer(PLAINLY, *inputs, **kwargs)
 
 
 class _Ingress(_Served):
