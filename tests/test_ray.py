@@ -3,6 +3,7 @@
 import asyncio
 import importlib.util
 import logging
+import threading
 from collections import deque
 from itertools import pairwise
 
@@ -235,6 +236,52 @@ async def test_another_configuration_swaps_the_model_and_loses_no_call():
     await replica.close()
 
 
+async def test_the_number_of_workers_goes_back_to_what_nobody_said():
+    replica = await served(make)
+    for config, workers in (({"num_workers": 3}, 3), ({"num_workers": 3, "factor": 5.0}, 3), (None, 4)):
+        await replica.reconfigure(config)
+        assert replica.model.num_workers == workers
+    await replica.close()
+
+
+async def test_the_last_of_two_configurations_at_once_is_followed():
+    replica = await served(make)
+    await asyncio.gather(*(replica.reconfigure({"factor": factor}) for factor in (5.0, 7.0)))
+    assert (await answer(replica, torch.ones(1, 1))).item() == 7.0
+    await replica.close()
+
+
+async def test_a_replica_closes_while_another_model_is_made():
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(factor=2.0):
+        if factor != 2.0:
+            begun.set()
+            go.wait(60)
+        return make(factor)
+
+    replica = await served(slow)
+    changing = asyncio.create_task(replica.reconfigure({"factor": 5.0}))
+    await asyncio.to_thread(begun.wait, 60)
+    await replica.close()
+    go.set()
+    await changing
+    assert not replica.model.ready
+
+
+async def test_a_swap_that_fails_leaves_what_was_set(monkeypatch):
+    replica = await served(make, max_pending=100)
+
+    async def refuse(model):
+        raise ShapeError("another shape")
+
+    monkeypatch.setattr(replica.model, "swap", refuse)
+    with pytest.raises(ShapeError, match="another shape"):
+        await replica.reconfigure({"factor": 5.0, "max_pending": 7})
+    assert replica.model.max_pending == 100
+    await replica.close()
+
+
 async def test_the_same_model_is_not_loaded_again(monkeypatch):
     replica = await served()
     monkeypatch.setattr(replica.model, "swap", None)
@@ -290,6 +337,10 @@ class Full(Exception):
     retry_after_s = 0.0
 
 
+class Gone(Exception):
+    pass
+
+
 class Handle:
     """As Serve's: each call answers what the next plan says, an error or a function of the inputs."""
 
@@ -331,7 +382,7 @@ def ray_error(cause):
 
 
 def seen(handle):
-    return view_of(handle, (Died,), (Full,))
+    return view_of(handle, (Died,), (Full,), (Gone,))
 
 
 async def test_a_view_sends_its_terms_and_raises_what_was_raised():
@@ -385,6 +436,20 @@ async def test_a_timeout_is_the_callers_too_and_cancels_what_was_asked():
     with pytest.raises(asyncio.CancelledError):
         await task
     assert handle.cancelled == len(handle.asked)
+
+
+async def test_a_deployment_that_was_deleted_is_closed():
+    with pytest.raises(Closed, match=r"view\(.*\) is not served: it was deleted"):
+        await seen(Handle(Gone("one"), Gone("two"), 7))("x")
+
+
+async def test_results_are_copied_where_ray_hands_out_tensors_of_its_store():
+    tensor, timing = torch.ones(2), "timing"
+    net = view_of(Handle(tensor, (tensor, timing)), tensors=True)
+    assert (await net("x")).data_ptr() != tensor.data_ptr()
+    result, told = await net.timed("x")
+    assert torch.equal(result, tensor)
+    assert told is timing
 
 
 async def elements(*values):

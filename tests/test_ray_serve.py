@@ -32,7 +32,16 @@ from ray.serve.context import _get_global_client
 from ray.serve.schema import ServeDeploySchema
 
 import aneuron.ray
-from aneuron import AsyncDataParallel, CpuBackend, DeadlineExceeded, QueueFull, Rows, ShapeError, SimulatedBackend
+from aneuron import (
+    AsyncDataParallel,
+    Closed,
+    CpuBackend,
+    DeadlineExceeded,
+    QueueFull,
+    Rows,
+    ShapeError,
+    SimulatedBackend,
+)
 from aneuron.web.starlette import get, install
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -455,6 +464,8 @@ async def test_what_was_accepted_is_answered_at_the_end():
     await until(accepted)
     await asyncio.to_thread(serve.delete, handle.app_name)
     assert [y[0, 0].item() for y in await asyncio.gather(*calls)] == [2.0] * 24
+    with pytest.raises(Closed, match="is not served"):
+        await net.options(timeout=LIMIT / 2)(row(1.0))
 
 
 async def test_what_serve_refuses_itself_is_queue_full():

@@ -9,6 +9,7 @@ from typing import Any
 
 from aneuron import AneuronError, Closed, CoreFailed, DeadlineExceeded, NoHealthyCores, QueueFull, Timing, View
 from aneuron.options import Options
+from aneuron.ray.arrays import owned
 from aneuron.sched.call import Limit, Rest, Terms
 
 OUTSTANDING = 256  # elements of a map, if it is not said how many
@@ -32,11 +33,12 @@ class HandleView(View):
 class Remote:
     """What a view is of: a handle."""
 
-    def __init__(self, handle: Any, lost: Errors, full: Errors) -> None:
+    def __init__(self, handle: Any, lost: Errors, full: Errors, gone: Errors, tensors: bool) -> None:
         self._handle = handle
         self._remote: Any = None  # made by the first call: a handle may belong to the loop that it is first used on
         self._lost = lost  # what is raised where a replica is no more
-        self._full = full  # what is raised before a replica is asked
+        self._full, self._gone = full, gone  # what is raised before a replica is asked: no room, no deployment
+        self._tensors = tensors  # whether those of results may lie in memory that is not this process's
 
     async def _call(
         self,
@@ -96,7 +98,7 @@ class Remote:
         how = (terms, None if limit is None else float(limit), timed)  # together: Ray packs each argument by itself
         response = self._remote(how, *inputs, **kwargs)
         try:
-            return await response
+            result = await response
         except asyncio.CancelledError:
             response.cancel()
             raise
@@ -104,9 +106,12 @@ class Remote:
             cause = original(error)
             if isinstance(error, self._full) and not isinstance(error, QueueFull):
                 cause = QueueFull(str(error), getattr(error, "retry_after_s", None))
+            if isinstance(error, self._gone):
+                cause = Closed(f"{self!r} is not served: it was deleted, or has failed to start; see serve.status()")
             if cause is error:
                 raise
             raise cause from error  # whose text is the replica's traceback
+        return owned(result, tensors=True) if self._tensors else result
 
     def __repr__(self) -> str:
         return f"view({getattr(self._handle, 'deployment_name', self._handle)!r})"
@@ -120,6 +125,6 @@ def original(error: Exception) -> Exception:
     return error
 
 
-def view_of(handle: Any, lost: Errors = (), full: Errors = ()) -> HandleView:
+def view_of(handle: Any, lost: Errors = (), full: Errors = (), gone: Errors = (), tensors: bool = False) -> HandleView:
     """The view of a handle."""
-    return HandleView(Remote(handle, lost, full), Options())
+    return HandleView(Remote(handle, lost, full, gone, tensors), Options())

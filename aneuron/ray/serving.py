@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, WorkerCrashedError
-from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
@@ -186,9 +186,10 @@ def view(handle: serve.handle.DeploymentHandle[Any]) -> HandleView:
 
     Raises what the model raises, as it was raised there, with Ray's error, whose text is the replica's traceback, as
     `__cause__`: `ShapeError`, `QueueFull` (also where Serve itself refuses, by `max_queued_requests`),
-    `DeadlineExceeded`, the model's own exception; `CoreFailed` after two deaths.
+    `DeadlineExceeded`, the model's own exception; `CoreFailed` after two deaths; `Closed` where the application was
+    deleted. A call that waits for a replica while it is being deleted waits on, as with any handle: give it a timeout.
     """
-    return view_of(handle, _LOST, (BackPressureError,))
+    return view_of(handle, _LOST, (BackPressureError,), (DeploymentUnavailableError,), _tensors_are_shared())
 
 
 def answer_errors(app: Any) -> None:
