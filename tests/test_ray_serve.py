@@ -266,8 +266,9 @@ rolling = aneuron.ray.deployment(make).bind()
 
 async def deploy(app, factor, replicas, argument="factor"):
     """As `serve deploy` does it: `serve.run` gives each deployment a new version, and so replaces all replicas."""
-    deployments = [{"name": "make", "num_replicas": replicas, "user_config": {argument: factor}}]
-    said = {"name": app, "route_prefix": f"/{app}", "import_path": "test_ray_serve:rolling", "deployments": deployments}
+    config = {"user_config": {argument: factor}} if factor else {}
+    make = {"name": "make", "num_replicas": replicas} | config
+    said = {"name": app, "route_prefix": f"/{app}", "import_path": "test_ray_serve:rolling", "deployments": [make]}
     schema = ServeDeploySchema.model_validate({"applications": [said]})
     await asyncio.to_thread(lambda: _get_global_client().deploy_apps(schema))
 
@@ -291,9 +292,11 @@ async def test_another_user_config_swaps_the_models_and_loses_no_call():
         await until(lambda: len(seen.pids) == 2)
         await deploy("rolling", 5.0, replicas=2)
         await until(lambda: set(seen.last.values()) == {5.0})
-    assert [(await handle.remote(row(1.0)))[0, 0].item() for _ in range(8)] == [5.0] * 8
+        await deploy("rolling", None, replicas=2)
+        await until(lambda: set(seen.last.values()) == {2.0})
+    assert [(await handle.remote(row(1.0)))[0, 0].item() for _ in range(8)] == [2.0] * 8
     assert seen.errors == []
-    assert set(seen.factors) == {3.0, 5.0}
+    assert set(seen.factors) == {2.0, 3.0, 5.0}
     assert len(seen.pids) == 2  # the same processes
 
 

@@ -71,8 +71,8 @@ class _Served:
         except QueueFull as error:
             raise Refused(str(error), error.retry_after, self.status_code) from None
 
-    async def reconfigure(self, user_config: Any) -> None:
-        """Another `user_config`."""
+    async def reconfigure(self, user_config: Any, rank: Any = None) -> None:
+        """Another `user_config`, or none any more, of which Serve tells only those who ask for their rank, too."""
         await self.replica.reconfigure(user_config)
 
     async def check_health(self) -> None:
