@@ -6,7 +6,7 @@
 #   with None.
 # Who meets it: deployments that take thresholds or model versions from user_config: after a rollback to a file without
 #   one, old replicas and new ones (after a restart) answer differently. Take a `rank`, or write `user_config: {}`.
-# Seen: without rank: [1]; with rank: [1, None]
+# Seen: without rank: [{"version": 1}]; with rank: [{"version": 1}, None]
 set -euo pipefail
 
 dir=$(mktemp -d)
@@ -70,14 +70,14 @@ if __name__ == "__main__":
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False,
              _temp_dir=sys.argv[1], runtime_env=env)
     serve.start(http_options={"location": "NoServer"})
-    deploy(user_config=1)
+    deploy(user_config={"version": 1})
     wait(lambda: [app.status for app in serve.status().applications.values()] == ["RUNNING"] * 2)
     deploy()
     wait(lambda: seen("Ranked")[-1] is None)
     time.sleep(5)
     wait(lambda: [app.status for app in serve.status().applications.values()] == ["RUNNING"] * 2)
     print("without rank:", seen("Told"), "with rank:", seen("Ranked"))
-    assert (seen("Told"), seen("Ranked")) == ([1], [1, None])
+    assert (seen("Told"), seen("Ranked")) == ([{"version": 1}], [{"version": 1}, None])
     serve.shutdown()
     ray.shutdown()
 PY
