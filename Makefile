@@ -51,15 +51,27 @@ test: $(VENV)/.test $(VENV)/.tools compiled
 		ANEURON_PURE=1 $(RUN) -m pytest --numprocesses 2 --dist loadgroup -m 'core or pure' \
 			$$(grep -rlE --include='test_*.py' 'mark\.(core|pure)\b' tests | sort); fi
 
-# Ray is large and its cluster slow to start: neither is in the environment of `make test`. Ray's own warnings are no
-# failures of ours; a Unix socket's path may not be long.
+# Ray is large, and its cluster slow to start: it has an environment of its own, which is made where it is first asked for.
+# Ray's own warnings are no failures of ours. Each test has a limit; if its process hears of nothing any more, so has that.
+RAY := $(VENV)/ray
 ray: export RAY_USAGE_STATS_ENABLED := 0
 ray: export RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S := 1
-ray: export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
-ray: $(VENV)/.test $(VENV)/.ray compiled
+ray: export PATH := $(CURDIR)/$(RAY)/bin:$(PATH)
+ray: $(RAY)/.made
+	$(RAY)/bin/python aneuron/_native/build.py
 	for mode in 0 1; do \
-		RAY_SERVE_THROUGHPUT_OPTIMIZED=$$mode $(RUN) -m pytest -o filterwarnings=ignore tests/test_ray_serve.py || exit 1; \
-		ray stop --force >/dev/null; done
+		RAY_SERVE_THROUGHPUT_OPTIMIZED=$$mode $(RAY)/bin/python -m pytest -o filterwarnings=ignore \
+			-o faulthandler_timeout=300 -o faulthandler_exit_on_timeout=true tests/test_ray_serve.py; \
+		failed=$$?; ray stop --force >/dev/null; [ $$failed = 0 ] || exit 1; done
+
+RAYPIP := $(RAY)/bin/python $(wordlist 2,99,$(PIP))
+$(RAY)/.made: pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -m venv $(RAY)
+	$(RAYPIP) $(TORCH)
+	$(RAYPIP) --quiet $(BUILD) numpy pytest pytest-asyncio pytest-xdist hypothesis
+	ANEURON_PURE=1 $(RAYPIP) --quiet --no-build-isolation --no-deps --editable .
+	$(RAYPIP) --quiet 'aneuron[ray]'
+	@touch $@
 
 lint: $(VENV)/.lint
 	$(RUN) -m ruff check $(SOURCES)

@@ -171,15 +171,10 @@ class AsyncDataParallel:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """See the class. Attributes of a subclass go along; a model goes as torch saves such: scripts, programs."""
-        now = self._settings
-        settings = self._given | {
-            "set_dynamic_batching": now.packing or (now.dim != 0 and not self._asked_for_batching),
-            "split_size": now.split_size,
-            "max_pending": now.max_pending,
-            "num_workers": None if self._given["pool"] is not None else self._pool.given_num_workers,
-        }
+        settings = self.configuration
+        model = settings.pop("model")
         own = {name: value for name, value in vars(self).items() if name not in self._attributes}
-        return _configured, (type(self), held(self._life.program.source), settings), own or None
+        return _configured, (type(self), held(model), settings), own or None
 
     # Calls.
 
@@ -258,6 +253,33 @@ class AsyncDataParallel:
                 stacklevel=2,
             )
         self._life.change(packing=False)
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The arguments by name that make another like it: those that it was given, but for what was set and swapped
+        since.
+
+        >>> import torch, aneuron
+        >>> model = aneuron.AsyncDataParallel(torch.neg, batch_size=8)
+        >>> model.max_pending = 64
+        >>> [model.configuration[name] for name in ("model", "batch_size", "max_pending")] == [torch.neg, 8, 64]
+        True
+        """
+        now = self._settings
+        return self._given | {
+            "model": self._life.program.source,
+            "set_dynamic_batching": now.packing or (now.dim != 0 and not self._asked_for_batching),
+            "split_size": now.split_size,
+            "max_pending": now.max_pending,
+            "num_workers": None if self._given["pool"] is not None else self._pool.given_num_workers,
+        }
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows in one execution, the most if there are several sizes, as given or, once started, as found out; None:
+        any number.
+        """
+        return self._life.program.batch_size
 
     @property
     def pool(self) -> Pool:
@@ -385,8 +407,7 @@ class AsyncDataParallel:
             )
 
     def __repr__(self) -> str:
-        backend, batch_size = self._pool.backend or "auto", self._life.program.batch_size
-        return f"<AsyncDataParallel {self._life.state}, {backend!r}, batch_size={batch_size}>"
+        return f"<AsyncDataParallel {self._life.state}, {self._pool.backend or 'auto'!r}, batch_size={self.batch_size}>"
 
 
 AsyncDataParallel.__signature__ = inspect.signature(  # type: ignore[attr-defined]

@@ -1,12 +1,13 @@
 """Search in one application of Ray Serve: an encoder and a reranker, each in replicas of its own, and HTTP in front.
 
-python examples/ray_service.py                      # a small cluster on this machine; asks itself, and ends
+python examples/ray_service.py [PORT]               # a small cluster on this machine; asks itself, and ends
 serve run examples.ray_service:app                  # on a cluster that is there; with `pip install 'aneuron[ray]'`
 
 curl -X POST localhost:8000/search -H 'Content-Type: application/json' -d '{"query": [1, 0, 0, 0], "best": 2}'
 """
 
 import asyncio
+import sys
 import tempfile
 
 import numpy as np
@@ -70,18 +71,18 @@ class Search:
 app = Search.bind(Encoder.bind(), Reranker.bind())
 
 
-def ask(query: list[float]) -> list[int]:
+def ask(port: int, query: list[float]) -> list[int]:
     import json
     import urllib.request
 
     body = json.dumps({"query": query}).encode()
-    request = urllib.request.Request("http://localhost:8000/search", body, {"Content-Type": "application/json"})
+    request = urllib.request.Request(f"http://localhost:{port}/search", body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         return json.load(answer)
 
 
-async def main() -> None:
-    answers = await asyncio.gather(*(asyncio.to_thread(ask, row.tolist()) for row in torch.eye(FEATURES)))
+async def main(port: int) -> None:
+    answers = await asyncio.gather(*(asyncio.to_thread(ask, port, row.tolist()) for row in torch.eye(FEATURES)))
     for number, best in enumerate(answers):
         assert all(document % FEATURES == number for document in best), (number, best)
         print(f"query {number}: documents {best}")
@@ -90,11 +91,13 @@ async def main() -> None:
 if __name__ == "__main__":
     import ray
 
+    port = int(sys.argv[1]) if len(sys.argv) > 1 else 8000
     with tempfile.TemporaryDirectory(prefix="ray") as folder:
         ray.init(num_cpus=5, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=folder)
         try:
+            serve.start(http_options={"port": port})
             serve.run(app, name="search")
-            asyncio.run(main())
+            asyncio.run(main(port))
         finally:
             serve.shutdown()
             ray.shutdown()

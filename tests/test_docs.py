@@ -44,7 +44,8 @@ def names_of(name: str) -> dict:
     return names
 
 
-APART = {"flask", "django", "engines", "neuron, traced", "neuron, native", "v2 client"}  # which have tests of their own
+# These have tests of their own.
+APART = {"flask", "django", "engines", "neuron, traced", "neuron, native", "v2 client", "ray", "ray http"}
 
 
 @pytest.mark.parametrize("name", sorted(PROGRAMS.keys() - APART))

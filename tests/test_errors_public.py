@@ -248,7 +248,7 @@ def test_the_properties_are_those_of_the_design():
     }
     assert settable == {
         "num_workers": True, "split_size": True, "max_pending": True, "ready": False, "pool": False, "weight": False,
-        "signature": False,
+        "signature": False, "batch_size": False, "configuration": False,
     }  # fmt: skip
 
 

@@ -3,10 +3,14 @@
 import asyncio
 import importlib.util
 import logging
+import threading
+from collections import deque
+from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
+from puppets import scenario
 
 import aneuron.ray
 from aneuron import (
@@ -148,6 +152,17 @@ def test_arrays_that_cannot_be_written_to_are_copied_wherever_they_are():
     assert owned([own, tensor, 5])[0] is own
 
 
+def test_what_cannot_be_opened_in_a_mark_keeps_nothing_else_from_being_copied():
+    array = read_only(np.zeros(2))
+    closed = deque([array])
+    value = [array, Rows([closed, array, "text"]), Shared(closed)]
+    first, rows, shared = owned(value)
+    assert first.flags.writeable
+    assert rows.objects[1].flags.writeable
+    assert rows.objects[0] is shared.value is closed
+    assert foreign(value) == 2 * array.nbytes
+
+
 def test_tensors_are_copied_where_ray_hands_out_those_of_its_store():
     tensor = torch.ones(2)
     assert owned([tensor])[0] is tensor
@@ -159,7 +174,7 @@ def test_tensors_are_copied_where_ray_hands_out_those_of_its_store():
 
 
 async def answer(replica, *inputs, terms=None, timeout=None, timed=False, **kwargs):
-    return await replica.answer(terms, timeout, timed, inputs, kwargs)
+    return await replica.answer((terms, timeout, timed), inputs, kwargs)
 
 
 async def served(factory=make, *args, config=None, tensors=False, **kwargs):
@@ -221,6 +236,52 @@ async def test_another_configuration_swaps_the_model_and_loses_no_call():
     await replica.close()
 
 
+async def test_the_number_of_workers_goes_back_to_what_nobody_said():
+    replica = await served(make)
+    for config, workers in (({"num_workers": 3}, 3), ({"num_workers": 3, "factor": 5.0}, 3), (None, 4)):
+        await replica.reconfigure(config)
+        assert replica.model.num_workers == workers
+    await replica.close()
+
+
+async def test_the_last_of_two_configurations_at_once_is_followed():
+    replica = await served(make)
+    await asyncio.gather(*(replica.reconfigure({"factor": factor}) for factor in (5.0, 7.0)))
+    assert (await answer(replica, torch.ones(1, 1))).item() == 7.0
+    await replica.close()
+
+
+async def test_a_replica_closes_while_another_model_is_made():
+    begun, go = threading.Event(), threading.Event()
+
+    def slow(factor=2.0):
+        if factor != 2.0:
+            begun.set()
+            go.wait(60)
+        return make(factor)
+
+    replica = await served(slow)
+    changing = asyncio.create_task(replica.reconfigure({"factor": 5.0}))
+    await asyncio.to_thread(begun.wait, 60)
+    await replica.close()
+    go.set()
+    await changing
+    assert not replica.model.ready
+
+
+async def test_a_swap_that_fails_leaves_what_was_set(monkeypatch):
+    replica = await served(make, max_pending=100)
+
+    async def refuse(model):
+        raise ShapeError("another shape")
+
+    monkeypatch.setattr(replica.model, "swap", refuse)
+    with pytest.raises(ShapeError, match="another shape"):
+        await replica.reconfigure({"factor": 5.0, "max_pending": 7})
+    assert replica.model.max_pending == 100
+    await replica.close()
+
+
 async def test_the_same_model_is_not_loaded_again(monkeypatch):
     replica = await served()
     monkeypatch.setattr(replica.model, "swap", None)
@@ -276,18 +337,23 @@ class Full(Exception):
     retry_after_s = 0.0
 
 
+class Gone(Exception):
+    pass
+
+
 class Handle:
     """As Serve's: each call answers what the next plan says, an error or a function of the inputs."""
 
-    def __init__(self, *plans):
-        self.plans, self.asked, self.cancelled = list(plans), [], 0
+    def __init__(self, *plans, at=lambda: 0.0):
+        self.plans, self.asked, self.when, self.cancelled, self.clock = list(plans), [], [], 0, at
 
     def options(self, method_name):
         assert method_name == "answer"
         return self
 
-    def remote(self, terms, timeout, timed, *inputs):
-        self.asked.append((terms, timeout, timed, inputs))
+    def remote(self, how, *inputs):
+        self.asked.append((*how, inputs))
+        self.when.append(self.clock())
         return Response(self, self.plans.pop(0))
 
 
@@ -316,7 +382,7 @@ def ray_error(cause):
 
 
 def seen(handle):
-    return view_of(handle, (Died,), (Full,))
+    return view_of(handle, (Died,), (Full,), (Gone,))
 
 
 async def test_a_view_sends_its_terms_and_raises_what_was_raised():
@@ -372,9 +438,49 @@ async def test_a_timeout_is_the_callers_too_and_cancels_what_was_asked():
     assert handle.cancelled == len(handle.asked)
 
 
-async def test_a_map_waits_for_room():
-    handle = Handle(Full("no room"), 1, 2)
-    assert [y async for y in seen(handle).map([("a",), ("b",)], limit=1)] == [1, 2]
+async def test_a_deployment_that_was_deleted_is_closed():
+    with pytest.raises(Closed, match=r"view\(.*\) is not served: it was deleted"):
+        await seen(Handle(Gone("one"), Gone("two"), 7))("x")
+
+
+async def test_results_are_copied_where_ray_hands_out_tensors_of_its_store():
+    tensor, timing = torch.ones(2), "timing"
+    net = view_of(Handle(tensor, (tensor, timing)), tensors=True)
+    assert (await net("x")).data_ptr() != tensor.data_ptr()
+    result, told = await net.timed("x")
+    assert torch.equal(result, tensor)
+    assert told is timing
+
+
+async def elements(*values):
+    for value in values:
+        yield (value,)
+
+
+@scenario
+async def test_a_map_waits_for_room_longer_each_time():
+    clock = asyncio.get_running_loop().time
+    handle = Handle(*[Full("no room")] * 9, 1, 2, at=clock)
+    assert [y async for y in seen(handle).map(elements("a", "b"), limit=1)] == [1, 2]
+    waits = [after - before for before, after in pairwise(handle.when)]
+    assert waits[:3] == pytest.approx([0.02, 0.04, 0.08])
+    assert max(waits) == pytest.approx(1.0)
+
+
+@scenario
+async def test_what_an_element_of_a_map_waits_for_room_is_taken_off_its_own_limit():
+    handle = Handle(QueueFull("full", 0.3), Died("gone"), QueueFull("full", 0.5), 1, 2)
+    net = seen(handle).options(timeout=2.0)
+    assert [y async for y in net.map(elements("a", "b"), limit=1)] == [1, 2]
+    assert [timeout for _, timeout, _, _ in handle.asked] == pytest.approx([2.0, 1.7, 1.7, 1.2, 2.0])
+
+
+@scenario
+async def test_an_element_of_a_map_that_never_finds_room_ends_with_its_limit():
+    net = seen(Handle(*[Full("no room")] * 99)).options(timeout=2.0)
+    with pytest.raises(DeadlineExceeded, match="timeout=2 s has passed"):
+        await anext(net.map(elements("a"), limit=1))
+    assert asyncio.get_running_loop().time() == pytest.approx(2.0)
 
 
 def test_only_errors_of_ray_are_taken_apart():

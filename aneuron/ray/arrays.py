@@ -5,19 +5,20 @@ Lives here: copies. Must not be here: Ray, calls.
 
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import torch
 
 from aneuron import Rows, Shared
-from aneuron.tensors.nested import fill, walk
+from aneuron.tensors.nested import Sealed, fill, walk
 
 LARGE = 2**18  # bytes that are copied at once; more would hold up the loop
 
 
 def foreign(value: Any, tensors: bool = False) -> int:
     """The bytes of the arrays in a structure that may not be written to, and of its tensors, if so asked."""
-    return sum(_bytes(leaf) for leaf in _leaves(value, tensors))
+    return sum(int(leaf.nbytes) for leaf in _leaves(value) if _is_foreign(leaf, tensors))
 
 
 def owned(value: Any, tensors: bool = False) -> Any:
@@ -33,14 +34,23 @@ def owned(value: Any, tensors: bool = False) -> Any:
         True
     """
     if isinstance(value, Rows):
-        return Rows([owned(each, tensors) for each in value])
+        return Rows([_inside(each, tensors) for each in value])
     if isinstance(value, Shared):
-        return Shared(owned(value.value, tensors))
+        return Shared(_inside(value.value, tensors))
     leaves: list[Any] = []
     walk(value, leaves, [], [])
-    if not any(_is_foreign(leaf, tensors) or isinstance(leaf, (Rows, Shared)) for leaf in leaves):
+    copies = [_copy(leaf, tensors) for leaf in leaves]
+    if all(copy is leaf for copy, leaf in zip(copies, leaves, strict=True)):
         return value
-    return fill(value, iter([_copy(leaf, tensors) for leaf in leaves]))
+    return fill(value, iter(copies))
+
+
+def _inside(value: Any, tensors: bool) -> Any:
+    """The same of what is marked, which may be anything: what cannot be opened the model gets as it is."""
+    try:
+        return owned(value, tensors)
+    except Sealed:
+        return value
 
 
 def _copy(leaf: Any, tensors: bool) -> Any:
@@ -51,18 +61,17 @@ def _copy(leaf: Any, tensors: bool) -> Any:
     return leaf.clone() if isinstance(leaf, torch.Tensor) else leaf.copy()
 
 
-def _leaves(value: Any, tensors: bool) -> Iterator[Any]:
-    """What is foreign in a structure, marks included."""
+def _leaves(value: Any) -> Iterator[Any]:
+    """The tensors and arrays in a structure, those in marks included."""
     leaves: list[Any] = []
     walk(value, leaves, [], [])
     for leaf in leaves:
-        if isinstance(leaf, Rows):
-            for each in leaf:
-                yield from _leaves(each, tensors)
-        elif isinstance(leaf, Shared):
-            yield from _leaves(leaf.value, tensors)
-        elif _is_foreign(leaf, tensors):
+        if not isinstance(leaf, (Rows, Shared)):
             yield leaf
+            continue
+        for each in leaf if isinstance(leaf, Rows) else (leaf.value,):
+            with suppress(Sealed):
+                yield from _leaves(each)
 
 
 def _is_foreign(leaf: Any, tensors: bool) -> bool:
@@ -70,7 +79,3 @@ def _is_foreign(leaf: Any, tensors: bool) -> bool:
         return tensors
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(leaf, numpy.ndarray) and not leaf.flags.writeable
-
-
-def _bytes(leaf: Any) -> int:
-    return int(leaf.nbytes)

@@ -9,9 +9,11 @@ from typing import Any
 
 from aneuron import AneuronError, Closed, CoreFailed, DeadlineExceeded, NoHealthyCores, QueueFull, Timing, View
 from aneuron.options import Options
+from aneuron.ray.arrays import owned
 from aneuron.sched.call import Limit, Rest, Terms
 
 OUTSTANDING = 256  # elements of a map, if it is not said how many
+SHORTEST, LONGEST = 0.02, 1.0  # seconds until an element of a map asks for room again, twice as many each time
 
 Errors = tuple[type[Exception], ...]
 
@@ -31,12 +33,12 @@ class HandleView(View):
 class Remote:
     """What a view is of: a handle."""
 
-    def __init__(self, handle: Any, lost: Errors, full: Errors) -> None:
+    def __init__(self, handle: Any, lost: Errors, full: Errors, gone: Errors, tensors: bool) -> None:
         self._handle = handle
         self._remote: Any = None  # made by the first call: a handle may belong to the loop that it is first used on
         self._lost = lost  # what is raised where a replica is no more
-        self._elsewhere: Errors = (Closed, NoHealthyCores, *lost)
-        self._full = full  # what is raised before a replica is asked
+        self._full, self._gone = full, gone  # what is raised before a replica is asked: no room, no deployment
+        self._tensors = tensors  # whether those of results may lie in memory that is not this process's
 
     async def _call(
         self,
@@ -59,54 +61,57 @@ class Remote:
         limit: Limit | None,
         timed: bool = False,
     ) -> Any:
-        """One call, to its end."""
+        """One call, to its end. It is asked once more where a replica died over it, or could not take it; an element of
+        a map also as often as there is no room.
+        """
+        loop = asyncio.get_running_loop()
+        began, rest, again, pause = loop.time(), limit, True, SHORTEST
         try:
             async with asyncio.timeout(limit) as scope:
                 while True:
                     try:
-                        return await self._twice(inputs, kwargs, terms, limit, timed)
+                        return await self._ask(inputs, kwargs, terms, rest, timed)
+                    except self._lost as error:
+                        if not again:
+                            raise CoreFailed("two replicas died over the call; it was not tried on a third") from error
+                        again = False
+                    except (Closed, NoHealthyCores):
+                        if not again:
+                            raise
+                        again = False
                     except QueueFull as error:
                         if terms is None or not terms.yields:
                             raise
-                        await asyncio.sleep(error.retry_after or 1.0)  # an element of a map waits for room
+                        await asyncio.sleep(max(pause, error.retry_after or 0.0))
+                        again, pause = True, min(2 * pause, LONGEST)
+                    rest = None if limit is None else Rest.of(limit, loop.time() - began)
         except TimeoutError as error:
             if not scope.expired() or isinstance(error, AneuronError):
                 raise
             raise DeadlineExceeded(f"{limit!s} has passed") from None
-
-    async def _twice(
-        self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None, limit: Limit | None, timed: bool
-    ) -> Any:
-        """Ask once more where a replica died over the call, or could not take it."""
-        loop = asyncio.get_running_loop()
-        began = loop.time()
-        try:
-            return await self._ask(inputs, kwargs, terms, limit, timed)
-        except self._elsewhere:
-            rest = None if limit is None else Rest.of(limit, loop.time() - began)
-        try:
-            return await self._ask(inputs, kwargs, terms, rest, timed)
-        except self._lost as error:
-            raise CoreFailed("two replicas died over the call; it was not tried on a third") from error
 
     async def _ask(
         self, inputs: tuple[Any, ...], kwargs: dict[str, Any], terms: Terms | None, limit: Limit | None, timed: bool
     ) -> Any:
         if self._remote is None:
             self._remote = self._handle.options(method_name="answer").remote
-        response = self._remote(terms, None if limit is None else float(limit), timed, *inputs, **kwargs)
+        how = (terms, None if limit is None else float(limit), timed)  # together: Ray packs each argument by itself
+        response = self._remote(how, *inputs, **kwargs)
         try:
-            return await response
+            result = await response
         except asyncio.CancelledError:
             response.cancel()
             raise
-        except Exception as error:
+        except Exception as error:  # whatever the model has raised there, or Ray on the way
             cause = original(error)
             if isinstance(error, self._full) and not isinstance(error, QueueFull):
                 cause = QueueFull(str(error), getattr(error, "retry_after_s", None))
+            if isinstance(error, self._gone):
+                cause = Closed(f"{self!r} is not served: it was deleted, or has failed to start; see serve.status()")
             if cause is error:
                 raise
             raise cause from error  # whose text is the replica's traceback
+        return owned(result, tensors=True) if self._tensors else result
 
     def __repr__(self) -> str:
         return f"view({getattr(self._handle, 'deployment_name', self._handle)!r})"
@@ -115,10 +120,11 @@ class Remote:
 def original(error: Exception) -> Exception:
     """What was raised in a replica, of what Ray raises for it here: an error that is both, with a traceback as text."""
     cause = getattr(error, "cause", None)
-    both = isinstance(cause, Exception) and isinstance(error, type(cause)) and type(error) is not type(cause)
-    return cause if both else error  # type: ignore[return-value]
+    if isinstance(cause, Exception) and isinstance(error, type(cause)) and type(error) is not type(cause):
+        return cause
+    return error
 
 
-def view_of(handle: Any, lost: Errors = (), full: Errors = ()) -> HandleView:
+def view_of(handle: Any, lost: Errors = (), full: Errors = (), gone: Errors = (), tensors: bool = False) -> HandleView:
     """The view of a handle."""
-    return HandleView(Remote(handle, lost, full), Options())
+    return HandleView(Remote(handle, lost, full, gone, tensors), Options())

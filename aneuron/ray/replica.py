@@ -20,8 +20,10 @@ from aneuron.sched.call import Terms
 logger = logging.getLogger("aneuron.ray")
 
 Factory = Callable[..., Any]  # makes an AsyncDataParallel, or is awaited for one
+How = tuple[Terms | None, float | None, bool]  # a call's terms, its timeout, and whether its `Timing` is asked for
+PLAINLY: How = (None, None, False)
 
-_SETTABLE = ("max_pending", "num_workers", "split_size")  # while it serves
+_MAY_CHANGE = ("model", "max_pending", "num_workers", "split_size")
 
 
 class Replica:
@@ -58,7 +60,7 @@ class Replica:
         return made
 
     def _check_room(self, most: int | None) -> None:
-        rows, cores = self.model._life.program.batch_size, len(self.model.statistics().cores)
+        rows, cores = self.model.batch_size, len(self.model.statistics().cores)
         want = needed(self.model.num_workers or 2 * cores, cores, rows) if rows else 0
         if most is not None and most < want:
             logger.warning(
@@ -69,10 +71,9 @@ class Replica:
 
     # Calls.
 
-    async def answer(
-        self, terms: Terms | None, timeout: float | None, timed: bool, inputs: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Any | tuple[Any, Timing]:
+    async def answer(self, how: How, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any | tuple[Any, Timing]:
         """One call, on its terms; with its `Timing`, if asked."""
+        terms, timeout, timed = how
         inputs, kwargs = await self._owned(inputs), await self._owned(kwargs)
         terms = terms or Terms()
         view = self.model.options(timeout=timeout, priority=terms.priority, tenant=terms.tenant)
@@ -124,22 +125,25 @@ async def become(model: AsyncDataParallel, other: AsyncDataParallel) -> None:
 
     Raises `ValueError` if they differ otherwise, and what `swap` raises; then nothing has changed.
     """
-    given, wanted = model._given, other._given
-    others = [name for name in wanted if name not in _SETTABLE]
-    differing = [name for name in others if not await asyncio.to_thread(alike, given[name], wanted[name])]
+    now, wanted = model.configuration, other.configuration
+    others = [name for name in wanted if name not in _MAY_CHANGE]
+    differing = [name for name in others if not await asyncio.to_thread(alike, now[name], wanted[name])]
     if differing:
-        said = ", ".join(f"{name}={wanted[name]!r:.60} (it was {given[name]!r:.60})" for name in differing)
+        said = ", ".join(f"{name}={wanted[name]!r:.60} (it was {now[name]!r:.60})" for name in differing)
         raise ValueError(
-            f"{said}: what may change while a replica serves is the model, {', '.join(_SETTABLE)}; for anything else "
-            "deploy anew, with other arguments of bind()"
+            f"{said}: what may change while a replica serves is {', '.join(_MAY_CHANGE)}; for anything else deploy "
+            "anew, with other arguments of bind()"
         )
-    max_pending = model._settings.checked_pending(other.max_pending)  # raises before anything is changed
-    source = other._life.program.source
-    if not await asyncio.to_thread(alike, model._life.program.source, source, sure=True):
-        await model.swap(source)
-    model.max_pending, model.split_size = max_pending, other.split_size
-    if other._given["num_workers"] is not None:
-        model.num_workers = other._given["num_workers"]
+    model.max_pending = wanted["max_pending"]  # first: it is refused where it counts something else
+    try:
+        if not await asyncio.to_thread(alike, now["model"], wanted["model"], sure=True):
+            await model.swap(wanted["model"])
+    except BaseException:
+        model.max_pending = now["max_pending"]
+        raise
+    model.split_size = wanted["split_size"]
+    if wanted["num_workers"] != now["num_workers"]:
+        model.num_workers = wanted["num_workers"] or 2 * len(model.statistics().cores)  # as None means
 
 
 def alike(one: Any, other: Any, sure: bool = False) -> bool:

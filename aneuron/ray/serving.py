@@ -11,22 +11,21 @@ from typing import Any
 import ray
 from ray import serve
 from ray.exceptions import ActorDiedError, ActorUnavailableError, WorkerCrashedError
-from ray.serve.exceptions import BackPressureError, ReplicaUnavailableError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from starlette.requests import HTTPConnection, Request
 from starlette.responses import Response
 
 from aneuron import AneuronError, AsyncDataParallel, QueueFull
 from aneuron.backends import cpus
 from aneuron.ray.handles import HandleView, original, view_of
-from aneuron.ray.replica import Factory, Replica, named
+from aneuron.ray.replica import PLAINLY, Factory, How, Replica, named
 from aneuron.ray.sizing import Resources, ongoing, scaling
-from aneuron.sched.call import Terms
 from aneuron.web.problems import log, problem, problem_of
 
 _LOST = (ActorDiedError, ActorUnavailableError, ReplicaUnavailableError, WorkerCrashedError)
 
 
-class Refused(QueueFull, BackPressureError):  # type: ignore[misc]
+class Refused(QueueFull, BackPressureError):  # type: ignore[misc]  # Ray is not read: its classes are Any
     """`aneuron.QueueFull` of a replica, as Serve knows it too: HTTP gets 503, or 429, with `Retry-After`."""
 
     def __init__(self, text: str, retry_after: float | None = None, status_code: int = 503) -> None:
@@ -65,17 +64,15 @@ class _Served:
         self.replica = Replica(type(self).factory, args, kwargs, tensors=_tensors_are_shared())
         await self.replica.start(getattr(said, "user_config", None), getattr(said, "max_ongoing_requests", None))
 
-    async def answer(
-        self, terms: Terms | None, timeout: float | None, timed: bool, /, *inputs: Any, **kwargs: Any
-    ) -> Any:
+    async def answer(self, how: How, /, *inputs: Any, **kwargs: Any) -> Any:
         """One call, on its terms; what a view asks for."""
         try:
-            return await self.replica.answer(terms, timeout, timed, inputs, kwargs)
+            return await self.replica.answer(how, inputs, kwargs)
         except QueueFull as error:
             raise Refused(str(error), error.retry_after, self.status_code) from None
 
-    async def reconfigure(self, user_config: Any) -> None:
-        """Another `user_config`."""
+    async def reconfigure(self, user_config: Any, rank: Any = None) -> None:
+        """Another `user_config`, or none any more, of which Serve tells only those who ask for their rank, too."""
         await self.replica.reconfigure(user_config)
 
     async def check_health(self) -> None:
@@ -101,7 +98,7 @@ class _Called(_Served):
             return _response(
                 problem(404, "This deployment answers handles, not HTTP; see `ingress` of aneuron.ray.deployment.")
             )
-        return await self.answer(None, None, False, *inputs, **kwargs)
+        return await self.answer(PLAINLY, *inputs, **kwargs)
 
 
 class _Ingress(_Served):
@@ -189,9 +186,10 @@ def view(handle: serve.handle.DeploymentHandle[Any]) -> HandleView:
 
     Raises what the model raises, as it was raised there, with Ray's error, whose text is the replica's traceback, as
     `__cause__`: `ShapeError`, `QueueFull` (also where Serve itself refuses, by `max_queued_requests`),
-    `DeadlineExceeded`, the model's own exception; `CoreFailed` after two deaths.
+    `DeadlineExceeded`, the model's own exception; `CoreFailed` after two deaths; `Closed` where the application was
+    deleted. A call that waits for a replica while it is being deleted waits on, as with any handle: give it a timeout.
     """
-    return view_of(handle, _LOST, (BackPressureError,))
+    return view_of(handle, _LOST, (BackPressureError,), (DeploymentUnavailableError,), _tensors_are_shared())
 
 
 def answer_errors(app: Any) -> None:
