@@ -14,7 +14,7 @@ from starlette.applications import Starlette
 from starlette.testclient import TestClient as StarletteClient
 
 import aneuron
-from aneuron.testing import PuppetBackend
+from aneuron.testing import PuppetBackend, settle
 from aneuron.web import aiohttp as of_aiohttp
 from aneuron.web import starlette as of_starlette
 from aneuron.web.v2 import grpc as over_grpc
@@ -192,3 +192,44 @@ async def test_much_work_is_a_threads(monkeypatch):
         async with session.post("/v2/models/net/infer", json=few) as response:
             assert (await response.json())["outputs"][0]["data"] == ["a", "b"]
         assert len(seen) == 2  # no more of them
+
+
+@contextlib.asynccontextmanager
+async def filled(model, backend):
+    """While it has no room for a call."""
+    calls = [asyncio.ensure_future(model(torch.zeros(1, 2))) for _ in range(2)]
+    await settle()
+    yield
+    while not all(call.done() for call in calls):
+        backend[0].release()
+        await settle()
+
+
+async def test_a_full_queue_is_said_before_a_large_body_is_read():
+    backend = PuppetBackend(cores=1)
+    model = net(backend=backend, batch_size=1, max_pending=1)
+    async with over_http(model) as session, filled(model, backend):
+        reader, writer = await asyncio.open_connection(session._base_url.host, session._base_url.port)
+        writer.write(b"POST /v2/models/net/infer HTTP/1.1\r\nHost: here\r\nContent-Length: 1000000\r\n\r\n")
+        said = await reader.readuntil(b"\r\n\r\n")  # of the body not a byte has been sent
+        writer.close()
+    assert said.startswith(b"HTTP/1.1 503")
+    assert b"retry-after" in said.lower()
+
+
+async def test_a_full_queue_is_said_before_a_large_body_is_read_by_starlette():
+    sent = []
+
+    async def receive():
+        raise AssertionError("of the body nothing is to be read")
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v2/models/net/infer"}
+    scope["headers"] = [(b"content-length", b"1000000")]
+    backend = PuppetBackend(cores=1)
+    model = net(backend=backend, batch_size=1, max_pending=1)
+    async with model, filled(model, backend):
+        await v2_starlette.V2(Models(routes, {"net": model}))(scope, receive, send)
+    assert sent[0]["status"] == 503

@@ -24,6 +24,7 @@ from aneuron.web.v2.http import (
     Incoming,
     answer_of,
     check_max_body,
+    check_room,
     find,
     read_head,
     refusal,
@@ -77,6 +78,7 @@ class V2:
             head = read_head(request.headers.get, self._max_body)
             if head.coding:  # aiohttp has decompressed it
                 head = head._replace(coding="")
+            check_room(served, head)
             incoming = await self._read(request)
             return _sent(await answer_of(served, head, incoming, of_request(request, asked.name, served.model)))
         except Exception as error:  # whatever it is, the client is told

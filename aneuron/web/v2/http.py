@@ -50,6 +50,7 @@ class Answer(NamedTuple):
 class Head(NamedTuple):
     """What the headers of an inference request say of its body."""
 
+    length: int | None  # of it; None: nobody knows
     json: int | None  # of the JSON at its beginning; None: all of it
     coding: str  # how it is compressed, if it is
     accepts: str  # how the answer is to be
@@ -139,7 +140,7 @@ def _head(
     coding = "" if coding == "identity" else coding
     if coding and coding not in _WINDOW:
         raise Refused(415, f"Content-Encoding: {coding!r:.40}; expected gzip or deflate")
-    return Head(json, coding, _chosen(accepts))
+    return Head(length, json, coding, _chosen(accepts))
 
 
 def _number(name: str, value: str | None) -> int | None:
@@ -157,6 +158,15 @@ def _chosen(accepts: str | None) -> str:
     """
     coding = (accepts or "").strip().lower()
     return coding if coding in _WINDOW else ""
+
+
+def check_room(served: Served, head: Head) -> None:
+    """Raise what a call would be refused with, where reading its body first would be for nothing, and much.
+
+    Asked is for a row of usual priority: what a body asks for is not known yet.
+    """
+    if head.length is None or head.length > MUCH:
+        served.model.check_admission()
 
 
 class Incoming:

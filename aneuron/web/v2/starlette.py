@@ -22,6 +22,7 @@ from aneuron.web.v2.http import (
     Incoming,
     answer_of,
     check_max_body,
+    check_room,
     find,
     read_head,
     refusal,
@@ -92,6 +93,7 @@ class V2:
             return await report(self._models, asked, lambda: self._read(receive))
         served = self._models.find(asked.name, asked.version)
         head = read_head(Headers(scope=scope).get, self._max_body)
+        check_room(served, head)
         incoming = await self._read(receive)
         view = of_request(scope, asked.name, served.model)
         return await while_there(receive, answer_of(served, head, incoming, view))
