@@ -59,7 +59,7 @@ class Signature:
     _arrange: Callable[[Sequence[Any]], tuple[tuple[Any, ...], dict[str, Any]]] | None = field(
         default=None, repr=False, compare=False
     )
-    # What most models have, and what is done for each request: one tensor in, by position, and one out.
+    # Most models have one tensor in, by position, and one out: the short way, which each request takes.
     _one_input: bool = field(default=False, init=False, repr=False, compare=False)
     _one_output: str | None = field(default=None, init=False, repr=False, compare=False)
 
@@ -106,7 +106,7 @@ def inputs_of(example: Compiled | None) -> Signature:
     if example is None:
         return Signature(())
     specs = [_input(path, leaf, example) for path, leaf in zip(example.paths, example.leaves, strict=True)]
-    return Signature(tuple(specs), None, example.arguments)
+    return Signature(tuple(specs), None, example.filled)
 
 
 def outputs_of(output: Output, rows: int, carried: Carried | None) -> tuple[TensorSpec, ...]:

@@ -166,7 +166,7 @@ def table(found: dict[int, Seen]) -> str:
     """A line for each server at each load; the ratio is beside the last of them, turn by turn."""
     lines = []
     for callers, seen in found.items():
-        *_, last = seen.turns
+        last = next(reversed(seen.turns), None)
         for name, turns in seen.turns.items():
             rates = [turn.rows_per_second for turn in turns]
             beside = [rate / other.rows_per_second for rate, other in zip(rates, seen.turns[last], strict=True)]

@@ -411,7 +411,7 @@ async def test_a_load_whose_client_has_left_changes_nothing_and_the_next_one_is_
     async with serving(allow_load=True) as running:
         gate.write()
         first = asyncio.ensure_future(running.ask("/v2/repository/models/net/load", "POST"))
-        await asyncio.to_thread(gate.begun.wait)
+        assert await asyncio.to_thread(gate.begun.wait, 60.0)
         first.cancel()
         await asyncio.wait([first])
         while running.service._asked:
@@ -430,7 +430,7 @@ async def test_a_load_that_hangs_does_not_hold_up_the_end(gate, caplog):
     async with serving(models, allow_load=True) as running:
         gate.write()
         running.service.reload()  # as SIGHUP does
-        await asyncio.to_thread(gate.begun.wait)
+        assert await asyncio.to_thread(gate.begun.wait, 60.0)
         (thread,) = [each for each in threading.enumerate() if each.name == "aneuron load"]
         assert thread.daemon  # nor that of the process
         running.service.stop(at_once=True)

@@ -359,10 +359,13 @@ class PuppetTimer:
     """Stands in for the timer of the simulated cores, and for their clock."""
 
     def __init__(self):
-        self.now, self.plan, self.long = 100.0, [], []
+        self.now, self.computed, self.plan, self.long = 100.0, 0.0, [], []
 
     def monotonic(self):
         return self.now
+
+    def thread_time(self):
+        return self.computed
 
     def sleep(self, seconds):
         self.now += seconds
@@ -472,19 +475,25 @@ def test_a_timer_that_is_late_does_not_delay_the_device(puppet):
 
 def test_a_model_that_waits_for_the_interpreter_is_not_one_that_takes_long(puppet):
     """A loop that is busy lets the timer's thread wait: more threads would wait as well, and take from the loop."""
-    waits = 0.0
+    waits = computes = 0.0
 
     def net(x):
-        puppet.now += waits
+        puppet.now += waits + computes
+        puppet.computed += computes
         return x * 2
 
     ends = loaded(puppet, net, service_time=0.5)
     ends.core.execute((X,), {})
     waits = 0.01
-    for _ in range(20):
+    for _ in range(100):
         ends.submit(X)
         puppet.advance()
     assert not any(puppet.long)
+    computes = 0.01  # a quick one came first
+    for _ in range(10):
+        ends.submit(X)
+        puppet.advance()
+    assert any(puppet.long)
 
 
 @pytest.mark.parametrize("seconds", [0.375, 0.625])

@@ -21,9 +21,11 @@ from aneuron.web.v2 import grpc as over_grpc
 from aneuron.web.v2 import http
 from aneuron.web.v2 import starlette as v2_starlette
 from aneuron.web.v2.aiohttp import routes
+from aneuron.web.v2.errors import Refused
 from aneuron.web.v2.grpc import GrpcServer
 from aneuron.web.v2.messages import SERVICE, message
 from aneuron.web.v2.models import Models
+from aneuron.web.v2.requests import Inference, Terms
 
 REQUEST = {"inputs": [{"name": "input0", "shape": [1, 2], "datatype": "FP32", "data": [1.0, 2.0]}]}
 
@@ -233,3 +235,50 @@ async def test_a_full_queue_is_said_before_a_large_body_is_read_by_starlette():
     async with model, filled(model, backend):
         await v2_starlette.V2(Models(routes, {"net": model}))(scope, receive, send)
     assert sent[0]["status"] == 503
+
+
+async def test_a_whole_input_is_each_callers_own():
+    class Adds(torch.nn.Module):
+        def forward(self, x, k):
+            return x + k.sum()
+
+    model = net(Adds().eval(), example_inputs=(torch.zeros(1, 2), aneuron.Shared(torch.zeros(2))), max_delay=0.05)
+
+    def body(k):
+        x = {"name": "input0", "datatype": "FP32", "shape": [2, 2], "data": [1, 1, 1, 1]}
+        return {"inputs": [x, {"name": "input1", "datatype": "FP32", "shape": [2], "data": [k, k]}]}
+
+    async with over_http(model) as session:
+        answers = await asyncio.gather(*[session.post("/v2/models/net/infer", json=body(k)) for k in (1, 2, 3)])
+        found = [(await answer.json())["outputs"][0]["data"] for answer in answers]
+    assert found == [[1.0 + 2 * k] * 4 for k in (1, 2, 3)]
+
+
+async def test_the_first_answer_has_the_names_of_the_others():
+    class Names(torch.nn.Module):
+        def forward(self, x):
+            return {"a": x, "b": -x}
+
+    said = (aneuron.TensorSpec("b", torch.float32, (-1, 2)), aneuron.TensorSpec("a", torch.float32, (-1, 2)))
+    model = net(Names().eval())
+    served = Models(routes, {"net": model}, {"net": aneuron.Signature(model.signature.inputs, said)}).find("net")
+    asked_for = Inference("", [torch.ones(1, 2)], False, None, False, Terms())
+    try:
+        answers = [
+            [(each.name, each.value.tolist()) for each in await served.infer(asked_for, model)] for _ in range(2)
+        ]
+        assert answers[0] == answers[1]
+    finally:
+        await model.aclose()
+
+
+def test_what_strangers_write_into_headers_is_not_kept():
+    for number in range(50):
+        long = f"{number}{'x' * 100_000}"
+        http.read_head({"accept-encoding": long}.get, 100)
+        for name in ("content-encoding", "content-length", "inference-header-content-length"):
+            with pytest.raises(Refused):
+                http.read_head({name: long}.get, 100)
+    before = http._head.cache_info().currsize
+    http.read_head({"accept-encoding": f"gzip, br, {before}"}.get, 100)
+    assert http._head.cache_info().currsize == before

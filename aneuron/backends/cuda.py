@@ -27,7 +27,7 @@ from aneuron.backends.exported import Inputs, check_movable, explained, load_pro
 from aneuron.backends.exported import is_program as is_exported
 from aneuron.backends.files import is_program
 from aneuron.backends.precision import Precision, arguments_of, cast, precision_of
-from aneuron.backends.timer import INFINITY, NOTABLE, Timer
+from aneuron.backends.timer import Length, Timer
 from aneuron.backends.torchscript import load_script
 from aneuron.backends.unwarned import unwarned
 from aneuron.errors import DeviceError
@@ -187,7 +187,7 @@ class CudaCore:
         self._device = device
         self._slots = slots
         self._process = os.getpid()
-        self._least = INFINITY  # seconds that a launch took at least: hardly any of it was waiting for the GIL
+        self._length = Length()  # of launches
 
     def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Copy the batch to the device, run the model, copy its output back, all on one stream.
@@ -211,7 +211,7 @@ class CudaCore:
     def _launch(self, slot: "_Slot", args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Begin with all that a batch needs, on the slot's stream, which is the current one."""
         assert self._copy is not None
-        begin = time.monotonic()
+        begin, computed = time.monotonic(), time.thread_time()
         slot.begin()
         args, kwargs = mapped((args, kwargs), slot.to_device)
         if self._precision is None:
@@ -219,7 +219,7 @@ class CudaCore:
         else:
             output = self._precision.call(self._copy.module, self._copy.own_dtype, args, kwargs)
         output = mapped(output, slot.to_host)
-        self._least = min(self._least, time.monotonic() - begin)
+        self._length.add(time.monotonic() - begin, time.thread_time() - computed)
         return output
 
     def full(self) -> "CudaCore":
@@ -273,7 +273,7 @@ class SubmittingCudaCore(CudaCore):
         if os.getpid() != self._process:
             raise DeviceError(_FORKED)
         flight = _Flight(args, kwargs, done)
-        self._launcher.at(time.monotonic(), partial(self._begin, flight), self, self._least > NOTABLE)
+        self._launcher.at(time.monotonic(), partial(self._begin, flight), self, self._length.notable)
 
     def _begin(self, flight: _Flight) -> None:
         flight.begin = time.monotonic()

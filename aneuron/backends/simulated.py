@@ -19,7 +19,7 @@ from aneuron.backends import Done, Fault
 from aneuron.backends.copies import own
 from aneuron.backends.cpu import inputs_taken, open_model
 from aneuron.backends.exported import Inputs, explained
-from aneuron.backends.timer import INFINITY, NOTABLE, Timer
+from aneuron.backends.timer import INFINITY, Length, Timer
 from aneuron.tensors.nested import Sealed, fill, walk
 
 _KINDS = ("input", "core", "fatal", "hang", "slow")
@@ -162,7 +162,7 @@ class SimulatedCore:
         self._free = 0.0  # when the device will have done all that it was given
         self._executions = 0
         self._took: deque[float] = deque(maxlen=8)  # seconds that the model has computed, and waited for the GIL
-        self._least = INFINITY  # of them ever: hardly any of it was waiting
+        self._length = Length()
         self._random = chance
 
     def execute(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -181,13 +181,12 @@ class SimulatedCore:
 
     def _answer(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's output; copied, as from a device, where another batch may be in flight by the time it is used."""
-        begin = time.monotonic()
-        try:
-            output = self._model(*args, **kwargs)
-            return _copied(output) if self.concurrent else output
-        finally:
-            self._took.append(took := time.monotonic() - begin)
-            self._least = min(self._least, took)
+        begin, computed = time.monotonic(), time.thread_time()
+        output = self._model(*args, **kwargs)
+        output = _copied(output) if self.concurrent else output
+        self._took.append(took := time.monotonic() - begin)
+        self._length.add(took, time.thread_time() - computed)
+        return output
 
     def _check(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """The rows of a batch, if they are as many as the core is compiled for."""
@@ -265,7 +264,7 @@ class SubmittingSimulatedCore(SimulatedCore):
         """
         run.begin = max(self._free, run.ready)
         self._free = run.end = run.begin + run.seconds
-        takes, long = min(self._took, default=INFINITY), self._least > NOTABLE
+        takes, long = min(self._took, default=INFINITY), self._length.notable
         _timer.at(run.begin if long else max(run.begin, run.end - takes), partial(self._compute, run), self, long)
 
     def _compute(self, run: _Run) -> None:

@@ -31,6 +31,27 @@ INFINITY = float("inf")
 _Planned = tuple[float, int, Callable[[], None], object, bool]  # due, in turn, what, whose, whether it takes long
 
 
+class Length:
+    """Whether calls of one kind take long, each of which may have had to wait for the interpreter as well.
+
+    The CPU time of the last ones has no waiting in it. The shortest time ever tells of those that sleep.
+    """
+
+    def __init__(self) -> None:
+        self._least = INFINITY
+        self._computed: deque[float] = deque(maxlen=8)
+
+    def add(self, seconds: float, computed: float) -> None:
+        """One took so long, and so much CPU time of its thread."""
+        self._least = min(self._least, seconds)
+        self._computed.append(computed)
+
+    @property
+    def notable(self) -> bool:
+        """Whether other calls should not wait for one. Of what was not seen yet: yes."""
+        return self._least > NOTABLE or min(self._computed) > NOTABLE
+
+
 class Timer:
     """Calls functions at their time; with torch's gradients off, and torch's modes put back after each.
 

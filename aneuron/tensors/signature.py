@@ -15,7 +15,7 @@ from aneuron.sched.call import Call
 from aneuron.tensors.buckets import Buckets
 from aneuron.tensors.lengths import Lengths, Pads, check_pad, choose_pads, common_length, size_at
 from aneuron.tensors.marked import Rows, Shared, is_mark
-from aneuron.tensors.nested import Path, Sealed, children, is_array, is_masked, listed, paths, walk
+from aneuron.tensors.nested import Path, Sealed, children, fill, is_array, is_masked, listed, paths, walk
 from aneuron.tensors.outputs import PLAIN, SPECIAL
 from aneuron.tensors.quantized import QUANTIZED, grid
 from aneuron.tensors.rows import arguments, base_of, collate, columns, version_of
@@ -406,8 +406,14 @@ class Compiled:
         return columns([(self._call, 0, self.rows)], [self.leaves], self.rows, self._dim, bucket)
 
     def arguments(self, joined: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """The arguments of an execution of inputs like these, in what the example's stand in."""
+        """The model's arguments of an execution of inputs like these: what is shared is without its mark."""
         return arguments(self._call.template, joined)
+
+    def filled(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call with inputs like these, marked as they are, in what the example's stand in."""
+        if self._call.template is None:
+            return (leaves[0],), {}
+        return fill(self._call.template, iter(leaves))  # type: ignore[no-any-return]
 
     @property
     def length(self) -> int:

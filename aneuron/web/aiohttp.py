@@ -144,9 +144,9 @@ def drain(app: web.Application) -> None:
     app[_HEALTH].draining = True
 
 
-def is_draining(request: web.BaseRequest) -> bool:
-    """Whether `drain` was called for the application that a request is for, if there is one."""
-    health = request.config_dict.get(_HEALTH) if isinstance(request, web.Request) else None
+def is_draining(request: web.Request) -> bool:
+    """Whether `drain` was called for the application that a request is for."""
+    health = request.config_dict.get(_HEALTH)
     return health is not None and health.draining
 
 

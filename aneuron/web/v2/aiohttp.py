@@ -47,11 +47,14 @@ def routes(
     where the server is told to notice: `web.run_app(app, handler_cancellation=True)`.
     """
     check_max_body(max_body)
-    served = V2(Models(routes, models, signatures, load), max_body)
+    served = Models(routes, models, signatures, load)
+    protocol = V2(served, max_body)
 
     async def handler(request: web.Request) -> web.StreamResponse:
         rest = request.match_info.get("rest")  # of the path below an application that this one is in
-        return await served.answer(request, f"/v2/{rest}" if rest else "/v2")
+        if request.method != "POST":  # it may be about readiness
+            served.draining |= is_draining(request)
+        return await protocol.answer(request, f"/v2/{rest}" if rest else "/v2")
 
     return [web.route("*", "/v2", handler), web.route("*", "/v2/{rest:.*}", handler)]
 
@@ -72,7 +75,6 @@ class V2:
         try:
             asked = find(request.method, path)
             if asked.what != "infer":
-                models.draining |= is_draining(request)
                 return _sent(await report(models, asked, lambda: self._read(request)))
             served = models.find(asked.name, asked.version)
             head = read_head(request.headers.get, self._max_body)

@@ -104,7 +104,7 @@ def reader(at: int, size: int, spec: TensorSpec, datatype: Datatype, shape: Sequ
     # By NumPy: each operation of torch's gives the interpreter up, and waits for it again where other threads are busy.
     from_numpy, array, elements = torch.from_numpy, np.ndarray, _numpy(dtype)
     if dtype is torch.bool:  # any other byte but 0 and 1 is no bool of torch's
-        return lambda data: from_numpy(array(shape, elements, data, at) != 0)
+        return lambda data: from_numpy(np.asarray(array(shape, elements, data, at) != 0))
     if dtype is torch.bfloat16:
         return lambda data: from_numpy(array(shape, elements, data, at)).view(dtype)
     return lambda data: from_numpy(array(shape, elements, data, at))

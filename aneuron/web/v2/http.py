@@ -29,6 +29,7 @@ MUCH = 1 << 18  # bytes from which on work is a thread's: the loop has others to
 _MEMBERS = 16
 _SMALL = 1 << 10  # bytes up to which compression is not worth its headers
 _WINDOW = {"gzip": 31, "deflate": 15}  # of zlib; what HTTP calls deflate is zlib's format
+_CODINGS = ("", "identity", *_WINDOW)
 _JSON, _BINARY = "application/json", "application/octet-stream"
 
 
@@ -120,27 +121,27 @@ def _find(parts: tuple[str, ...]) -> Asked | None:
 
 def read_head(get: Get, max_body: int) -> Head:
     """What the headers say. Raises `Refused` before anything of the body is read."""
-    return _head(
-        get("content-length"), get("inference-header-content-length"), get("content-encoding"), get("accept-encoding"),
-        max_body,
-    )  # fmt: skip
+    coding, accepts = _named(get("content-encoding")), _named(get("accept-encoding"))
+    if coding not in _CODINGS:
+        raise Refused(415, f"Content-Encoding: {coding!r:.40}; expected gzip or deflate")
+    # Libraries accept several by themselves, whatever is sent, and tensors hardly shrink: who names one means it.
+    accepts = accepts if accepts in _WINDOW else ""
+    return _head(get("content-length"), get("inference-header-content-length"), coding, accepts, max_body)
 
 
-@lru_cache(256)
-def _head(
-    said_length: str | None, said_json: str | None, coding: str | None, accepts: str | None, max_body: int
-) -> Head:
+def _named(coding: str | None) -> str:
+    return coding.strip().lower() if coding else ""
+
+
+@lru_cache(256)  # of what is short: what strangers may write as they like comes in no further than `read_head`
+def _head(said_length: str | None, said_json: str | None, coding: str, accepts: str, most: int) -> Head:
     length = _number("content-length", said_length)
     json = _number("inference-header-content-length", said_json)
-    if length is not None and length > max_body:
-        raise Refused(413, f"the body has {length} bytes; at most {max_body} are taken")
-    if length is not None and json is not None and json > length and coding is None:
+    if length is not None and length > most:
+        raise Refused(413, f"the body has {length} bytes; at most {most} are taken")
+    if length is not None and json is not None and json > length and not coding:
         raise Refused(400, f"Inference-Header-Content-Length is {json}; the body has {length} bytes")
-    coding = (coding or "").strip().lower()
-    coding = "" if coding == "identity" else coding
-    if coding and coding not in _WINDOW:
-        raise Refused(415, f"Content-Encoding: {coding!r:.40}; expected gzip or deflate")
-    return Head(length, json, coding, _chosen(accepts))
+    return Head(length, json, coding if coding in _WINDOW else "", accepts)
 
 
 def _number(name: str, value: str | None) -> int | None:
@@ -149,15 +150,6 @@ def _number(name: str, value: str | None) -> int | None:
     if not (value.isascii() and value.isdecimal() and len(value) < 19):
         raise Refused(400, f"{name}: {value!r:.40}; expected a number of bytes")
     return int(value)
-
-
-def _chosen(accepts: str | None) -> str:
-    """How an answer is to be compressed: as a client asks that names one coding.
-
-    Libraries name several by themselves, whatever is sent, and tensors hardly shrink.
-    """
-    coding = (accepts or "").strip().lower()
-    return coding if coding in _WINDOW else ""
 
 
 def check_room(served: Served, head: Head) -> None:
@@ -230,7 +222,7 @@ _threads: RunVar[CapacityLimiter] = RunVar("aneuron.v2.threads")
 
 
 async def aside(function: Callable[[], T]) -> T:
-    """What a function returns that has `MUCH` to look at: in a thread."""
+    """What a function returns that may take a while: in a thread."""
     try:
         limiter = _threads.get()
     except LookupError:
@@ -243,8 +235,9 @@ async def aside(function: Callable[[], T]) -> T:
 
 async def answer_of(served: Served, head: Head, incoming: Incoming, view: View | AsyncDataParallel) -> Answer:
     """The answer to an inference request whose body has come. Raises what the call raises, and `Refused`."""
-    signature, size = served.signature, incoming.size
-    remembered = served.remembered if size <= MUCH else None  # the loop's alone
+    signature = served.signature
+    much = incoming.size > (_SMALL if head.coding else MUCH)  # what is compressed may become anything
+    remembered = None if much else served.remembered  # the loop's alone
 
     def read() -> Inference:
         json, binary = _cut(incoming.all(head.coding), head.json)
@@ -252,8 +245,7 @@ async def answer_of(served: Served, head: Head, incoming: Incoming, view: View |
             return read_raw(binary or bytearray(), signature)
         return read_json(json, binary, signature, remembered)
 
-    # What is compressed may become anything.
-    inference = await aside(read) if size > (_SMALL if head.coding else MUCH) else read()
+    inference = await aside(read) if much else read()
     results = await served.infer(inference, view)
     if weight(results) > MUCH:
         return await aside(lambda: written(served.name, inference, results, head.accepts))
@@ -272,15 +264,13 @@ def _weight(value: Any, binary: bool) -> int:
 
 
 @lru_cache(512)
-def _usual(name: str, outputs: tuple[tuple[str, str, tuple[int, ...], int], ...]) -> tuple[bytes, Headers, int]:
-    """JSON, headers and size of an answer that is all in binary: they are the same for requests that are alike."""
+def _usual(name: str, outputs: tuple[tuple[str, str, tuple[int, ...], int], ...]) -> bytes:
+    """The JSON of an answer that is all in binary: it is the same for requests that are alike."""
     described = [
         {"name": name, "datatype": datatype, "shape": shape, "parameters": {"binary_data_size": size}}
         for name, datatype, shape, size in outputs
     ]
-    json = _encoder.encode({"model_name": name, "model_version": VERSION, "outputs": described})
-    size = len(json) + sum(size for *_, size in outputs)
-    return json, [*_binary_headers(json), ("content-length", str(size))], size
+    return _encoder.encode({"model_name": name, "model_version": VERSION, "outputs": described})
 
 
 def written(name: str, inference: Inference, results: Sequence[Result], coding: str = "") -> Answer:
@@ -291,10 +281,8 @@ def written(name: str, inference: Inference, results: Sequence[Result], coding: 
             (result.name, result.datatype.name, result.shape, len(part))
             for result, part in zip(results, parts, strict=True)
         ]
-        json, headers, size = _usual(name, tuple(said))
-        if size > MUCH or coding:
-            return _finished(200, _binary_headers(json), [json, *parts], coding)
-        return Answer(200, headers, [b"".join([json, *parts])])
+        json = _usual(name, tuple(said))
+        return _finished(200, _binary_headers(json), [json, *parts], coding)
     described: list[dict[str, Any]] = []
     parts = []
     for result in results:

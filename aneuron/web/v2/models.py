@@ -71,7 +71,8 @@ class Served:
             args, kwargs = signature.arguments(inference.values)
             if inference.terms != _USUAL:
                 view = view.options(**inference.terms._asdict())
-            outputs = self.signature.named(await view(*args, **kwargs))  # known by now, if the call started it
+            output = await view(*args, **kwargs)
+            outputs = self.signature.named(output)  # not that of before: the call may have started the model
         self._last = time.time_ns() // 1_000_000
         if inference.outputs is None:
             return [_result(name, value, inference.binary) for name, value in outputs]
