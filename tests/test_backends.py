@@ -611,6 +611,9 @@ class Clock:
     def __init__(self):
         self.now, self.slept = 100.0, []
 
+    def thread_time(self):
+        return 0.0
+
     def monotonic(self):
         return self.now
 

@@ -307,7 +307,7 @@ async def test_an_internal_error_ends_life_until_the_model_is_started_again(monk
 async def test_models_are_started_and_drained():
     backend = PuppetBackend(cores=1)
     model = AsyncDataParallel(torch.neg, backend=backend)
-    async with serving({"net": model}, 60.0):
+    async with serving({"net": model}, lambda: 60.0):
         assert model.ready
         call = asyncio.ensure_future(model(row(1)))
         await settle()
@@ -325,7 +325,7 @@ async def test_a_drain_that_takes_too_long_is_cut_short_and_logged():
     handler.emit = records.append
     logging.getLogger("aneuron.web").addHandler(handler)
     try:
-        async with serving({"net": model}, 60.0):
+        async with serving({"net": model}, lambda: 60.0):
             calls = [asyncio.ensure_future(model(row())) for _ in range(3)]
             await settle()
         assert asyncio.get_running_loop().time() == pytest.approx(60.0)
@@ -355,7 +355,7 @@ async def test_a_model_that_fails_to_start_closes_those_before_it():
     good = AsyncDataParallel(torch.neg, backend=aneuron.CpuBackend(cores=1))
     bad = AsyncDataParallel(torch.neg, backend=Broken())
     with pytest.raises(OSError, match="no such file") as caught:
-        async with serving({"good": good, "bad": bad}, 60.0):
+        async with serving({"good": good, "bad": bad}, lambda: 60.0):
             pytest.fail("it has not started")
     assert "while the model 'bad' was started" in caught.value.__notes__
     assert not good.ready
@@ -366,7 +366,7 @@ async def test_a_model_that_fails_to_start_closes_those_before_it():
 async def test_an_error_of_the_application_drains_too():
     model = AsyncDataParallel(torch.neg, backend=aneuron.CpuBackend(cores=1))
     with pytest.raises(KeyError):
-        async with serving({"net": model}, 60.0):
+        async with serving({"net": model}, lambda: 60.0):
             raise KeyError("the application's")
     assert not model.ready
 
