@@ -570,6 +570,27 @@ async def test_who_looks_at_the_console_does_not_hold_up_the_end(nets):
         events.close()
 
 
+@pytest.mark.parametrize("rest_comes", [True, False])
+async def test_a_body_that_is_still_coming_when_the_door_closes_is_waited_for(nets, rest_comes):
+    body = json.dumps({"inputs": [{"name": "input0", "shape": [1, 2], "datatype": "FP32", "data": [1, 1]}]}).encode()
+    head = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    async with serving(drain_delay=0, drain_timeout=None) as running:
+        reader, writer = await asyncio.open_connection("127.0.0.1", running.port)
+        writer.write(head + body[:20])
+        while not running.service._asked:
+            await asyncio.sleep(0.001)
+        running.service.stop()
+        while running.service._waiting is None:
+            await asyncio.sleep(0.001)
+        if rest_comes:
+            writer.write(body[20:])
+            assert (await reader.readline()).startswith(b"HTTP/1.1 200")
+        else:
+            running.service.stop()  # a second signal: clients are not waited for
+        await ended(running)
+        writer.close()
+
+
 async def test_what_was_read_before_the_door_closed_is_answered(nets):
     body = json.dumps({"inputs": [{"name": "input0", "shape": [1, 2], "datatype": "FP32", "data": [1, 1]}]}).encode()
     request = b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n%b" % (len(body), body)

@@ -13,6 +13,7 @@ pytest.importorskip("msgspec")
 pytest.importorskip("yaml")
 
 import aneuron
+from aneuron.cli import reading
 from aneuron.serve import config
 from aneuron.serve.config import ConfigError, ServerSettings, from_command_line, parse, settings_of
 from aneuron.serve.loading import make
@@ -352,3 +353,14 @@ def test_the_documented_file_can_be_meant():
     (text,) = re.findall(r"```toml\n(.*?)```", GUIDE.read_text(), re.DOTALL)
     settings = settings_of(parse(text, "service.toml"))
     assert [model.name for model in settings.models] == ["encoder", "reranker"]
+
+
+def test_keys_that_are_numbers_are_texts_in_yaml_too():
+    said = parse("models: {net: {model: {1: a.pt, 8: b.pt}, outputs: {0: whole}}}", "a.yaml")
+    assert said["models"]["net"] == {"model": {"1": "a.pt", "8": "b.pt"}, "outputs": {"0": "whole"}}
+
+
+def test_models_by_size_are_put_into_eval(tmp_path, monkeypatch):
+    (tmp_path / "sized_nets.py").write_text("import torch\ndef sizes():\n    return {1: torch.nn.Dropout()}\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert not reading.value("sized_nets:sizes").value[1].training

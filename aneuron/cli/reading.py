@@ -54,7 +54,12 @@ def value(text: str) -> Written:
             raise ArgumentTypeError(f"{text!r} makes no model: {type(error).__name__}: {error}") from error
     if not callable(found) and not isinstance(found, (str, os.PathLike, Mapping)):
         raise ArgumentTypeError(f"{text!r} is {found!r:.80}: expected a model, or what makes one")
-    if isinstance(found, torch.nn.Module) and found.training:
+    if isinstance(found, Mapping):
+        for each in found.values():
+            if isinstance(each, torch.nn.Module):
+                with suppress(NotImplementedError):
+                    each.eval()
+    elif isinstance(found, torch.nn.Module) and found.training:
         with suppress(NotImplementedError):  # an exported program's module cannot be told: its mode was fixed
             found, written = found.eval(), f"{written}.eval()"
     return Written(found, written, f"from {name} import {path.partition('.')[0]}")

@@ -61,6 +61,8 @@ class Service:
         self._until: float | None = None  # when what was accepted is to be answered
         self._asked = 0  # requests of the protocol that are not answered
         self._answered = asyncio.Event()  # one after the other
+        self._waiting: asyncio.Timeout | None = None  # for those, at the end
+        self._busy: set[Any] = set()  # connections on which there is a request
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def run(self, listening: Listening = lambda http, grpc: None) -> None:
@@ -106,21 +108,22 @@ class Service:
         self._until = None if seconds is None else asyncio.get_running_loop().time() + seconds
         for each in list(runner.sites):
             await each.stop()
-        assert runner.server is not None
-        runner.server.pre_shutdown()  # connections on which there is no request end
         for _ in range(3):  # what was read begins: the connection is woken, starts a task, that comes to `_front`
             await asyncio.sleep(0)
+        assert runner.server is not None
+        for connection in runner.server.connections:
+            if connection not in self._busy:  # aiohttp reads no more of what it closes, not the rest of a body either
+                connection.close()
         await asyncio.gather(self._answer(), *(() if grpc is None else (grpc.aclose(self._left()),)))
 
     async def _answer(self) -> None:
         try:
-            async with asyncio.timeout(self._left()):
+            async with asyncio.timeout(self._left()) as self._waiting:
                 while self._asked:
                     self._answered.clear()
                     await self._answered.wait()
         except TimeoutError:
-            seconds = self._settings.drain_timeout
-            logger.warning("%d requests were not answered within drain_timeout = %g s", self._asked, seconds)
+            logger.warning("%d requests were not answered in time", self._asked)
 
     def _left(self) -> float | None:
         """Seconds for what was accepted."""
@@ -137,6 +140,9 @@ class Service:
         elif self._stopping.is_set():
             for model in self._models.values():
                 self._do(model.abort())
+            self._until = asyncio.get_running_loop().time()
+            if self._waiting is not None and not self._waiting.expired():
+                self._waiting.reschedule(self._until + LAST)
         else:
             for task in self._tasks:
                 task.cancel()  # nobody needs another model any more
@@ -218,16 +224,16 @@ class Service:
 
     async def _front(self, request: web.BaseRequest) -> web.StreamResponse:
         """All requests come in here: the token, who is waited for, and whose connection ends."""
-        path = request.path
-        response: web.StreamResponse
-        if self._token is not None and not self._lets_in(request, self._token):
-            response = _refused(request)
-        elif security.of_protocol(path):
-            return await self._counted(request)
-        else:
-            response = await self._elsewhere(request)
-        self._end_connection(response)
-        return response
+        self._busy.add(request.protocol)
+        try:
+            if security.of_protocol(request.path) and self._lets_in(request):
+                return await self._counted(request)
+            response: web.StreamResponse
+            response = await self._elsewhere(request) if self._lets_in(request) else _refused(request)
+            self._end_connection(response)
+            return response
+        finally:
+            self._busy.discard(request.protocol)
 
     async def _counted(self, request: web.BaseRequest) -> web.StreamResponse:
         """A request of the protocol, from its head to when all of its answer is written."""
@@ -256,8 +262,10 @@ class Service:
             return web.json_response({"error": str(error)}, status=400)
         return await self._protocol(request)
 
-    def _lets_in(self, request: web.BaseRequest, token: security.Token) -> bool:
-        return security.is_open(request.method, request.path) or token.is_in(request.headers.get("Authorization"))
+    def _lets_in(self, request: web.BaseRequest) -> bool:
+        if self._token is None or security.is_open(request.method, request.path):
+            return True
+        return self._token.is_in(request.headers.get("Authorization"))
 
     async def _load(self, name: str) -> None:
         if not self._settings.allow_load:

@@ -211,7 +211,8 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]  # there are no types of i
                 raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands twice", problem_mark=key.start_mark)
             seen.add(key.value)
         found: dict[Any, Any] = super().construct_mapping(node, deep)
-        return found
+        # Sizes and places, which TOML has as texts.
+        return {str(key) if type(key) is int else key: value for key, value in found.items()}
 
 
 def from_command_line(raw: Table, models: Iterable[str], server: Table, sets: Iterable[str]) -> Table:

@@ -61,7 +61,7 @@ class GrpcServer:
         check_max_body(max_body)
         self._models = Models(GrpcServer, models, signatures, load)
         self._options = [
-            ("grpc.max_receive_message_length", max_body),
+            ("grpc.max_receive_message_length", min(max_body, 2**31 - 1)),  # an int of C
             ("grpc.max_send_message_length", -1),
             ("grpc.so_reuseport", 0),  # a port in use is an error, not shared without a word
             *(options or ()),
