@@ -442,6 +442,28 @@ async def test_a_load_that_hangs_does_not_hold_up_the_end(gate, caplog):
     assert "swapped" not in caplog.text
 
 
+async def test_a_load_by_request_that_hangs_does_not_hold_up_the_end_either(gate):
+    async with serving(allow_load=True, drain_delay=0, drain_timeout=None) as running:
+        gate.write()
+        asked = asyncio.ensure_future(running.ask("/v2/repository/models/net/load", "POST"))
+        assert await asyncio.to_thread(gate.begun.wait, 60.0)
+        running.service.stop()
+        await ended(running)
+        assert (await asked)[0] == 503
+        gate.go.set()
+
+
+async def test_requests_of_grpc_have_no_more_time_than_others(nets):
+    backend = PuppetBackend(cores=1)
+    request = message("ModelInferRequest")(model_name="net", raw_input_contents=[bytes(8)])
+    request.inputs.add(name="input0", datatype="FP32", shape=[1, 2])
+    async with serving(made=[puppets(backend)], grpc=0, max_timeout=0.0001) as running:
+        async with running.stub("ModelInfer") as infer:
+            with pytest.raises(grpc.aio.AioRpcError) as caught:
+                await infer(request.SerializeToString())
+        assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+
+
 async def test_a_model_that_brings_its_own_arguments_says_how_it_could_be_loaded_anew(nets, tmp_path):
     with (tmp_path / "serve_nets.py").open("a") as file:
         file.write("served = aneuron.AsyncDataParallel(net, example_inputs=torch.ones(1, 2))\n")

@@ -196,8 +196,9 @@ class Service:
         guards = () if self._token is None else (security.grpc_guard(self._token),)
         models: dict[str, Any] = dict(self._models)
         grpc = GrpcServer(
-            signatures=self._signatures, max_body=server.max_body, load=self._load, interceptors=guards, **models
-        )
+            signatures=self._signatures, max_body=server.max_body, max_timeout=server.max_timeout, load=self._load,
+            interceptors=guards, **models,
+        )  # fmt: skip
         stack.push_async_callback(grpc.aclose, LAST)
         try:
             return grpc, await grpc.listen(f"{_host(server)}:{server.grpc}", security.grpc_credentials(server))
@@ -270,7 +271,15 @@ class Service:
     async def _load(self, name: str) -> None:
         if not self._settings.allow_load:
             raise Refused(403, "models are not loaded on request here: start aneuron serve with --allow-load")
-        await self._reloading.load(name)
+        loading = asyncio.ensure_future(self._reloading.load(name))
+        self._tasks.add(loading)  # which `stop` cancels
+        loading.add_done_callback(self._tasks.discard)
+        try:
+            await loading
+        except asyncio.CancelledError:
+            if not self._stopping.is_set():
+                raise  # the client has left
+            raise Refused(503, f"the service ends; model {name!r} was not loaded") from None
 
 
 def _reporting(ask: Callable[[], tuple[int, bytes]]) -> Handler:

@@ -12,6 +12,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from aneuron import AsyncDataParallel, Signature
+from aneuron.web.checks import time_allowed
 from aneuron.web.v2.datatypes import TABLE, in_bytes
 from aneuron.web.v2.errors import Refused, told
 from aneuron.web.v2.http import MAX_BODY, MUCH, aside, check_max_body, weight
@@ -21,6 +22,7 @@ from aneuron.web.v2.requests import NO_SHARED_MEMORY, Inference, read_message
 
 _STREAMED = 256  # requests of one stream whose answers have not been sent; then no more of them are read
 _FOR_EVER = 10.0**9  # s
+INFINITY = float("inf")
 _FINAL = "triton_enable_empty_final_response"
 _UNSUPPORTED = {
     **{
@@ -36,7 +38,8 @@ _UNSUPPORTED = {
 class GrpcServer:
     """A server of the Open Inference Protocol over gRPC; models are started by whoever serves them.
 
-    signatures, load: as for `aneuron.web.v2.starlette.routes`. max_body: bytes that a message may have.
+    signatures, load: as for `aneuron.web.v2.starlette.routes`. max_body: bytes that a message may have. max_timeout:
+    seconds that a request may have, also one that has no deadline; None: no bound.
     options: of the gRPC server, `[("grpc.max_connection_age_ms", 60_000)]`, say. interceptors: of it, too.
 
     A client's deadline is the call's, as is its `timeout` parameter; who leaves cancels the call. The answers of a
@@ -53,12 +56,15 @@ class GrpcServer:
         *,
         signatures: Mapping[str, Signature] | None = None,
         max_body: int = MAX_BODY,
+        max_timeout: float | None = None,
         load: Load | None = None,
         options: list[tuple[str, Any]] | None = None,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         **models: AsyncDataParallel,
     ) -> None:
         check_max_body(max_body)
+        time_allowed("max_timeout", max_timeout)
+        self._most = INFINITY if max_timeout is None else max_timeout
         self._models = Models(GrpcServer, models, signatures, load)
         self._options = [
             ("grpc.max_receive_message_length", min(max_body, 2**31 - 1)),  # an int of C
@@ -77,7 +83,7 @@ class GrpcServer:
         if self._server is not None:
             raise RuntimeError("it listens already; another address needs another GrpcServer")
         server = grpc.aio.server(options=self._options, interceptors=self._interceptors)
-        server.add_generic_rpc_handlers((_Handlers(self._models),))
+        server.add_generic_rpc_handlers((_Handlers(self._models, self._most),))
         try:
             port = (
                 server.add_insecure_port(address)
@@ -113,8 +119,8 @@ class GrpcServer:
 class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
     """The methods of the service, by their names."""
 
-    def __init__(self, models: Models) -> None:
-        self._models = models
+    def __init__(self, models: Models, most: float = INFINITY) -> None:
+        self._models, self._most = models, most
         self._infer = message("ModelInferRequest")
         self._response = message("ModelInferResponse")
         self._streamed = message("ModelStreamInferResponse")
@@ -222,7 +228,8 @@ class _Handlers(grpc.GenericRpcHandler):  # type: ignore[misc]
             inference = await aside(lambda: read_message(request, signature))
         else:
             inference = read_message(request, signature, served.remembered)
-        if left is not None:
+        left = self._most if left is None else min(left, self._most)
+        if left < INFINITY:
             own = inference.terms.timeout
             bound = max(0.0, left if own is None else min(own, left))
             inference = inference._replace(terms=inference.terms._replace(timeout=bound))
