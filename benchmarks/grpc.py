@@ -154,7 +154,7 @@ async def measure(args: argparse.Namespace) -> dict[int, Seen]:
             server.pause()
         for callers in CALLERS:
             found[callers] = await rounds(
-                servers, effort, lambda server: server.turn(callers, args.seconds, request.name)  # noqa: B023
+                servers, effort, lambda server: server.turn(callers, args.seconds, request.name)  # noqa: B023 - called at once
             )  # fmt: skip
     finally:
         for server in servers.values():

@@ -107,7 +107,7 @@ async def measure(args: argparse.Namespace) -> dict[int, Seen]:
         for connections in args.connections:
             print(f"{connections:,} connections", file=sys.stderr, flush=True)
             effort = Effort(args.seconds, args.repetitions, 1)
-            seen = await rounds(able, effort, lambda server: look(server, connections, args.seconds))  # noqa: B023
+            seen = await rounds(able, effort, lambda server: look(server, connections, args.seconds))  # noqa: B023 - called at once
             found[connections] = replace(seen, fails={**fails, **seen.fails})
     finally:
         for server in contenders.values():

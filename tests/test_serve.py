@@ -431,7 +431,7 @@ async def test_a_load_that_hangs_does_not_hold_up_the_end(gate, caplog):
         gate.write()
         running.service.reload()  # as SIGHUP does
         assert await asyncio.to_thread(gate.begun.wait, 60.0)
-        (thread,) = [each for each in threading.enumerate() if each.name == "aneuron load"]
+        (thread,) = [each for each in threading.enumerate() if each.name == "aneuron-start/1"]
         assert thread.daemon  # nor that of the process
         running.service.stop(at_once=True)
         await ended(running)
@@ -602,7 +602,7 @@ async def test_a_body_that_is_still_coming_when_the_door_closes_is_waited_for(ne
         while not running.service._asked:
             await asyncio.sleep(0.001)
         running.service.stop()
-        while running.service._waiting is None:
+        while await listens(running.port):
             await asyncio.sleep(0.001)
         if rest_comes:
             writer.write(body[20:])
@@ -611,6 +611,41 @@ async def test_a_body_that_is_still_coming_when_the_door_closes_is_waited_for(ne
             running.service.stop()  # a second signal: clients are not waited for
         await ended(running)
         writer.close()
+
+
+@contextlib.asynccontextmanager
+async def half_a_request(running):
+    """One whose rest does not come."""
+    _, writer = await asyncio.open_connection("127.0.0.1", running.port)
+    writer.write(b"POST /v2/models/net/infer HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+    while not running.service._asked:
+        await asyncio.sleep(0.001)
+    yield
+    writer.close()
+
+
+async def test_a_second_signal_before_the_door_closes_is_remembered(nets):
+    async with serving(drain_delay=1000.0, drain_timeout=None) as running, half_a_request(running):
+        running.service.stop()
+        await settle()
+        running.service.stop()  # while it is still told that nothing more is to be sent
+        await ended(running)
+
+
+async def test_a_second_signal_while_the_models_close_is_for_them_alone(nets):
+    backend = PuppetBackend(cores=1)
+    (one,) = made = [puppets(backend)]
+    async with serving(made=made, drain_delay=0, drain_timeout=None) as running:
+        calls = [asyncio.ensure_future(one.model(torch.ones(1, 2))) for _ in range(9)]  # of the program's own
+        await settle()
+        running.service.stop()
+        while one.model.ready:  # no request is waited for; it closes
+            await asyncio.sleep(0.001)
+        running.service.stop()
+        while not all(call.done() for call in calls):
+            backend[0].release()
+            await settle()
+        await ended(running)
 
 
 async def test_what_was_read_before_the_door_closed_is_answered(nets):

@@ -11,7 +11,6 @@ import re
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,13 +55,21 @@ def value(text: str) -> Written:
         raise ArgumentTypeError(f"{text!r} is {found!r:.80}: expected a model, or what makes one")
     if isinstance(found, Mapping):
         for each in found.values():
-            if isinstance(each, torch.nn.Module):
-                with suppress(NotImplementedError):
-                    each.eval()
-    elif isinstance(found, torch.nn.Module) and found.training:
-        with suppress(NotImplementedError):  # an exported program's module cannot be told: its mode was fixed
-            found, written = found.eval(), f"{written}.eval()"
+            _into_eval(each)
+    elif _into_eval(found):
+        written = f"{written}.eval()"
     return Written(found, written, f"from {name} import {path.partition('.')[0]}")
+
+
+def _into_eval(model: Any) -> bool:
+    """Whether it was put into `eval()`: a module that was in training."""
+    if not isinstance(model, torch.nn.Module) or not model.training:
+        return False
+    try:
+        model.eval()
+    except NotImplementedError:  # an exported program's module cannot be told: its mode was fixed
+        return False
+    return True
 
 
 def is_name(text: str) -> bool:

@@ -35,6 +35,7 @@ from aneuron.web.v2.models import Models
 
 BACKLOG = 2048
 LAST = 0.1  # seconds to end in for what has nothing to answer: connections without a request, models without calls
+INFINITY = float("inf")
 Listening = Callable[[int, int | None], None]  # is told the ports of HTTP and gRPC
 
 
@@ -60,8 +61,7 @@ class Service:
         self._at_once = asyncio.Event()  # nobody is to be told before
         self._until: float | None = None  # when what was accepted is to be answered
         self._asked = 0  # requests of the protocol that are not answered
-        self._answered = asyncio.Event()  # one after the other
-        self._waiting: asyncio.Timeout | None = None  # for those, at the end
+        self._answered = asyncio.Event()  # one of them, or there is less time for them
         self._busy: set[Any] = set()  # connections on which there is a request
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -104,8 +104,7 @@ class Service:
 
     async def _drain(self, runner: web.AppRunner, grpc: Any) -> None:
         """Let nobody in any more, and answer those that have asked, while there is time: that is for all together."""
-        seconds = self._settings.drain_timeout
-        self._until = None if seconds is None else asyncio.get_running_loop().time() + seconds
+        self._end_within(self._settings.drain_timeout)
         for each in list(runner.sites):
             await each.stop()
         for _ in range(3):  # what was read begins: the connection is woken, starts a task, that comes to `_front`
@@ -117,13 +116,21 @@ class Service:
         await asyncio.gather(self._answer(), *(() if grpc is None else (grpc.aclose(self._left()),)))
 
     async def _answer(self) -> None:
-        try:
-            async with asyncio.timeout(self._left()) as self._waiting:
-                while self._asked:
-                    self._answered.clear()
+        while self._asked:
+            self._answered.clear()
+            try:
+                async with asyncio.timeout_at(self._until):
                     await self._answered.wait()
-        except TimeoutError:
-            logger.warning("%d requests were not answered in time", self._asked)
+            except TimeoutError:
+                logger.warning("%d requests were not answered in time", self._asked)
+                return
+
+    def _end_within(self, seconds: float | None) -> None:
+        """Leave what was accepted so many seconds; what was said before is only ever shortened."""
+        until = INFINITY if seconds is None else asyncio.get_running_loop().time() + max(LAST, seconds)
+        if until < (INFINITY if self._until is None else self._until):
+            self._until = until
+            self._answered.set()  # who waits looks again
 
     def _left(self) -> float | None:
         """Seconds for what was accepted."""
@@ -140,9 +147,7 @@ class Service:
         elif self._stopping.is_set():
             for model in self._models.values():
                 self._do(model.abort())
-            self._until = asyncio.get_running_loop().time()
-            if self._waiting is not None and not self._waiting.expired():
-                self._waiting.reschedule(self._until + LAST)
+            self._end_within(0.0)
         else:
             for task in self._tasks:
                 task.cancel()  # nobody needs another model any more
@@ -272,7 +277,7 @@ class Service:
         if not self._settings.allow_load:
             raise Refused(403, "models are not loaded on request here: start aneuron serve with --allow-load")
         loading = asyncio.ensure_future(self._reloading.load(name))
-        self._tasks.add(loading)  # which `stop` cancels
+        self._tasks.add(loading)  # which `stop` cancels; what it raises the client is told
         loading.add_done_callback(self._tasks.discard)
         try:
             await loading

@@ -413,7 +413,8 @@ class Compiled:
         """The arguments of a call with inputs like these, marked as they are, in what the example's stand in."""
         if self._call.template is None:
             return (leaves[0],), {}
-        return fill(self._call.template, iter(leaves))  # type: ignore[no-any-return]
+        args, kwargs = fill(self._call.template, iter(leaves))
+        return args, kwargs
 
     @property
     def length(self) -> int:

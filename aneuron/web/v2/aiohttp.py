@@ -51,8 +51,8 @@ def routes(
     protocol = V2(served, max_body)
 
     async def handler(request: web.Request) -> web.StreamResponse:
-        rest = request.match_info.get("rest")  # of the path below an application that this one is in
-        if request.method != "POST":  # it may be about readiness
+        rest = request.match_info.get("rest", "")  # of the path below an application that this one is in
+        if not rest.endswith("/infer"):  # it may be about readiness
             served.draining |= is_draining(request)
         return await protocol.answer(request, f"/v2/{rest}" if rest else "/v2")
 

@@ -151,7 +151,8 @@ def in_bytes(value: Any) -> memoryview | bytes:
             value = value.view(torch.int16)
         array: Any = value.numpy()
         if array.nbytes <= _SMALL:
-            return array.tobytes()  # type: ignore[no-any-return]  # bytes
+            copied: bytes = array.tobytes()
+            return copied
         array = np.ascontiguousarray(array)
         return memoryview(array).cast("B")
     return b"".join(chain.from_iterable((_LENGTH.pack(len(each)), each) for each in map(_encoded, value)))

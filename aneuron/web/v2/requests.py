@@ -5,7 +5,7 @@ waiting for the model (models.py), how an element lies in bytes (datatypes.py).
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple
 
@@ -75,40 +75,47 @@ class Inference(NamedTuple):
     terms: Terms
 
 
-class Seen(NamedTuple):
-    """What a request says beside the binary data that all its inputs are in: the next that says the same means it."""
+# A request, and what reads each of its inputs that are in the binary data.
+Read = tuple[Inference, dict[str, Reader]]
 
-    size: int  # of the binary data
+
+class Seen(NamedTuple):
+    """What a request means that says the same, with other data."""
+
     readers: list[Reader]  # in the order of the model's inputs
     inference: Inference  # without its values
 
     def again(self, binary: bytearray) -> Inference:
-        """The same with other data."""
+        """What it means with this data."""
         _, _, empty, outputs, in_binary, terms = self.inference
         return Inference("", [read(binary) for read in self.readers], empty, outputs, in_binary, terms)
 
 
 class Remembered:
-    """Of one model, by what was said: what was understood. Clients say the same again and again."""
+    """Of one model: what requests meant whose inputs are all in the binary data. Clients say the same again and again.
+
+    Of one door: JSON and messages are not kept together.
+    """
 
     def __init__(self) -> None:
-        self._seen: dict[Any, Seen] = {}
+        self._seen: dict[tuple[object, ...], Seen] = {}
 
-    def get(self, said: Any, size: int) -> Seen | None:
-        """What these words with so much binary data were understood as, if they are known."""
-        seen = self._seen.get(said)
-        return seen if seen is not None and seen.size == size else None
-
-    def keep(
-        self, said: Any, size: int, inference: Inference, readers: Mapping[str, Reader], signature: Signature
-    ) -> None:
-        """Know them the next time, if they are worth it."""
-        if inference.id or len(readers) != len(signature.inputs):
-            return
-        if len(self._seen) >= _KEPT:
-            self._seen.clear()
-        ordered = [readers[spec.name] for spec in signature.inputs]
-        self._seen[said] = Seen(size, ordered, inference._replace(values=[]))
+    def read(
+        self, words: bytes, sizes: Sequence[int], binary: bytearray, signature: Signature, afresh: Callable[[], Read]
+    ) -> Inference:
+        """What a request means, by its words and how much binary data there is; read `afresh` if nobody said it yet."""
+        if len(words) > _LONGEST:
+            return afresh()[0]
+        said = words, *sizes
+        if (seen := self._seen.get(said)) is not None:
+            return seen.again(binary)
+        inference, readers = afresh()
+        if not inference.id and len(readers) == len(signature.inputs):
+            if len(self._seen) >= _KEPT:
+                self._seen.clear()
+            ordered = [readers[spec.name] for spec in signature.inputs]
+            self._seen[said] = Seen(ordered, inference._replace(values=[]))
+        return inference
 
     def clear(self) -> None:
         """Know nothing any more."""
@@ -116,7 +123,7 @@ class Remembered:
 
 
 _decoder = msgspec.json.Decoder(Body)
-_KEPT, _LONGEST = 128, 1 << 11  # objects that are remembered of a model, and bytes of one
+_KEPT, _LONGEST = 128, 1 << 11  # requests that are remembered of a model, and bytes of the words of one
 
 
 def read_json(
@@ -126,16 +133,12 @@ def read_json(
 
     `remembered` is of the same signature.
     """
-    if remembered is None or binary is None or len(head) > _LONGEST:
+    if remembered is None or binary is None:
         return _read(head, binary, signature)[0]
-    if (seen := remembered.get(head, len(binary))) is not None:
-        return seen.again(binary)
-    inference, readers = _read(head, binary, signature)
-    remembered.keep(head, len(binary), inference, readers, signature)
-    return inference
+    return remembered.read(head, (len(binary),), binary, signature, lambda: _read(head, binary, signature))
 
 
-def _read(head: bytes, binary: bytearray | None, signature: Signature) -> tuple[Inference, dict[str, Reader]]:
+def _read(head: bytes, binary: bytearray | None, signature: Signature) -> Read:
     """The request, and what reads each of its inputs that are in the binary data."""
     try:
         body = _decoder.decode(head)
@@ -228,22 +231,15 @@ def read_message(message: Any, signature: Signature, remembered: Remembered | No
     `remembered` is of the same signature.
     """
     raw = list(message.raw_input_contents)
-    binary, sizes = bytearray().join(raw), list(map(len, raw))
+    binary, sizes = bytearray().join(raw) if raw else None, list(map(len, raw))
     del message.raw_input_contents[:]
-    said: Any = None
-    if remembered is not None and raw:
-        said = message.SerializeToString(), *sizes
-        if (seen := remembered.get(said, len(binary))) is not None:
-            return seen.again(binary)
-    inference, readers = _read_message(message, binary if raw else None, sizes, signature)
-    if remembered is not None and raw and len(said[0]) <= _LONGEST:
-        remembered.keep(said, len(binary), inference, readers, signature)
-    return inference
+    if remembered is None or binary is None:
+        return _read_message(message, binary, sizes, signature)[0]
+    words = message.SerializeToString()
+    return remembered.read(words, sizes, binary, signature, lambda: _read_message(message, binary, sizes, signature))
 
 
-def _read_message(
-    message: Any, binary: bytearray | None, sizes: Sequence[int], signature: Signature
-) -> tuple[Inference, dict[str, Reader]]:
+def _read_message(message: Any, binary: bytearray | None, sizes: Sequence[int], signature: Signature) -> Read:
     """The request, and what reads each of its inputs that are in the binary data."""
     given: dict[str, Any] = {}
     readers: dict[str, Reader] = {}
