@@ -431,7 +431,7 @@ async def test_a_load_that_hangs_does_not_hold_up_the_end(gate, caplog):
         gate.write()
         running.service.reload()  # as SIGHUP does
         assert await asyncio.to_thread(gate.begun.wait, 60.0)
-        (thread,) = [each for each in threading.enumerate() if each.name == "aneuron-start/1"]
+        (thread,) = [each for each in threading.enumerate() if each.name == "aneuron load"]
         assert thread.daemon  # nor that of the process
         running.service.stop(at_once=True)
         await ended(running)

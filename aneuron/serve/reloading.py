@@ -6,11 +6,14 @@ Lives here: one after the other, in a thread, then `swap`. Must not be here: sig
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from threading import Thread
+from typing import Any, TypeVar
 
-from aneuron.engine.dispatcher import in_a_thread
 from aneuron.serve.loading import Made
 
+T = TypeVar("T")
 logger = logging.getLogger("aneuron.serve")
 
 
@@ -29,8 +32,7 @@ class Reloading:
         made = self._made[name]
         async with self._one:
             began = time.monotonic()
-            # Who is cancelled leaves the thread to itself; nor does the process wait for it at its end.
-            await made.model.swap(await in_a_thread(made.reload))
+            await made.model.swap(await _in_a_thread(made.reload))
             logger.info("%s: swapped for %s in %.1f s", name, made.source, time.monotonic() - began)
 
     async def load_all(self) -> None:
@@ -41,3 +43,26 @@ class Reloading:
             except Exception as error:  # whatever loading, or a module that is imported, raises
                 why = f"{type(error).__name__}: {error}"
                 logger.error("%s: not loaded anew, serves as before: %s", name, why, exc_info=error)
+
+
+async def _in_a_thread(work: Callable[[], T]) -> T:
+    """Have it done in a thread that the process does not wait for at its end, as it does for those of `to_thread`. Who
+    is cancelled leaves the thread to itself.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def end(set_outcome: Callable[[Any], None], outcome: Any) -> None:
+        if not done.cancelled():
+            set_outcome(outcome)
+
+    def run() -> None:
+        try:
+            outcome: Any = done.set_result, work()
+        except BaseException as error:
+            outcome = done.set_exception, error
+        with suppress(RuntimeError):  # the loop has ended
+            loop.call_soon_threadsafe(end, *outcome)
+
+    Thread(target=run, name="aneuron load", daemon=True).start()
+    return await done
